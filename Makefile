@@ -1,0 +1,45 @@
+# `demo`, `test` and `check` build .venv themselves: the first time needs the network and some minutes, later times neither.
+# Another Python: make demo PYTHON=python3.12. Options for pytest: make test ARGS="-k stages -x".
+
+PYTHON ?= python3
+EXTRAS := quantization,tracking,dev
+IN_VENV := .venv/bin/python
+# What .venv is made from. After a successful install .venv/installed holds a copy; as long as the two agree, nothing is installed.
+INGREDIENTS := pwd; echo "$(EXTRAS)"; cat pyproject.toml constraints.txt
+
+# The demo needs nothing from the Hub, so it shall not wait for it. (The tests set the same in tests/conftest.py.)
+export HF_HUB_OFFLINE ?= 1
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: help demo test check venv install
+
+help:
+	@echo "make demo    the whole curriculum on a tiny checkpoint, then load, swap and ask its stages"
+	@echo "make test    every test"
+	@echo "make check   format, lint, types of the value layers, layers"
+	@echo "make venv    only build .venv"
+
+demo: venv
+	$(IN_VENV) recipes/demo/demo.py
+
+test: venv
+	$(IN_VENV) -m pytest $(ARGS)
+
+check: venv
+	$(IN_VENV) -m ruff format --check .
+	$(IN_VENV) -m ruff check .
+	$(IN_VENV) -m mypy
+	$(IN_VENV) -m pytest tests/test_layers.py
+
+venv:
+	@test -x $(IN_VENV) && test "$$($(INGREDIENTS))" = "$$(cat .venv/installed 2>/dev/null)" || $(MAKE) --no-print-directory install
+
+install:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+		echo "$(PYTHON) is $$($(PYTHON) --version 2>&1); the tested transformers and trl need Python 3.11 or newer. Try: make PYTHON=python3.12" >&2; \
+		exit 1; }
+	@echo "Building .venv, once: torch and about a hundred packages."
+	@rm -f .venv/installed
+	$(PYTHON) -m venv .venv
+	$(IN_VENV) -m pip install --disable-pip-version-check --constraint constraints.txt --editable ".[$(EXTRAS)]"
+	@{ $(INGREDIENTS); } > .venv/installed.new && mv .venv/installed.new .venv/installed

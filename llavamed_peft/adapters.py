@@ -1,0 +1,313 @@
+"""What a stage leaves: a folder that stock PEFT loads on the raw base, and how it is written, read, checked and merged.
+
+One folder is one complete state: the projector in full and, from the first LoRA stage on, the LoRA tensors, in PEFT's own
+format; the processor; `stage.json` with lineage, data and numbers; a Hub card. A `full` stage leaves a checkpoint folder
+instead, with the same `stage.json`. Folders are written under another name and renamed when whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save
+from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
+
+from .errors import AdapterError
+from .hashing import weights_sha256
+from .modeling.load import Quantization, load_checkpoint
+from .modeling.parts import LANGUAGE, PROJECTOR, Tensors, check_places, load_tensors
+from .modeling.processor import load_processor
+from .stages import Stage
+
+SCHEMA_VERSION = 1
+RECORD, WEIGHTS, CONFIG, CARD = "stage.json", "adapter_model.safetensors", "adapter_config.json", "README.md"
+_PEFT_PREFIX = "base_model.model."
+
+
+@dataclass(frozen=True, slots=True)
+class StageAdapter:
+    """A finished stage on disk.
+
+    Args:
+        path: its folder.
+        record: what its `stage.json` says.
+    """
+
+    path: Path
+    record: dict[str, Any]
+
+    @classmethod
+    def load(cls, folder: str | Path) -> StageAdapter:
+        """Open a stage's folder, or a Hub repository of one, and check that it is whole.
+
+        Raises:
+            AdapterError: there is none, it was not made by this package, or its weights are not those that were written.
+        """
+        path = _local(folder)
+        if not (path / RECORD).is_file():
+            raise AdapterError(
+                f"{folder}: has no {RECORD}; wanted a folder that a finished stage left. A stock PEFT adapter is loaded with "
+                "PeftModel.from_pretrained."
+            )
+        try:
+            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise AdapterError(f"{path / RECORD}: is not JSON ({error}); the folder is damaged.") from error
+        version = record.get("schema_version") if isinstance(record, dict) else None
+        if version != SCHEMA_VERSION:
+            raise AdapterError(f"{path / RECORD}: schema_version is {version!r}; this version reads {SCHEMA_VERSION}.")
+        adapter = cls(path, record)
+        found = weights_sha256(path)
+        if found != record["sha256"]:
+            raise AdapterError(
+                f"{path}: the weights have sha256 {found[:12]}…, {RECORD} says {record['sha256'][:12]}…; the folder is damaged "
+                "or was changed. Copy or download it again."
+            )
+        return adapter
+
+    @property
+    def stage(self) -> Stage:
+        """The stage as it was trained."""
+        return Stage.from_dict(self.record["stage"], str(self.path / RECORD))
+
+    @property
+    def parent(self) -> dict[str, Any] | None:
+        """Name and content hash of the stage it began from; `None` for a first stage."""
+        return self.record["parent"]
+
+    @property
+    def metrics(self) -> dict[str, Any]:
+        """Losses, counts and times of the training."""
+        return self.record["metrics"]
+
+    @property
+    def is_checkpoint(self) -> bool:
+        """A `full` stage: a checkpoint of its own, not an adapter."""
+        return self.record["kind"] == "checkpoint"
+
+    def tensors(self) -> Tensors:
+        """The adapter's tensors under PEFT's names, fp32."""
+        return load_file(self.path / WEIGHTS)
+
+    def peft_config(self) -> LoraConfig:
+        """The adapter's stock configuration."""
+        return LoraConfig.from_pretrained(str(self.path))
+
+    def merge(self, base: str | Path, out: str | Path, dtype: str | torch.dtype | None = None) -> Path:
+        """Write base and adapter as one checkpoint, in 16 or 32 bit.
+
+        Args:
+            base: the checkpoint the adapter belongs to.
+            out: the folder to write; it must not be there yet.
+            dtype: of the merged weights; `None` takes the base's stored one.
+
+        Raises:
+            AdapterError: the adapter does not fit the base, it is a full checkpoint already, or `out` is there.
+        """
+        if self.is_checkpoint:
+            raise AdapterError(f"{self.path}: is a checkpoint already; nothing to merge. Load it as it is.")
+        model, processor = load_stage(base, self, dtype=dtype)
+        merged = model.merge_and_unload()
+
+        def fill(folder: Path) -> None:
+            merged.save_pretrained(folder)
+            processor.save_pretrained(folder)
+
+        return write_folder(Path(out), fill)
+
+
+def load_stage(
+    base: str | Path,
+    adapter: StageAdapter | str | Path,
+    quantization: Quantization = None,
+    dtype: str | torch.dtype | None = None,
+) -> tuple[torch.nn.Module, ProcessorMixin]:
+    """A model with a stage's adapter on it, in eval mode, and the stage's processor.
+
+    Args:
+        base: Hub id or folder of the raw base; for a `full` stage's checkpoint it is not read.
+        adapter: a `StageAdapter`, its folder, or a Hub repository of one.
+        quantization: `"nf4"` for a 4-bit language model.
+        dtype: of the base's weights; `None` takes the stored one. The projector is rounded to it, as stock PEFT does.
+
+    Raises:
+        AdapterError: the folder is damaged, or was trained on another architecture.
+        CheckpointError: the base cannot be loaded.
+
+    Warns:
+        UserWarning: the base has the right shape but is not the one the stage was trained on.
+    """
+    adapter = adapter if isinstance(adapter, StageAdapter) else StageAdapter.load(adapter)
+    if adapter.is_checkpoint:
+        return load_checkpoint(adapter.path, quantization, dtype)
+    model, _ = load_checkpoint(base, quantization, dtype)
+    check_fits(model, adapter)
+    warn_of_another_base(base_record(base, model.config), adapter)
+    peft_model = PeftModel.from_pretrained(model, str(adapter.path))
+    check_arrived(peft_model, adapter)
+    return peft_model.eval(), load_processor(adapter.path, model.config)
+
+
+def base_record(base: str | Path, config: PreTrainedConfig) -> dict[str, Any]:
+    """What identifies a base: Hub id and revision, or a folder's last name and the content hash of its weights."""
+    shape = {
+        "model_type": config.model_type,
+        "language_model": config.get_text_config().model_type,
+        "vision_tower": config.vision_config.model_type,
+    }
+    if Path(base).is_dir():
+        return {"id": None, "revision": None, "name": Path(base).resolve().name, "sha256": weights_sha256(base), **shape}
+    name = str(base).split("/")[-1]
+    return {"id": str(base), "revision": getattr(config, "_commit_hash", None), "name": name, "sha256": None, **shape}
+
+
+def public_name(base: Mapping[str, Any]) -> str:
+    """How a base is named where others read it: its Hub id, or its folder's last name; never a path."""
+    return base["id"] or base["name"]
+
+
+def warn_of_another_base(base: Mapping[str, Any], adapter: StageAdapter) -> None:
+    """Warn where both bases are known and differ; a folder and a Hub id cannot be compared."""
+    trained_on = adapter.record["base"]
+    for key in ("id", "revision", "sha256"):
+        if base[key] and trained_on[key] and base[key] != trained_on[key]:
+            warnings.warn(
+                f"{adapter.path.name} was trained on {public_name(trained_on)} ({key} {trained_on[key]}), this base is "
+                f"{public_name(base)} ({key} {base[key]}). It fits and loads, but the numbers of its card do not hold.",
+                stacklevel=3,
+            )
+            return
+
+
+def check_fits(model: PreTrainedModel, adapter: StageAdapter) -> None:
+    """Every tensor of the adapter's file has a place in the bare model, by name and shape; only the file's header is read.
+
+    Raises:
+        AdapterError: one has not.
+    """
+    places: dict[str, Any] = {}
+    rank = adapter.peft_config().r
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and name.startswith(LANGUAGE + "."):
+            places[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = (rank, module.in_features)
+            places[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = (module.out_features, rank)
+    for name, parameter in model.get_submodule(PROJECTOR).named_parameters():
+        places[f"{_PEFT_PREFIX}{PROJECTOR}.{name}"] = parameter.shape
+    try:
+        with safe_open(adapter.path / WEIGHTS, framework="pt") as file:
+            shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{adapter.path / WEIGHTS}: cannot be read ({error}); the folder is damaged.") from error
+    check_places(shapes, places, f"the base ({model.config.model_type} over {model.config.get_text_config().model_type})")
+
+
+def check_arrived(model: PeftModel, adapter: StageAdapter, name: str = "default") -> None:
+    """What PEFT loaded is what the file holds, bit for bit after rounding to each tensor's dtype; it would only warn.
+
+    Raises:
+        AdapterError: a tensor did not arrive.
+    """
+    loaded = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    tensors = adapter.tensors()
+    lost = [key for key, tensor in tensors.items() if key not in loaded or not _same(loaded[key], tensor)]
+    lost += [key for key in loaded if key not in tensors]
+    if lost:
+        raise AdapterError(
+            f"{adapter.path}: {len(lost)} of {len(tensors)} tensors did not arrive in the model ({', '.join(sorted(lost)[:3])}). "
+            "The installed peft names modules otherwise; use the versions that stage.json lists."
+        )
+
+
+def _same(loaded: torch.Tensor, stored: torch.Tensor) -> bool:
+    return torch.equal(loaded.detach().cpu(), stored.to(loaded.dtype))
+
+
+def write_adapter(
+    folder: Path,
+    tensors: Tensors,
+    config: LoraConfig,
+    processor: ProcessorMixin,
+    record: dict[str, Any],
+    card: Callable[..., str],
+) -> StageAdapter:
+    """Write an adapter's folder, whole or not at all.
+
+    Args:
+        tensors: from `parts.trainable_tensors`.
+        record: `stage.json` but for the kind and the weights' hash.
+        card: makes the card's text of the finished record.
+    """
+
+    def fill(partial: Path) -> None:
+        config.save_pretrained(str(partial))
+        (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
+        processor.save_pretrained(partial)
+        _finish(partial, {**record, "kind": "adapter"}, card)
+
+    return StageAdapter.load(write_folder(folder, fill))
+
+
+def write_checkpoint(
+    folder: Path, base: str | Path, tensors: Tensors, processor: ProcessorMixin, record: dict[str, Any], card: Callable[..., str]
+) -> StageAdapter:
+    """Write a full stage's folder: the base with the trained tensors in it, in the dtype the base is stored in."""
+    model, _ = load_checkpoint(base)
+    load_tensors(model, tensors)
+
+    def fill(partial: Path) -> None:
+        model.save_pretrained(partial)
+        processor.save_pretrained(partial)
+        _finish(partial, {**record, "kind": "checkpoint"}, card)
+
+    return StageAdapter.load(write_folder(folder, fill))
+
+
+def _finish(partial: Path, record: dict[str, Any], card: Callable[..., str]) -> None:
+    record = {"schema_version": SCHEMA_VERSION, **record, "sha256": weights_sha256(partial)}
+    (partial / CARD).write_text(card(record), encoding="utf-8")
+    (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Fill a folder under another name, flush it to disk, and rename it: it is there whole or not at all.
+
+    Raises:
+        AdapterError: the folder is there already, or cannot be written.
+    """
+    if folder.exists():
+        raise AdapterError(f"{folder}: is there already; wanted a new folder. Nothing was overwritten.")
+    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    try:
+        partial.mkdir(parents=True)
+        fill(partial)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+        partial.rename(folder)
+    except (OSError, SafetensorError) as error:
+        raise AdapterError(f"{folder}: cannot be written ({error}); nothing was left under that name.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return folder
+
+
+def _local(folder: str | Path) -> Path:
+    if Path(folder).is_dir():
+        return Path(folder)
+    try:
+        return Path(snapshot_download(str(folder)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise AdapterError(f"{folder}: neither a folder nor a Hub repository that can be reached. ({error})") from error

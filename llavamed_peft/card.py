@@ -1,0 +1,102 @@
+"""The Hub card of a stage: what it is, how it was made, how to load it with stock PEFT alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import yaml
+
+_NOTICE = """\
+For research only; not for clinical use. The adapter inherits the licence and the terms of its base model and of the data it was
+trained on. LLaVA-Med's own data are CC BY-NC 4.0.
+"""
+
+_LOAD_ADAPTER = """\
+```python
+from peft import PeftModel
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+base = AutoModelForImageTextToText.from_pretrained("{base}")
+model = PeftModel.from_pretrained(base, "{folder}")
+processor = AutoProcessor.from_pretrained("{folder}")
+```
+"""
+
+_LOAD_CHECKPOINT = """\
+```python
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+model = AutoModelForImageTextToText.from_pretrained("{folder}")
+processor = AutoProcessor.from_pretrained("{folder}")
+```
+"""
+
+
+def write_card(record: dict[str, Any], base_name: str) -> str:
+    """The card of a stage's folder, as Markdown with the Hub's metadata in front.
+
+    Args:
+        record: the content of `stage.json`.
+        base_name: Hub id or plain name of the base; never a path.
+    """
+    stage, base, metrics = record["stage"], record["base"], record["metrics"]
+    is_adapter = record["kind"] == "adapter"
+    metadata: dict[str, Any] = {
+        "base_model": base_name,
+        "base_model_relation": "adapter" if is_adapter else "finetune",
+        "library_name": "peft" if is_adapter else "transformers",
+        "pipeline_tag": "image-text-to-text",
+        "license": "other",
+        "license_name": "inherits-base-model-and-data",
+        "tags": ["llavamed-peft", "llava-med", "medical", f"stage:{stage['name']}", f"trains:{stage['trains']}"],
+        "datasets": [entry["file"] for entry in record["data"]],
+    }
+    losses = {
+        name: metrics[name] for name in ("eval_loss_before", "eval_loss_after", "loss_last") if metrics.get(name) is not None
+    }
+    if not base["id"]:
+        del metadata["base_model"]  # the Hub only knows ids; the text below names the base
+    identity = f"revision `{base['revision']}`" if base["id"] else f"content hash `{base['sha256']}`"
+    parent = record["parent"]
+    origin = f"stage `{parent['stage']}` (`{parent['sha256'][:12]}…`)" if parent else "the base itself"
+    folder = stage["name"]
+    lines = [
+        "---",
+        yaml.safe_dump(metadata, sort_keys=False).rstrip(),
+        "---",
+        "",
+        f"# {base_name}, stage {stage['name']}",
+        "",
+        f"One stage of the LLaVA-Med curriculum (arXiv:2306.00890), trained with `llavamed-peft` "
+        f"{record['versions']['llavamed-peft']}: `trains={stage['trains']}`, continuing {origin}.",
+        "",
+        f"Base: `{base_name}`, {identity}.",
+        "",
+        "## Load it",
+        "",
+        (_LOAD_ADAPTER if is_adapter else _LOAD_CHECKPOINT).format(base=base_name, folder=folder),
+        "The processor carries the chat template and the image padding it was trained with.",
+        "",
+        "## Data",
+        "",
+        "| file | sha256 | rows | used | rejected | failed |",
+        "|---|---|---|---|---|---|",
+        *(
+            f"| {entry['file']} | `{entry['sha256'][:12]}…` | {entry['rows']} | {entry['used']} | "
+            f"{sum(entry['rejected'].values())} | {entry['failed']} |"
+            for entry in record["data"]
+        ),
+        "",
+        "## Numbers",
+        "",
+        *(f"- {name}: {value:.4f}" for name, value in losses.items()),
+        f"- {metrics['steps']} steps, {metrics['conversations']} conversations, {metrics['supervised_tokens']} supervised "
+        f"tokens, {metrics['seconds']} s on {record['device']}",
+        "",
+        "Losses are means over supervised tokens. `stage.json` holds the schedule, versions and lineage.",
+        "",
+        "## Licence and use",
+        "",
+        _NOTICE,
+    ]
+    return "\n".join(lines)

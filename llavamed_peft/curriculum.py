@@ -1,0 +1,372 @@
+"""`curriculum_finetune`: a checkpoint and some data, stage after stage, one adapter folder each."""
+
+from __future__ import annotations
+
+import functools
+import os
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from transformers import PreTrainedModel, ProcessorMixin, set_seed
+
+from . import __version__
+from .adapters import (
+    StageAdapter,
+    base_record,
+    check_arrived,
+    check_fits,
+    public_name,
+    warn_of_another_base,
+    write_adapter,
+    write_checkpoint,
+)
+from .card import write_card
+from .datasets.rejects import RejectLog
+from .datasets.sources import Data, open_sources
+from .errors import ConfigError, TrainingError, did_you_mean
+from .modeling.load import Quantization, load_checkpoint, read_config, resolve_dtype
+from .modeling.parts import NO_TARGET, adapter_config, attach, load_tensors, set_dtypes, unfreeze_full
+from .modeling.processor import load_processor, make_stage_processor
+from .packing.collator import LAYOUTS, PackedCollator
+from .packing.index import Index, build_index
+from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, stage_table
+from .stages import LLAVA_MED, Curriculum, LoraSpec, Stage
+from .training import Computing, Trained, train_stage
+
+REJECTED = "rejected.jsonl"
+_LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "safetensors")
+
+
+def curriculum_finetune(
+    model: str | Path,
+    data: Mapping[str, Data],
+    output_dir: str | Path,
+    *,
+    image_folder: str | Path | Mapping[str, str | Path] | None = None,
+    curriculum: Curriculum = LLAVA_MED,
+    eval_data: Mapping[str, Data] | None = None,
+    quantization: Quantization = None,
+    start_from: StageAdapter | str | Path | None = None,
+    dtype: str | torch.dtype | None = None,
+    layout: str = "padded",
+    max_row_tokens: int | None = None,
+    max_rejected: float = 0.05,
+    eval_steps: int | None = None,
+    workers: int | None = None,
+    report_to: str | list[str] = "none",
+    gradient_checkpointing: bool | None = None,
+) -> dict[str, StageAdapter]:
+    """Take a LLaVA checkpoint through a curriculum; every stage leaves a self-contained folder in `output_dir`.
+
+    Args:
+        model: Hub id or folder of any LLaVA checkpoint (LLaVA, LLaVA-NeXT, ViP-LLaVA, LLaVA-OneVision).
+        data: stage name → a LLaVA JSON file, several, or `Conversation` and `Question` values. Every stage has an entry.
+        output_dir: holds `<stage>/` for each stage; beside them `metrics.jsonl`, `rejected.jsonl`, `loss.png`, `stages.md`.
+        image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data file's own.
+        curriculum: what to train, how. Default: the paper's stages, the later two as LoRA.
+        eval_data: as `data`; stages with an entry report the held-out loss before, during and after.
+        quantization: `"nf4"` trains over a 4-bit language model; not for `full` stages.
+        start_from: a finished stage to begin behind: a folder, a `StageAdapter`, or a Hub repository.
+        dtype: of frozen weights and autocast; `None`: bfloat16 on CUDA, float32 on a CPU. Trainable tensors are float32.
+        layout: how conversations are laid out in device batches: `"padded"`.
+        max_row_tokens: bound of a device batch (rows × longest); `None` chooses by device.
+        max_rejected: share of unusable rows above which a data set is refused as a whole.
+        eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
+        workers: processes that decode images ahead; `None`: none on a CPU, where they would take the model's cores.
+        report_to: further trackers, such as `"tensorboard"` or `"trackio"`.
+        gradient_checkpointing: `None`: on for CUDA, off for a CPU.
+
+    Returns:
+        Stage name → `StageAdapter`, in order.
+
+    Raises:
+        ConfigError: arguments that do not fit together; nothing was done.
+        CheckpointError, DataError, AdapterError: the base, the data or `start_from` cannot be used; the message says why.
+        TrainingError: a stage cannot begin or go on. Finished stages stay.
+
+    Example:
+        >>> adapters = curriculum_finetune(
+        ...     "llava-hf/llava-1.5-7b-hf",
+        ...     data={"align": "pmc_align.json", "instruct": "instruct_60k.json", "vqa": "vqa_rad/train.json"},
+        ...     output_dir="runs/llava-med",
+        ...     image_folder="images/",
+        ...     quantization="nf4",
+        ... )  # doctest: +SKIP
+    """
+    eval_data = dict(eval_data or {})
+    _check_names(curriculum, data, eval_data, image_folder)
+    if not 0 <= max_rejected <= 1:
+        raise ConfigError(f"max_rejected is {max_rejected!r}; wanted a share between 0 and 1.")
+    parent = start_from if isinstance(start_from, StageAdapter) or start_from is None else StageAdapter.load(start_from)
+    _check_lineage(curriculum, parent, quantization)
+    computing = _computing(dtype, layout, max_row_tokens, gradient_checkpointing, workers, eval_steps, report_to)
+    config = read_config(model)
+    lineage = Lineage(str(model), base_record(model, config)).behind(parent)
+    processor = load_processor(model if parent is None else parent.path, config)
+    run = Run(
+        Path(output_dir), curriculum, quantization, computing, make_stage_processor(processor, curriculum.image_aspect_ratio)
+    )
+    run.claim()
+    with RejectLog(run.folder / REJECTED) as rejects:
+        indexes = {
+            stage.name: [
+                None if given is None else run.index(stage, given, _folder_of(image_folder, stage), rejects, max_rejected, use)
+                for use, given in (("train", data[stage.name]), ("eval", eval_data.get(stage.name)))
+            ]
+            for stage in curriculum.stages
+        }
+        adapters: dict[str, StageAdapter] = {}
+        for stage in curriculum.stages:
+            train_index, eval_index = indexes[stage.name]
+            assert train_index is not None
+            adapters[stage.name] = run.stage(stage, lineage, train_index, eval_index)
+            for index in (train_index, eval_index):
+                if index is not None:
+                    index.report_failures(rejects)
+            lineage = lineage.behind(adapters[stage.name])
+            run.report(list(adapters.values()))
+    return adapters
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where a stage begins: the checkpoint its tensors sit on, and the adapter they continue.
+
+    Args:
+        base: Hub id or folder of that checkpoint.
+        record: what identifies it, for `stage.json`.
+        parent: the stage before, an adapter or a checkpoint.
+    """
+
+    base: str
+    record: dict[str, Any]
+    parent: StageAdapter | None = None
+
+    def behind(self, stage: StageAdapter | None) -> Lineage:
+        """The lineage behind a finished stage; a full stage's checkpoint is the base of what follows it."""
+        if stage is None:
+            return self
+        if stage.is_checkpoint:
+            return Lineage(str(stage.path), base_record(stage.path, read_config(stage.path)), stage)
+        return replace(self, parent=stage)
+
+    @property
+    def adapter(self) -> StageAdapter | None:
+        """The parent, where its tensors are not in the base already."""
+        return None if self.parent is None or self.parent.is_checkpoint else self.parent
+
+
+@dataclass(slots=True)
+class Run:
+    """What the stages of one call share.
+
+    Args:
+        folder: the call's `output_dir`.
+        computing: how stages are computed.
+        processor: every stage's: the base's, with what training adds.
+        history: the records of the stages so far.
+    """
+
+    folder: Path
+    curriculum: Curriculum
+    quantization: Quantization
+    computing: Computing
+    processor: ProcessorMixin
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    def claim(self) -> None:
+        """Make the run's folder, which must not hold one of its stages yet.
+
+        Raises:
+            TrainingError: it does, or cannot be made.
+        """
+        there = [stage.name for stage in self.curriculum.stages if (self.folder / stage.name).exists()]
+        if there:
+            raise TrainingError(
+                f"{self.folder}: holds {', '.join(there)} already; wanted a folder without these stages. Choose another "
+                "output_dir, or go on behind a finished stage with start_from= and a curriculum of the stages that are left."
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / METRICS).write_text("", encoding="utf-8")
+        except OSError as error:
+            raise TrainingError(f"{self.folder}: cannot be written ({error}); wanted a folder to write to.") from error
+
+    def index(
+        self, stage: Stage, data: Data, image_folder: str | Path | None, rejects: RejectLog, max_rejected: float, use: str
+    ) -> Index:
+        """Check a stage's training or held-out data and keep what was found beside the run."""
+        sources = open_sources(data, image_folder, f"{'eval_data' if use == 'eval' else 'data'}[{stage.name!r}]")
+        collator = PackedCollator(self.processor, stage.schedule.max_length)
+        return build_index(sources, collator, self.folder / "index" / f"{stage.name}-{use}.arrow", rejects, max_rejected)
+
+    def stage(self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None) -> StageAdapter:
+        """Train one stage behind its lineage and write its folder."""
+        model, _ = load_checkpoint(lineage.base, self.quantization)  # in the stored dtype: what trains begins unrounded
+        set_seed(self.curriculum.seed)
+        if stage.trains == "full":
+            config, model = None, _full_model(model, lineage)
+        else:
+            config = adapter_config(model, stage.lora or _carried_lora(lineage.adapter), public_name(lineage.record))
+            model = attach(model, config, stage.trains)
+        set_dtypes(model, self.computing.dtype)
+        if config is not None and lineage.adapter is not None:
+            warn_of_another_base(lineage.record, lineage.adapter)
+            load_tensors(model, lineage.adapter.tensors())
+        trained = train_stage(
+            model,
+            self.processor,
+            stage,
+            train_index,
+            eval_index,
+            self.computing,
+            self.curriculum.seed,
+            self.folder / "logs" / stage.name,
+            RunLog(self.folder),
+        )
+        self.history += trained.history
+        record = self._record(stage, lineage, train_index, eval_index, trained)
+        card = functools.partial(write_card, base_name=public_name(lineage.record))
+        folder = self.folder / stage.name
+        if config is None:
+            return write_checkpoint(folder, lineage.base, trained.tensors, self.processor, record, card)
+        return write_adapter(folder, trained.tensors, config, self.processor, record, card)
+
+    def report(self, adapters: Sequence[StageAdapter]) -> None:
+        """The table and the loss curves of the stages so far."""
+        (self.folder / TABLE).write_text(stage_table([adapter.record for adapter in adapters]), encoding="utf-8")
+        draw_losses(self.history, self.folder / CURVE)
+
+    def _record(
+        self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None, trained: Trained
+    ) -> dict[str, Any]:
+        parent = lineage.parent
+        computing = asdict(self.computing)
+        return {
+            "stage": stage.to_dict(),
+            "image_aspect_ratio": self.curriculum.image_aspect_ratio,
+            "seed": self.curriculum.seed,
+            "base": lineage.record,
+            "parent": None if parent is None else {"stage": parent.stage.name, "sha256": parent.record["sha256"]},
+            "data": train_index.account(),
+            "eval_data": [] if eval_index is None else eval_index.account(),
+            "metrics": trained.metrics,
+            "computing": {
+                **computing,
+                "dtype": str(self.computing.dtype).removeprefix("torch."),
+                "quantization": self.quantization,
+            },
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+            "processes": int(os.environ.get("WORLD_SIZE", "1")),
+            "versions": _versions(),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        }
+
+
+def _full_model(model: PreTrainedModel, lineage: Lineage) -> torch.nn.Module:
+    """The bare model with everything the scope trains in fp32, and the parent's adapter merged into it there."""
+    set_dtypes(unfreeze_full(model), model.dtype)
+    if lineage.adapter is None:
+        return model
+    check_fits(model, lineage.adapter)
+    warn_of_another_base(lineage.record, lineage.adapter)
+    peft_model = PeftModel.from_pretrained(model, str(lineage.adapter.path))
+    check_arrived(peft_model, lineage.adapter)
+    return unfreeze_full(peft_model.merge_and_unload())
+
+
+def _carried_lora(parent: StageAdapter | None) -> LoraSpec | None:
+    """The LoRA that a projector stage carries, frozen and without dropout, from the stage before it."""
+    config = None if parent is None else parent.peft_config()
+    if config is None or config.target_modules == NO_TARGET or config.target_modules == {NO_TARGET}:
+        return None
+    return LoraSpec(rank=config.r, alpha=config.lora_alpha, dropout=0.0)
+
+
+def _check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Mapping[str, Data], image_folder: Any) -> None:
+    names = [stage.name for stage in curriculum.stages]
+    per_stage = {"data": data, "eval_data": eval_data}
+    if isinstance(image_folder, Mapping):
+        per_stage["image_folder"] = image_folder
+    for argument, given in per_stage.items():
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{argument} is {given!r}; wanted a dictionary of stage name → data.")
+        for name in given:
+            if name not in names:
+                raise ConfigError(
+                    f"{argument} has the key {name!r}, which is no stage of the curriculum.{did_you_mean(name, names)}"
+                )
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ConfigError(
+            f"data has nothing for stage {missing[0]!r}; wanted an entry for each of {', '.join(names)}. To train fewer "
+            f"stages, give a curriculum of them: Curriculum(stages=(LLAVA_MED[{missing[0]!r}],))."
+        )
+
+
+def _check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantization: Quantization) -> None:
+    for stage in curriculum.stages:
+        if stage.trains == "full" and quantization is not None:
+            raise ConfigError(
+                f"Stage {stage.name!r} trains 'full' and quantization is {quantization!r}; wanted None, since 4-bit weights "
+                "cannot be trained. Use trains='lora'."
+            )
+    carried = None if parent is None or parent.is_checkpoint else _carried_lora(parent)
+    for stage in curriculum.stages:
+        if stage.trains == "full":
+            return
+        if carried and stage.lora and (stage.lora.rank, stage.lora.alpha) != (carried.rank, carried.alpha):
+            raise ConfigError(
+                f"Stage {stage.name!r} has LoRA rank {stage.lora.rank} and alpha {stage.lora.alpha:g}, start_from rank "
+                f"{carried.rank} and alpha {carried.alpha:g}; wanted equal numbers, since the stage continues its tensors."
+            )
+
+
+def _computing(
+    dtype: str | torch.dtype | None,
+    layout: str,
+    max_row_tokens: int | None,
+    gradient_checkpointing: bool | None,
+    workers: int | None,
+    eval_steps: int | None,
+    report_to: str | list[str],
+) -> Computing:
+    on_gpu = torch.cuda.is_available()
+    for name, number, least in (("max_row_tokens", max_row_tokens, 1), ("workers", workers, 0), ("eval_steps", eval_steps, 1)):
+        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
+            raise ConfigError(f"{name} is {number!r}; wanted None or a whole number of at least {least}.")
+    if layout not in LAYOUTS:
+        raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
+    compute_dtype = resolve_dtype(dtype) or (torch.bfloat16 if on_gpu else torch.float32)
+    if compute_dtype not in (torch.bfloat16, torch.float32):
+        raise ConfigError(f"dtype is {dtype!r}; training computes in 'bfloat16' or 'float32' (float16 would need loss scaling).")
+    return Computing(
+        dtype=compute_dtype,
+        layout=layout,
+        max_row_tokens=max_row_tokens or (16384 if on_gpu else 4096),
+        gradient_checkpointing=on_gpu if gradient_checkpointing is None else gradient_checkpointing,
+        workers=(min(8, os.cpu_count() or 1) if on_gpu else 0) if workers is None else workers,
+        eval_steps=eval_steps,
+        report_to=report_to,
+    )
+
+
+def _folder_of(image_folder: str | Path | Mapping[str, str | Path] | None, stage: Stage) -> str | Path | None:
+    return image_folder.get(stage.name) if isinstance(image_folder, Mapping) else image_folder
+
+
+def _versions() -> dict[str, str | None]:
+    versions: dict[str, str | None] = {"llavamed-peft": __version__, "python": platform.python_version()}
+    for name in _LIBRARIES:
+        try:
+            versions[name] = version(name)
+        except PackageNotFoundError:
+            versions[name] = None
+    return versions

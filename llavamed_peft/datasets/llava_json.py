@@ -1,0 +1,113 @@
+"""LLaVA's own JSON: `{"id", "image", "conversations": [{"from": "human"|"gpt", "value": "…<image>…"}]}` becomes `Conversation`s.
+
+Reads an array or JSON lines, as a stream. What published files are known to do is allowed: the key `"conversatons"`, values
+that are numbers, rows without an image, `<image>` before or behind the question or in a later turn, several images (a list
+under `image` or `images`), ids that are numbers, missing, or stand twice. What would have to be guessed is rejected with a
+reason: above all, an image whose row has no `<image>` for it is not put anywhere, since which turn shows it is what is learnt.
+
+Left out: other keys of a row (`domain`, …), and decoding the images; that a row's image files exist is checked.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from ..conversations import IMAGE_MARKER, Conversation, Role, Turn
+from .image_folder import ImageFolder
+from .json_rows import json_kind, json_rows, row_id, text_of
+from .rejects import BadRow, Rejects, refuse
+
+WANTED = "LLaVA JSON: an array of rows, or one row a line, in UTF-8"
+
+_TURN_KEYS = ("conversations", "conversatons")  # the second is a misspelling in released files of LLaVA-Med
+_IMAGE_KEYS = ("image", "images")
+_ROW_KEYS = ("id", *_IMAGE_KEYS, *_TURN_KEYS)
+_SPEAKERS: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+
+
+def read(
+    path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None, rejects: Rejects | None = None
+) -> Iterator[Conversation]:
+    """Yield the conversations of a LLaVA JSON file in its order, one at a time.
+
+    Args:
+        path: the file. Nothing is read before the first conversation is asked for.
+        image_folder: where the rows' image paths start; `None` means the folder of the file.
+        rejects: takes the rows that cannot be used (`rejects.Reason` names the reasons); with `None` the first one raises.
+
+    Returns:
+        A generator. A conversation's `id` is the row's, `"row 17"` where it has none; `images` are paths ready to open;
+        `source` is `"file.json:17"`, the row counted from 1 (in JSON lines: the line).
+
+    Raises:
+        DataError: the file cannot be used, or a row cannot and `rejects` is `None`.
+    """
+    folder: ImageFolder | None = None if image_folder is None else ImageFolder(image_folder)
+    basename = os.path.basename(os.fspath(path))
+    for number, row in json_rows(path, _ROW_KEYS, WANTED, rejects):
+        folder = folder or ImageFolder.beside(path)
+        id = row_id(row, "id", number)
+        try:
+            turns = _turns(row)
+            images = _images(row, sum(turn.image_count for turn in turns), folder)
+        except BadRow as fault:
+            refuse(rejects, path, number, id, fault)
+        else:
+            yield Conversation(id, turns, images, f"{basename}:{number}")
+
+
+def _turns(row: Any) -> tuple[Turn, ...]:
+    if not isinstance(row, dict):
+        raise BadRow("malformed row", f"the row is {json_kind(row)}; wanted an object with 'conversations'.")
+    key = next((key for key in _TURN_KEYS if key in row), None)
+    if key is None:
+        raise BadRow("malformed row", "the row has no 'conversations'; wanted a list of turns.")
+    said = row[key]
+    if not isinstance(said, list) or not said:
+        came = "an empty list" if said == [] else json_kind(said)
+        raise BadRow("malformed row", f"{key!r} is {came}; wanted a list of turns.")
+    turns = tuple(_turn(turn, position) for position, turn in enumerate(said, 1))
+    if len(turns) % 2:
+        raise BadRow("last turn is a question", f"turn {len(turns)}, the last, is the human's; wanted an answer to it.")
+    return turns
+
+
+def _turn(turn: Any, position: int) -> Turn:
+    if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
+        came = f"has the keys {', '.join(map(repr, turn)) or 'none'}" if isinstance(turn, dict) else f"is {json_kind(turn)}"
+        raise BadRow("malformed row", f"turn {position} {came}; wanted an object with 'from' and 'value'.")
+    speaker = turn["from"]
+    role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
+    if role is None:
+        raise BadRow("unknown speaker", f"turn {position} is from {speaker!r}; wanted one of {', '.join(_SPEAKERS)}.")
+    if role != ("user" if position % 2 else "assistant"):
+        wanted = "human" if position % 2 else "gpt"
+        raise BadRow(
+            "turns do not alternate", f"turn {position} is from {speaker!r}; wanted {wanted!r} (human first, then in turn)."
+        )
+    text = text_of(turn["value"], f"the value of turn {position}")
+    if not text.strip():
+        if role == "user":
+            raise BadRow("empty question", f"turn {position} is an empty question; wanted words, or {IMAGE_MARKER} at least.")
+        raise BadRow("empty answer", f"turn {position} is an empty answer; wanted words.")
+    if role == "assistant" and IMAGE_MARKER in text:
+        raise BadRow("marker in an answer", f"turn {position} is an answer with {IMAGE_MARKER}; wanted images in questions only.")
+    return Turn(role, text)
+
+
+def _images(row: dict[str, Any], markers: int, folder: ImageFolder) -> tuple[str, ...]:
+    """The row's images as paths, one for each marker; null, an empty string and an empty list mean that there are none."""
+    given = [row[key] for key in _IMAGE_KEYS if row.get(key) not in (None, "", [])]
+    if len(given) > 1:
+        raise BadRow("malformed row", "the row has both 'image' and 'images'; wanted one of them.")
+    names = given[0] if given else []
+    if isinstance(names, str):
+        names = [names]
+    if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
+        raise BadRow("malformed row", f"the row's image is {names!r}; wanted a path or a list of paths.")
+    if len(names) != markers:
+        detail = f"the turns hold {markers} {IMAGE_MARKER} marker(s) and the row has {len(names)} image(s); wanted equal numbers."
+        raise BadRow("image count differs from marker count", detail)
+    return tuple(folder.path(name) for name in names)

@@ -1,0 +1,83 @@
+"""What may be given as a stage's data, and where it comes from: files, or values in memory.
+
+A source knows its name and content hash and reads its conversations one by one; `packing/index.py` decides which of them fit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..conversations import Conversation, Question
+from ..errors import ConfigError, DataError
+from ..hashing import file_sha256
+from . import llava_json
+
+Data = str | Path | Sequence[str | Path] | Iterable[Conversation | Question]
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """One file, or some values in memory.
+
+    Args:
+        name: of the file, without its folder.
+        path: of the file, for `rejected.jsonl`.
+        sha256: of its content.
+        read: takes the log of rejected rows, yields conversations.
+    """
+
+    name: str
+    path: str
+    sha256: str
+    read: Callable[[Any], Iterator[Conversation]]
+
+
+def open_sources(data: Data, image_folder: str | Path | None, where: str) -> list[Source]:
+    """The sources of one stage's data.
+
+    Args:
+        data: a LLaVA JSON file, several, or any iterable of `Conversation` and `Question`.
+        image_folder: that the files' image paths are relative to; `None` means each file's own folder.
+        where: which entry of `data` this is, for errors.
+
+    Raises:
+        ConfigError: another kind of value.
+        DataError: a file is not there.
+    """
+    if isinstance(data, (str, Path)):
+        data = [data]
+    if not isinstance(data, Iterable):
+        raise ConfigError(f"{where} is {data!r}; wanted a file, a list of files, or Conversation and Question values.")
+    items = list(data)
+    if not items:
+        raise ConfigError(f"{where} is empty; wanted a file, a list of files, or Conversation and Question values.")
+    if all(isinstance(item, (str, Path)) for item in items):
+        return [_file(Path(item), image_folder) for item in items if isinstance(item, (str, Path))]
+    values = [item for item in items if isinstance(item, (Conversation, Question))]
+    if len(values) < len(items):
+        other = next(item for item in items if not isinstance(item, (Conversation, Question)))
+        raise ConfigError(f"{where} holds a {type(other).__name__}; wanted only Conversation and Question values, or only files.")
+    return [_in_memory(values)]
+
+
+def _file(path: Path, image_folder: str | Path | None) -> Source:
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; wanted a LLaVA JSON file.")
+    return Source(path.name, str(path), file_sha256(path), lambda rejects: llava_json.read(path, image_folder, rejects))
+
+
+def _in_memory(values: Sequence[Conversation | Question]) -> Source:
+    digest = hashlib.sha256()
+    for value in values:
+        digest.update(repr(value).encode())
+
+    def read(rejects: Any) -> Iterator[Conversation]:
+        for row, value in enumerate(values, start=1):
+            conversation = value.conversation() if isinstance(value, Question) else value
+            yield Conversation(conversation.id, conversation.turns, conversation.images, f"in memory:{row}")
+
+    return Source("in memory", "in memory", digest.hexdigest(), read)

@@ -1,0 +1,191 @@
+"""Which parts of a LLaVA model a stage trains, proven name by name.
+
+All four classes name their parts alike: vision tower, projector, language model, `lm_head`. A stage's scope becomes a set of
+parameter names, adapters are attached by stock PEFT, and the set that requires grad must be that set. LLaVA-NeXT's and
+OneVision's `image_newline` is a bare parameter, which stock PEFT cannot carry in an adapter: it stays frozen in every scope.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from transformers import PreTrainedModel
+
+from ..errors import AdapterError, TrainingError
+from ..stages import LoraSpec, Scope
+
+TOWER, PROJECTOR, LANGUAGE, HEAD = "model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"
+# Matches no module. PEFT has no documented way to say "modules_to_save only"; a test pins that this one works.
+NO_TARGET = "dummy-target-modules"
+
+Tensors = dict[str, torch.Tensor]
+
+
+def adapter_config(model: PreTrainedModel, lora: LoraSpec | None, base_name: str) -> LoraConfig:
+    """The stock PEFT configuration of a stage: the projector in full and, if given, LoRA on every linear of the language model.
+
+    Args:
+        model: the bare model; its linears are read off it, so that any language model works.
+        lora: rank, alpha and dropout, or `None` for the projector alone.
+        base_name: what the adapter says its base is; a Hub id or a plain name, never a path.
+    """
+    shared: dict[str, Any] = {"modules_to_save": [PROJECTOR.split(".")[-1]], "base_model_name_or_path": base_name}
+    if lora is None:
+        return LoraConfig(target_modules=NO_TARGET, **shared)
+    kinds = sorted({name.rsplit(".", 1)[1] for name in language_linears(model)})
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=rf"{re.escape(LANGUAGE)}\..*\.({'|'.join(kinds)})",
+        **shared,
+    )
+
+
+def language_linears(model: PreTrainedModel) -> list[str]:
+    """Names of the language model's linear layers, 4-bit ones included; `lm_head` is not one of them."""
+    return [
+        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name.startswith(LANGUAGE + ".")
+    ]
+
+
+def attach(model: PreTrainedModel, config: LoraConfig, trains: Scope) -> PeftModel:
+    """Put a fresh adapter on the model in which exactly the scope's parameters require grad.
+
+    Raises:
+        TrainingError: they do not; the message names the difference.
+    """
+    wanted = _trainable_names(model, trains)
+    peft_model = get_peft_model(model, config)
+    if trains == "projector":
+        for name, parameter in peft_model.named_parameters():
+            if ".lora_" in name:
+                parameter.requires_grad_(False)
+    check_trainable(peft_model, wanted)
+    return peft_model
+
+
+def unfreeze_full(model: PreTrainedModel) -> PreTrainedModel:
+    """Make projector, language model and `lm_head` trainable in place, and nothing else.
+
+    Raises:
+        TrainingError: something else requires grad afterwards.
+    """
+    wanted = _trainable_names(model, "full")
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in wanted)
+    check_trainable(model, wanted)
+    return model
+
+
+def check_trainable(model: torch.nn.Module, wanted: set[str]) -> None:
+    """Compare what requires grad with what should, name by name.
+
+    Raises:
+        TrainingError: the sets differ; the message names up to three of each side.
+    """
+    actual = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    if actual != wanted:
+        extra, lacking = sorted(actual - wanted), sorted(wanted - actual)
+        raise TrainingError(
+            f"{len(extra)} parameter(s) would train that should not ({', '.join(extra[:3]) or 'none'}), and {len(lacking)} "
+            f"would not that should ({', '.join(lacking[:3]) or 'none'}). "
+            "The checkpoint's modules are named otherwise than its class's."
+        )
+
+
+def _trainable_names(model: PreTrainedModel, trains: Scope) -> set[str]:
+    parameters = [name for name, _ in model.named_parameters()]
+    projector = {name for name in parameters if name.startswith(PROJECTOR + ".")}
+    if trains == "full":
+        return projector | {name for name in parameters if name.startswith((LANGUAGE + ".", HEAD + "."))}
+    in_peft = {f"base_model.model.{PROJECTOR}.modules_to_save.default{name[len(PROJECTOR) :]}" for name in projector}
+    if trains == "projector":
+        return in_peft
+    linears = language_linears(model)
+    return in_peft | {f"base_model.model.{name}.lora_{side}.default.weight" for name in linears for side in "AB"}
+
+
+def freeze_tower(model: torch.nn.Module) -> None:
+    """Run the vision tower without a graph and always in eval mode, whatever mode the model is put in.
+
+    Its parameters never require grad, but gradient checkpointing asks for gradients of every embedding's output, the tower's
+    too, and would carry them through it.
+    """
+    tower = bare(model).model.vision_tower
+    tower.eval()
+    tower.train = functools.partial(_stay_in_eval, tower)
+    tower.forward = torch.no_grad()(tower.forward)
+
+
+def _stay_in_eval(tower: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
+    return tower
+
+
+def bare(model: torch.nn.Module) -> PreTrainedModel:
+    """The LLaVA model inside a PEFT model, or the model itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def set_dtypes(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
+    """Trainable tensors in fp32, the frozen rest in the compute dtype; 4-bit weights stay as they are.
+
+    At rates of 2e-5 a bf16 weight can stand still: its steps are smaller than its last place.
+    """
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
+
+
+def trainable_tensors(model: torch.nn.Module) -> Tensors:
+    """What a stage leaves, whole, on the CPU: an adapter's tensors under PEFT's names, or a full stage's trained weights.
+
+    A frozen LoRA that a projector stage carries is part of it. Every writer and reader of stages goes through this mapping.
+    """
+    if isinstance(model, PeftModel):
+        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
+    else:
+        tensors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+
+
+def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """The inverse of `trainable_tensors`: every tensor must find its place. A parent's may be fewer than the model's.
+
+    Raises:
+        AdapterError: a tensor has no place in the model, or another shape than its place.
+    """
+    if isinstance(model, PeftModel):
+        places = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+    else:
+        places = {name: parameter.shape for name, parameter in model.named_parameters()}
+    check_places({name: tensor.shape for name, tensor in tensors.items()}, places, "the model")
+    if isinstance(model, PeftModel):
+        set_peft_model_state_dict(model, dict(tensors))
+    else:
+        model.load_state_dict(dict(tensors), strict=False)
+
+
+def check_places(tensors: Mapping[str, torch.Size], places: Mapping[str, torch.Size], model_name: str) -> None:
+    """Each tensor has a place of its name and shape.
+
+    Raises:
+        AdapterError: one has not; the message says which, and both shapes.
+    """
+    homeless = sorted(name for name in tensors if name not in places)
+    misfits = sorted(name for name in tensors if name in places and tuple(tensors[name]) != tuple(places[name]))
+    if homeless or misfits:
+        example = (
+            f"{misfits[0]} is {tuple(tensors[misfits[0]])} in the file and {tuple(places[misfits[0]])} in the model"
+            if misfits
+            else f"{homeless[0]} is in the file and not in the model"
+        )
+        raise AdapterError(
+            f"{len(homeless) + len(misfits)} of {len(tensors)} tensors do not fit {model_name}: {example}. "
+            "It was trained on another architecture; load it on the base that its stage.json names."
+        )

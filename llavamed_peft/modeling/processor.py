@@ -1,0 +1,131 @@
+"""The processor of a checkpoint: loaded, completed from the model's configuration, and made ready for a stage.
+
+Hub folders often lack what the processor needs to count image tokens; `load_processor` fills it in. `make_stage_processor` gives
+it what training adds: a chat template that can be trained on, and square padding where the checkpoint would crop. Both are saved
+with the stage, so that whoever loads it with stock `AutoProcessor` shows the model what it was trained on.
+"""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoImageProcessor,
+    AutoModel,
+    AutoProcessor,
+    AutoTokenizer,
+    LlavaOnevisionProcessor,
+    LlavaProcessor,
+    PreTrainedConfig,
+    ProcessorMixin,
+)
+from transformers.utils import is_torchvision_available
+
+from ..errors import CheckpointError
+from ..stages import AspectRatio
+from .templates import read_template
+
+if is_torchvision_available():
+    from transformers import LlavaImageProcessor
+else:
+    from transformers import LlavaImageProcessorPil as LlavaImageProcessor
+
+_IMAGE_SETTINGS = (
+    "size crop_size do_resize do_center_crop do_rescale do_normalize do_convert_rgb resample rescale_factor image_mean image_std"
+)
+
+
+def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMixin:
+    """The processor of a checkpoint or stage folder, completed from the model's configuration.
+
+    Raises:
+        CheckpointError: there is none, it has no image processor, or its image token is not the model's.
+    """
+    try:
+        if config.model_type == "llava_onevision" and not is_torchvision_available():
+            processor = _images_only_processor(str(folder))
+        else:
+            processor = AutoProcessor.from_pretrained(str(folder))
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise CheckpointError(
+            f"{folder}: no processor could be loaded; wanted tokenizer files and preprocessor_config.json. ({error})"
+        ) from error
+    tokenizer = getattr(processor, "tokenizer", None)
+    if tokenizer is None or getattr(processor, "image_processor", None) is None:
+        raise CheckpointError(
+            f"{folder}: the processor is a {type(processor).__name__} without "
+            f"{'a tokenizer' if tokenizer is None else 'an image processor'}; wanted both. Is preprocessor_config.json missing?"
+        )
+    if not tokenizer.is_fast:
+        raise CheckpointError(f"{folder}: the tokenizer is slow; wanted a fast one (tokenizer.json), which knows its offsets.")
+    if processor.image_token_id != config.image_token_id:
+        raise CheckpointError(
+            f"{folder}: the processor's image token {processor.image_token!r} has id {processor.image_token_id}, the model's "
+            f"image_token_id is {config.image_token_id}; wanted equal ids."
+        )
+    _complete_processor(processor, config)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    return processor
+
+
+class _ImagesOnly(LlavaOnevisionProcessor):
+    """OneVision's processor without its video part, which needs torchvision; nothing here shows a video.
+
+    The library reads a processor's parts off the arguments of `__init__`, so leaving one out there is all it takes.
+    """
+
+    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **settings: Any):
+        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **settings)
+
+
+_ImagesOnly.__name__ = LlavaOnevisionProcessor.__name__  # what save_pretrained writes as the class to load
+
+
+def _images_only_processor(folder: str) -> ProcessorMixin:
+    settings, _ = LlavaOnevisionProcessor.get_processor_dict(folder)
+    return _ImagesOnly(
+        AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), settings.get("chat_template")
+    )
+
+
+def _complete_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
+    """Fill what the processor needs to count image tokens from what the model does with an image."""
+    vision = config.vision_config
+    grid = (vision.image_size // vision.patch_size) ** 2
+    if hasattr(processor, "num_additional_image_tokens"):
+        with torch.device("meta"):
+            tower = AutoModel.from_config(vision)
+        positions = tower.embeddings.position_embedding.num_embeddings
+        processor.patch_size = vision.patch_size
+        processor.num_additional_image_tokens = positions - grid  # 1 with a CLS token, else 0
+    if hasattr(processor, "num_image_tokens"):
+        processor.num_image_tokens = grid
+        processor.vision_aspect_ratio = config.vision_aspect_ratio
+    # ViP-LLaVA has no such setting: it always drops the first token
+    processor.vision_feature_select_strategy = getattr(config, "vision_feature_select_strategy", "default")
+
+
+def make_stage_processor(processor: ProcessorMixin, image_aspect_ratio: AspectRatio) -> ProcessorMixin:
+    """A copy of the processor as a stage trains with it and saves it.
+
+    Args:
+        processor: of the base, or of an earlier stage; unchanged.
+        image_aspect_ratio: see `Curriculum`. `"pad"` acts on LLaVA and ViP-LLaVA, whose processors make one square of an image.
+
+    Raises:
+        CheckpointError: the chat template cannot be trained on.
+    """
+    processor = copy.deepcopy(processor)
+    processor.chat_template = read_template(processor).template
+    if image_aspect_ratio == "pad" and isinstance(processor, LlavaProcessor):
+        old = processor.image_processor
+        if not isinstance(old, LlavaImageProcessor):
+            settings = {name: getattr(old, name) for name in _IMAGE_SETTINGS.split() if getattr(old, name, None) is not None}
+            processor.image_processor = LlavaImageProcessor(**settings)
+            processor.image_processor.do_center_crop = bool(settings.get("do_center_crop"))
+        processor.image_processor.do_pad = True
+    return processor

@@ -1,0 +1,198 @@
+"""How a checkpoint is spoken to: its chat template, read by rendering, and completed where it cannot be trained on.
+
+A template is a program; what it does is found out by running it on probes, never from its text or the model's name. Two things
+are needed of it for training. The text before an answer must be what the template yields as generation prompt, since that is
+what the model will see when it is asked; LLaVA-OneVision's own template writes assistant turns differently. And an answer must
+end in a stop token; LLaVA-1.5's template ends it with a blank. `read_template` finds both out. `ChatFormat.pieces` writes a
+conversation so that both hold, and `ChatFormat.template` is a template that yields the same text with the stock
+`apply_chat_template`: the checkpoint's own where that already does it, else the checkpoint's own wrapped in a few lines.
+Tokens are `packing/`'s business.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import ProcessorMixin
+
+from ..conversations import IMAGE_MARKER, Turn
+from ..errors import CheckpointError
+
+Message = dict[str, Any]
+
+_QUESTION, _ANSWER = "Qz1 what is seen?", "Az1 a probe"
+_GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
+
+# Runs the checkpoint's own template on the messages up to each answer, as generation prompt, and writes the answer behind it.
+_WRAPPER = """\
+{%- macro checkpoint_template(messages, add_generation_prompt) %}
+@ORIGINAL@{% endmacro -%}
+{%- set seen = namespace(characters=0) -%}
+{%- for message in messages -%}
+{%- if message['role'] == 'assistant' -%}
+{{- checkpoint_template(messages[:loop.index0], true)[seen.characters:] -}}
+{%- generation -%}
+{{- @LEAD@ -}}
+{%- if message['content'] is string -%}{{- message['content'] -}}
+{%- else -%}{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}{%- endif -%}
+{{- @STOP@ -}}
+{%- endgeneration -%}
+{{- @TAIL@ -}}
+{%- set seen.characters = checkpoint_template(messages[:loop.index], false)|length -%}
+{%- endif -%}
+{%- endfor -%}
+{{- checkpoint_template(messages, add_generation_prompt|default(false))[seen.characters:] -}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A stretch of a conversation's text, and whether the model learns to write it."""
+
+    text: str
+    supervised: bool
+
+
+@dataclass(frozen=True, slots=True)
+class ChatFormat:
+    """What a checkpoint's chat template does around an answer.
+
+    Args:
+        original: the checkpoint's own template.
+        lead: what stands between the generation prompt and the answer's first word (LLaVA-1.5: a blank).
+        stop: what ends the answer, the stop token included; the model learns it.
+        tail: what the template writes behind the stop (ChatML: a line break).
+        plain: the template wants a message's content as a string with `<image>` in it, not as a list of parts.
+        template: a template whose rendering is the joined `pieces`, for the stage folder.
+    """
+
+    original: str
+    lead: str
+    stop: str
+    tail: str
+    plain: bool
+    template: str
+
+    def pieces(self, processor: ProcessorMixin, turns: Sequence[Turn]) -> list[Piece]:
+        """A conversation's turns as alternating prompts and answers, up to the last stop.
+
+        The prompt before the first answer is byte for byte the template's generation prompt.
+        """
+        messages = to_messages(turns, self.plain)
+        pieces: list[Piece] = []
+        written = 0
+        for position in range(1, len(messages), 2):
+            prompt = _render(processor, self.original, messages[:position], add_generation_prompt=True)
+            pieces.append(Piece((self.tail if pieces else "") + prompt[written:], supervised=False))
+            pieces.append(Piece(self.lead + turns[position].text + self.stop, supervised=True))
+            if position + 1 < len(messages):
+                written = len(_render(processor, self.original, messages[: position + 1]))
+        return pieces
+
+
+def to_messages(turns: Sequence[Turn], plain: bool = False) -> list[Message]:
+    """Turns as the messages that a chat template takes.
+
+    Markers before or behind a turn's words become images in front of them, and the template decides where they stand; markers
+    amid the words keep their place.
+    """
+    messages: list[Message] = []
+    for turn in turns:
+        words = [part.strip() for part in turn.text.split(IMAGE_MARKER)]
+        images: list[dict[str, str]] = [{"type": "image"}] * turn.image_count
+        if sum(map(bool, words)) <= 1:
+            content = [*images, *({"type": "text", "text": part} for part in words if part)]
+        else:
+            content = [{"type": "text", "text": words[0]}] if words[0] else []
+            for part in words[1:]:
+                content += [{"type": "image"}] + ([{"type": "text", "text": part}] if part else [])
+        if plain:
+            text = "\n".join(part.get("text", IMAGE_MARKER) for part in content)
+            messages.append({"role": turn.role, "content": text})
+        else:
+            messages.append({"role": turn.role, "content": content})
+    return messages
+
+
+def read_template(processor: ProcessorMixin) -> ChatFormat:
+    """Find out by rendering what the checkpoint's chat template does.
+
+    Raises:
+        CheckpointError: there is no template, it shows no images or not the words given to it, or there is no EOS token.
+    """
+    original = _template_text(processor)
+    special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+    special -= {processor.image_token}
+    question, answer = Turn("user", f"{IMAGE_MARKER}\n{_QUESTION}"), Turn("assistant", _ANSWER)
+
+    for plain in (False, True):
+        messages = to_messages([question, answer], plain)
+        prompt = _render(processor, original, messages[:1], add_generation_prompt=True)
+        asked = prompt.count(_QUESTION) == 1 and prompt.count(processor.image_token) == 1
+        if asked:
+            break
+    if not asked:
+        raise CheckpointError(
+            f"The chat template shows a question about one image as {prompt!r}; wanted the question once and one "
+            f"{processor.image_token}. Give the processor a template of a LLaVA checkpoint."
+        )
+    exchange = _render(processor, original, messages)
+    if exchange.count(_ANSWER) != 1:
+        raise CheckpointError(
+            f"The chat template shows the answer {_ANSWER!r} as {exchange!r}; wanted its words once, unchanged."
+        )
+    before, behind = exchange.split(_ANSWER)
+    continues = before.startswith(prompt)
+    lead = before[len(prompt) :] if continues else ""
+    stops = [behind.index(token) + len(token) for token in special if token in behind]
+    if stops:
+        stop, tail = behind[: min(stops)], behind[min(stops) :]
+    elif processor.tokenizer.eos_token is None:
+        raise CheckpointError("The chat template ends no answer and the tokenizer has no EOS token; wanted one of the two.")
+    else:
+        stop, tail = processor.tokenizer.eos_token, behind if behind.strip() else ""
+    template = original if continues and stops else _wrap(original, lead, stop, tail)
+    chat_format = ChatFormat(original, lead, stop, tail, plain, template)
+    _check_template(processor, chat_format, [question, answer])
+    return chat_format
+
+
+def _template_text(processor: ProcessorMixin) -> str:
+    template = processor.chat_template or processor.tokenizer.chat_template
+    if isinstance(template, dict):
+        template = template.get("default")
+    if not template:
+        raise CheckpointError(
+            "The checkpoint has no chat template; wanted one in chat_template.jinja, processor_config.json or "
+            "tokenizer_config.json. Set processor.chat_template, for example to that of the llava-hf checkpoint it came from."
+        )
+    return str(template)
+
+
+def _render(processor: ProcessorMixin, template: str, messages: list[Message], add_generation_prompt: bool = False) -> str:
+    return processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=add_generation_prompt)
+
+
+def _wrap(original: str, lead: str, stop: str, tail: str) -> str:
+    # Inside the macro, generation markers would be counted from the wrong place; a comment keeps their blank-stripping dashes.
+    inert = _GENERATION_TAG.sub(r"{#\1 \2#}", original).removesuffix("\n")  # jinja drops one line break at a template's end
+    filled = _WRAPPER
+    for name, value in (("LEAD", lead), ("STOP", stop), ("TAIL", tail)):
+        filled = filled.replace(f"@{name}@", repr(value))
+    return filled.replace("@ORIGINAL@", inert)
+
+
+def _check_template(processor: ProcessorMixin, chat_format: ChatFormat, exchange: list[Turn]) -> None:
+    """The stage's template yields what training will see, for one exchange, for two, and without an image."""
+    again = [Turn("user", f"And {_QUESTION}"), Turn("assistant", f"{_ANSWER}, twice")]
+    for turns in (exchange, [*exchange, *again], again):
+        trained = "".join(piece.text for piece in chat_format.pieces(processor, turns)) + chat_format.tail
+        messages = to_messages(turns, chat_format.plain)
+        if _render(processor, chat_format.template, messages) != trained:
+            raise CheckpointError(
+                f"The chat template renders {_render(processor, chat_format.template, messages)!r}, training would see "
+                f"{trained!r}; wanted equal texts. The template rewrites earlier turns; give the processor one that does not."
+            )

@@ -1,0 +1,170 @@
+"""A conversation → token ids and labels: exactly the assistant's words and the stop token behind them are supervised.
+
+The text comes from `modeling/templates.py`; here it becomes tokens, and each `<image>` as many image tokens as the processor
+makes of that image. The tokens before the first answer are those of the bare prompt, so that the model is asked at inference
+what it was asked in training. Nothing is cut.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+from transformers import BatchFeature, ProcessorMixin
+
+from ..conversations import Conversation, Turn
+from ..errors import DataError
+from ..modeling.templates import Piece, read_template
+
+IGNORED = -100  # the label that Hugging Face losses leave out
+
+Size = tuple[int, int]  # (height, width) in pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Encoded:
+    """A conversation's tokens.
+
+    Args:
+        input_ids: [tokens], image tokens expanded.
+        labels: [tokens], `input_ids` where supervised, else -100; not shifted, as Hugging Face models want them.
+        image_tokens: how many of the tokens are image tokens.
+    """
+
+    input_ids: list[int]
+    labels: list[int]
+    image_tokens: int
+
+    @property
+    def supervised_tokens(self) -> int:
+        """Tokens that count in the loss; the first token has none before it to predict it."""
+        return sum(label != IGNORED for label in self.labels[1:])
+
+
+class Encoder:
+    """Turns conversations into tokens with a checkpoint's own tokenizer, template and image processor.
+
+    Args:
+        processor: of a LLaVA checkpoint or a stage folder.
+
+    Raises:
+        CheckpointError: the chat template cannot be trained on.
+    """
+
+    def __init__(self, processor: ProcessorMixin):
+        self.processor = processor
+        self.format = read_template(processor)
+        self.pads_with = processor.tokenizer.pad_token_id
+
+    def encode(self, conversation: Conversation, tokens_per_image: Sequence[int]) -> Encoded:
+        """Tokens and labels of one conversation.
+
+        Args:
+            conversation: any number of turns and images.
+            tokens_per_image: of each of its images, from `count_image_tokens` or from the processed images.
+
+        Raises:
+            DataError: the template shows another number of images than the conversation has.
+        """
+        pieces = self.format.pieces(self.processor, conversation.turns)
+        ids, supervised = self._tokenize(pieces)
+        shown = ids.count(self.processor.image_token_id)
+        if shown != len(tokens_per_image):
+            raise DataError(
+                f"The chat template shows {shown} image(s), the conversation has {len(tokens_per_image)}; wanted equal numbers."
+            )
+        input_ids: list[int] = []
+        labels: list[int] = []
+        counts = iter(tokens_per_image)
+        for token, learnt in zip(ids, supervised, strict=True):
+            repeats = next(counts) if token == self.processor.image_token_id else 1
+            input_ids += [token] * repeats
+            labels += [token if learnt else IGNORED] * repeats
+        return Encoded(input_ids, labels, sum(tokens_per_image))
+
+    def encode_prompt(self, turns: Sequence[Turn], tokens_per_image: Sequence[int]) -> list[int]:
+        """Token ids of the turns up to the user's last, as generation prompt: a prefix of what `encode` gives."""
+        placeholder = Turn("assistant", "-")
+        pieces = self.format.pieces(self.processor, [*turns, placeholder])[:-1]
+        ids, _ = self._tokenize(pieces)
+        counts = iter(tokens_per_image)
+        return [token for token in ids for _ in range(next(counts) if token == self.processor.image_token_id else 1)]
+
+    def count_image_tokens(self, sizes: Sequence[Size]) -> list[int]:
+        """Image tokens that each image of one conversation becomes, from its (height, width) in pixels alone."""
+        return [self._image_tokens(size, len(sizes)) for size in sizes]
+
+    def process_images(self, conversations: Sequence[Sequence[Image.Image]]) -> tuple[BatchFeature, list[list[int]]]:
+        """Pixels of the images of some conversations, each with at least one image, and the tokens that each image becomes.
+
+        Returns:
+            The image processor's tensors (`pixel_values` and what the model class wants beside it), and image tokens per image
+            per conversation.
+        """
+        per_conversation = "batch_num_images" in self.processor.image_processor.model_input_names
+        images = [list(group) for group in conversations] if per_conversation else [i for group in conversations for i in group]
+        inputs = self.processor.image_processor(images, return_tensors="pt")
+        counts = iter([self._count(inputs, i) for i in range(sum(len(group) for group in conversations))])
+        return inputs, [[next(counts) for _ in group] for group in conversations]
+
+    def _tokenize(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+        tokenizer = self.processor.tokenizer
+        text = "".join(piece.text for piece in pieces)
+        adds_bos = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))  # as the stock processor decides it
+        whole = tokenizer(text, add_special_tokens=adds_bos, return_offsets_mapping=True)
+        prompt = tokenizer(pieces[0].text, add_special_tokens=adds_bos)["input_ids"]
+        edges = np.cumsum([len(piece.text) for piece in pieces])
+        ids, supervised = [], []
+        for token, (start, end) in zip(whole["input_ids"], whole["offset_mapping"], strict=True):
+            piece = int(np.searchsorted(edges, start, side="right"))
+            if start == end:  # BOS, or a template's zero-width token: no one's words
+                piece = min(piece, len(pieces) - 1) if ids else 0
+            if piece >= len(pieces):
+                break  # an EOS that the tokenizer adds behind everything
+            if end > edges[piece]:
+                return self._tokenize_apart(pieces, prompt)
+            ids.append(token)
+            supervised.append(pieces[piece].supervised)
+        if len(pieces) > 1 and ids[: len(prompt)] != prompt:
+            return self._tokenize_apart(pieces, prompt)
+        return ids, supervised
+
+    def _tokenize_apart(self, pieces: Sequence[Piece], prompt: list[int]) -> tuple[list[int], list[bool]]:
+        """For a tokenizer that merges across the edge of a prompt and its answer, which no answering model could do."""
+        tokenizer = self.processor.tokenizer
+        anchor = [tokenizer.eos_token_id]  # keeps the tokenizer from treating the piece as the beginning of a text
+        ids, supervised = list(prompt), [False] * len(prompt)
+        for piece in pieces[1:]:
+            behind = tokenizer(tokenizer.eos_token + piece.text, add_special_tokens=False)["input_ids"]
+            behind = behind[len(anchor) :]
+            ids += behind
+            supervised += [piece.supervised] * len(behind)
+        return ids, supervised
+
+    @functools.lru_cache(maxsize=100_000)  # noqa: B019 - an encoder lives as long as the run
+    def _image_tokens(self, size: Size, images_in_conversation: int) -> int:
+        probe = self._probe
+        if "image_sizes" in probe:
+            tiles = {**probe, "image_sizes": [list(size)], "batch_num_images": [images_in_conversation]}
+            if images_in_conversation > 1:
+                tiles["image_sizes"] = [list(size)] * images_in_conversation
+            return self._count(tiles, 0)
+        if self._one_shape:
+            return self._count(probe, 0)
+        return self._count(self.processor.image_processor([Image.new("RGB", size[::-1])], return_tensors="pt"), 0)
+
+    @functools.cached_property
+    def _probe(self) -> BatchFeature:
+        return self.processor.image_processor([Image.new("RGB", (64, 64))], return_tensors="pt")
+
+    @functools.cached_property
+    def _one_shape(self) -> bool:
+        """The processor makes the same shape of every image, as LLaVA's do; then one count holds for all."""
+        wide = self.processor.image_processor([Image.new("RGB", (96, 48))], return_tensors="pt")
+        return wide["pixel_values"].shape == self._probe["pixel_values"].shape
+
+    def _count(self, inputs: BatchFeature | dict[str, object], image: int) -> int:
+        return self.processor.replace_image_token(inputs, image).count(self.processor.image_token)

@@ -1,0 +1,98 @@
+"""What a run shows: a progress line while it trains, `metrics.jsonl`, a loss curve and a table of the stages at its end."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+METRICS, CURVE, TABLE = "metrics.jsonl", "loss.png", "stages.md"
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+class RunLog:
+    """Records of a run: appended to `metrics.jsonl`, and the latest shown as one line.
+
+    Args:
+        folder: of the run.
+        stream: where the line is shown; on a terminal it is rewritten in place, elsewhere a new one comes every few seconds.
+    """
+
+    def __init__(self, folder: Path, stream: TextIO | None = None):
+        self.path = folder / METRICS
+        self.stream = sys.stderr if stream is None else stream
+        self.shown = 0.0
+
+    def __call__(self, record: dict[str, Any]) -> None:
+        """Append a record and show it."""
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        finished = record["step"] == record["steps"]
+        if "eval_loss" in record:
+            self._show(f"{record['stage']:<10} {record['step']}/{record['steps']}  held-out loss {record['eval_loss']:.4f}", True)
+        elif finished or self.stream.isatty() or time.monotonic() - self.shown > _SECONDS_BETWEEN_LINES:
+            self._show(progress_line(record), finished)
+
+    def _show(self, line: str, keep: bool) -> None:
+        self.shown = time.monotonic()
+        if self.stream.isatty():
+            self.stream.write(f"\r\033[K{line}" + ("\n" if keep else ""))
+        else:
+            self.stream.write(line + "\n")
+        self.stream.flush()
+
+
+def progress_line(record: dict[str, Any]) -> str:
+    """`align 12/100  loss 2.3100  rate projector 1.9e-03  34.1 conversations/s  812 tokens/s  0:41 left`."""
+    names = [name for name in record if name.endswith("_learning_rate")]
+    rates = ", ".join(f"{name.removesuffix('_learning_rate').replace('_', ' ')} {record[name]:.1e}" for name in names)
+    minutes, seconds = divmod(round(record["seconds_left"]), 60)
+    return (
+        f"{record['stage']:<10} {record['step']}/{record['steps']}  loss {record['loss']:.4f}  rate {rates}  "
+        f"{record['conversations_per_second']:.1f} conversations/s  {record['supervised_tokens_per_second']:.0f} tokens/s  "
+        f"{minutes}:{seconds:02d} left"
+    )
+
+
+def draw_losses(history: Sequence[dict[str, Any]], path: Path) -> None:
+    """The loss of each step and the held-out losses of all stages, one panel a stage, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    stages = list(dict.fromkeys(record["stage"] for record in history))
+    figure = Figure(figsize=(4 * len(stages), 3.2), layout="constrained")
+    FigureCanvasAgg(figure)
+    for panel, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+        for key, style, label in (("loss", "-", "training"), ("eval_loss", "o--", "held out")):
+            points = [(record["step"], record[key]) for record in history if record["stage"] == stage and key in record]
+            if points:
+                panel.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
+        panel.set(title=stage, xlabel="optimizer step", ylabel="loss per supervised token")
+        panel.set_ylim(bottom=0)
+        panel.legend()
+    figure.savefig(path, dpi=120)
+
+
+def stage_table(records: Sequence[dict[str, Any]]) -> str:
+    """The stages' numbers, from their `stage.json`, as a Markdown table."""
+
+    def number(value: float | None) -> str:
+        return "–" if value is None else f"{value:.4f}"
+
+    rows = [
+        "| stage | trains | parameters | used | rejected | failed | steps | loss first → last | held out, before → after | s |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for record in records:
+        metrics, data = record["metrics"], record["data"]
+        rows.append(
+            f"| {record['stage']['name']} | {record['stage']['trains']} | {metrics['trainable_parameters']:,} | "
+            f"{sum(entry['used'] for entry in data)} | {sum(sum(entry['rejected'].values()) for entry in data)} | "
+            f"{sum(entry['failed'] for entry in data)} | {metrics['steps']} | "
+            f"{number(metrics['loss_first'])} → {number(metrics['loss_last'])} | "
+            f"{number(metrics['eval_loss_before'])} → {number(metrics['eval_loss_after'])} | {metrics['seconds']:.1f} |"
+        )
+    return "\n".join(rows) + "\n"

@@ -1,0 +1,370 @@
+"""One stage's training: `train_stage`, on a small subclass of TRL's `SFTTrainer`.
+
+Four things are ours and everything else is the trainer's: the data loader (one item is one process's share of one optimizer
+step, a list of device batches, so `gradient_accumulation_steps` is 1 and accelerate does not re-shard it), the step (the mean
+over all of the step's supervised tokens, however they are cut), the held-out loss (the same mean), and the optimizer's groups
+(two learning rates). Logits are computed at supervised positions only. What is trained is `modeling/parts.py`'s business, what
+the stage leaves `adapters.py`'s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
+from trl import SFTConfig, SFTTrainer
+
+from .errors import TrainingError
+from .modeling.parts import PROJECTOR, Tensors, bare, freeze_tower, load_tensors, set_dtypes, trainable_tensors
+from .packing import PackedCollator
+from .packing.index import DeviceBatches, DeviceInputs, Index
+from .packing.steps import StepSampler
+from .stages import Schedule, Stage
+
+_EVALUATIONS_PER_STAGE = 10
+MAX_GRAD_NORM = 1.0  # the Hugging Face trainer's default, with which LLaVA and LLaVA-Med were trained
+
+
+@dataclass(frozen=True, slots=True)
+class Computing:
+    """How a stage is computed; none of it changes what is learnt beyond rounding.
+
+    Args:
+        dtype: of the frozen weights and of autocast; trainable tensors are fp32.
+        layout: of a device batch, see `PackedCollator`.
+        max_row_tokens: bound of rows × longest of a device batch.
+        gradient_checkpointing: recompute activations in the backward pass.
+        workers: processes that decode images ahead; 0 decodes in the training process.
+        eval_steps: optimizer steps between two held-out losses; `None`: a tenth of the stage's.
+        report_to: `"none"`, or trackers that the trainer knows, such as `"tensorboard"` or `"trackio"`.
+    """
+
+    dtype: torch.dtype
+    layout: str
+    max_row_tokens: int
+    gradient_checkpointing: bool
+    workers: int = 0
+    eval_steps: int | None = None
+    report_to: str | list[str] = "none"
+
+
+@dataclass(slots=True)
+class Trained:
+    """What training a stage yields.
+
+    Args:
+        tensors: what the stage leaves, by name.
+        metrics: losses, counts, seconds, for `stage.json`.
+        history: one record per log line, as in `metrics.jsonl`.
+    """
+
+    tensors: Tensors
+    metrics: dict[str, Any]
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+def train_stage(
+    model: nn.Module,
+    processor: ProcessorMixin,
+    stage: Stage,
+    train_index: Index,
+    eval_index: Index | None,
+    computing: Computing,
+    seed: int,
+    work_folder: Path,
+    on_record: Callable[[dict[str, Any]], None],
+) -> Trained:
+    """Train what requires grad in the model over the stage's schedule.
+
+    Args:
+        model: from `parts.attach` or `parts.unfreeze_full`, its trainable tensors holding what the stage starts from.
+        processor: the stage's.
+        train_index, eval_index: what to learn, and what to measure the held-out loss on before, every `eval_steps` and after.
+        work_folder: where the trainer may write.
+        on_record: called with each record of `history` as it comes.
+
+    Raises:
+        TrainingError: the loss is not a number.
+    """
+    schedule = stage.schedule
+    on_gpu = torch.cuda.is_available()
+    config = SFTConfig(
+        output_dir=str(work_folder),
+        num_train_epochs=schedule.epochs,
+        learning_rate=schedule.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=schedule.warmup_ratio,
+        weight_decay=schedule.weight_decay,
+        max_grad_norm=MAX_GRAD_NORM,
+        seed=seed,
+        data_seed=seed,
+        gradient_accumulation_steps=1,
+        max_length=None,
+        remove_unused_columns=False,
+        use_cpu=not on_gpu,
+        bf16=computing.dtype == torch.bfloat16,
+        gradient_checkpointing=computing.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if computing.gradient_checkpointing else None,
+        ddp_find_unused_parameters=False,
+        dataloader_num_workers=computing.workers,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        disable_tqdm=True,
+        save_strategy="no",
+        eval_strategy="no" if eval_index is None else "steps",
+        eval_steps=computing.eval_steps or 1 / _EVALUATIONS_PER_STAGE,
+        eval_on_start=eval_index is not None,
+        report_to=computing.report_to,
+        run_name=stage.name,
+    )
+    start = trainable_tensors(model)
+    collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout)
+    trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator)
+    trainer.remove_callback(PrinterCallback)
+    watch = _Watch(trainer, on_record)
+    trainer.add_callback(watch)
+    # The trainer rounds a quantised model's trainables to bf16 while it is built; what the stage starts from is put back in fp32.
+    set_dtypes(model, computing.dtype)
+    load_tensors(model, start)
+    freeze_tower(model)
+    trainer.train()
+    if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
+        trainer.evaluate()
+    return Trained(trainable_tensors(model), watch.summary(), watch.history)
+
+
+class StageTrainer(SFTTrainer):
+    """TRL's trainer over exact steps of conversations.
+
+    Args:
+        model: with the stage's trainable parameters.
+        config: the trainer's settings.
+        processor: the stage's.
+        stage: its schedule's batch, order and learning rates.
+        train_index, eval_index: the data.
+        collator: lays a device batch out; its `max_row_tokens` bounds one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SFTConfig,
+        processor: ProcessorMixin,
+        stage: Stage,
+        train_index: Index,
+        eval_index: Index | None,
+        collator: PackedCollator,
+    ):
+        self.stage, self.schedule = stage, stage.schedule
+        self.collator = collator
+        self.train_index, self.eval_index = train_index, eval_index
+        self.evaluated_at = -1
+        self.seen_conversations = 0
+        self.seen_supervised_tokens = 0
+        self.rates: dict[str, float] = {}  # of the step just taken, by part
+        super().__init__(
+            model=model,
+            args=config,
+            data_collator=_as_is,
+            train_dataset=train_index.rows,
+            eval_dataset=None if eval_index is None else eval_index.rows,
+            processing_class=processor,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[list[DeviceInputs]]:
+        """This process's share of every step of an epoch; not prepared by accelerate, which would shard it again."""
+        return self._steps(self.train_index, self.schedule)
+
+    def _steps(self, index: Index, schedule: Schedule) -> DataLoader[list[DeviceInputs]]:
+        sampler = StepSampler(
+            index.column("length"),
+            index.column("group"),
+            schedule,
+            self.collator.max_row_tokens,
+            self.args.seed,
+            self.args.process_index,
+            self.args.world_size,
+        )
+        return StepLoader(
+            DeviceBatches(index, self.collator),
+            batch_sampler=sampler,
+            collate_fn=_as_is,
+            num_workers=self.args.dataloader_num_workers,
+            pin_memory=torch.cuda.is_available(),
+            persistent_workers=False,
+        )
+
+    def training_step(self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One optimizer step's gradient: each device batch in turn, scaled by the step's supervised tokens over all processes."""
+        model.train()
+        self._note_failures(self.train_index, inputs)
+        conversations, supervised = self._total(inputs)
+        self.seen_conversations += conversations
+        self.seen_supervised_tokens += supervised
+        self.rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        # DDP averages gradients over processes; the step's loss is a mean over tokens, wherever they are
+        scale = self.accelerator.num_processes / max(supervised, 1)
+        total = torch.zeros((), device=self.args.device)
+        for position, batch in enumerate(inputs):
+            last = position == len(inputs) - 1
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self._summed_loss(model, batch) * scale
+                self.accelerator.backward(loss)
+            total += loss.detach()
+        if not torch.isfinite(total):
+            raise TrainingError(
+                f"The loss of step {self.state.global_step + 1} is {total.item()}. Lower learning_rate, or look for odd data; "
+                "nothing of this stage was written, the stages before it are untouched."
+            )
+        return total
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The held-out loss: the mean over all supervised tokens of the held-out data."""
+        assert self.eval_index is not None
+        model = self.model_wrapped if self.is_in_train else self.model
+        model.eval()
+        in_order = Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
+        summed = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        supervised = 0
+        with torch.no_grad():
+            for inputs in self._steps(self.eval_index, in_order):
+                self._note_failures(self.eval_index, inputs)
+                supervised += self._total(inputs)[1]
+                for batch in inputs:
+                    with self.compute_loss_context_manager():
+                        summed += self._summed_loss(model, batch)
+        loss = self.accelerator.reduce(summed, "sum").item() / max(supervised, 1)
+        self.evaluated_at = self.state.global_step
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or what `args.optim` names) over the trainables, projector and language model in groups of their own rates."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(self.optimizer_groups(model), **settings)
+        return self.optimizer
+
+    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups, each with its name, learning rate and weight decay; norms and biases are not decayed."""
+        decayed = set(self.get_decay_parameter_names(model))
+        rates = {"language_model": self.schedule.learning_rate}
+        rates["projector"] = self.schedule.projector_learning_rate or self.schedule.learning_rate
+        groups: dict[tuple[str, float], dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                part = "projector" if PROJECTOR in name else "language_model"
+                decay = self.args.weight_decay if name in decayed else 0.0
+                group = groups.setdefault((part, decay), {"name": part, "lr": rates[part], "weight_decay": decay, "params": []})
+                group["params"].append(parameter)
+        return list(groups.values())
+
+    def _summed_loss(self, model: nn.Module, batch: DeviceInputs) -> torch.Tensor:
+        """Cross-entropy summed over a device batch's supervised tokens.
+
+        A batch without images, or without conversations, gives every trainable tensor a gradient all the same (zero), so that
+        processes which wait for one another's gradients all have one.
+        """
+        inputs: dict[str, torch.Tensor] = self._prepare_input(dict(batch.inputs))
+        labels = inputs.pop("labels")[:, 1:]
+        learnt = labels != -100
+        asked = nn.functional.pad(learnt, (0, 1))  # the position before a supervised token predicts it
+        if batch.supervised_tokens == 0:
+            asked[0, 0] = True
+        logits = model(**inputs, logits_to_keep=asked, use_cache=False).logits.float()
+        if batch.supervised_tokens == 0:
+            return logits.sum() * 0.0 + self._projector_zero()
+        loss = nn.functional.cross_entropy(logits, labels[learnt], reduction="sum")
+        return loss if "pixel_values" in inputs else loss + self._projector_zero()
+
+    def _projector_zero(self) -> torch.Tensor:
+        projector = bare(self.model).get_submodule(PROJECTOR)
+        return sum(parameter.sum() for parameter in projector.parameters() if parameter.requires_grad) * 0.0
+
+    def _total(self, inputs: list[DeviceInputs]) -> tuple[int, int]:
+        """Conversations and supervised tokens of a step, over all processes."""
+        local = [sum(batch.conversations for batch in inputs), sum(batch.supervised_tokens for batch in inputs)]
+        if self.accelerator.num_processes == 1:
+            return local[0], local[1]
+        conversations, supervised = self.accelerator.reduce(torch.tensor(local, device=self.args.device), "sum").tolist()
+        return conversations, supervised
+
+    def _note_failures(self, index: Index, inputs: list[DeviceInputs]) -> None:
+        for batch in inputs:
+            index.failed.update(batch.failed)
+
+
+class StepLoader(DataLoader[list[DeviceInputs]]):
+    """A data loader whose sampler knows epochs; the trainer tells it through `set_epoch`, which torch's own does not have."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration follows."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+class _Watch(TrainerCallback):
+    """Turns the trainer's logs into records: losses, rates, conversations and tokens per second, time left."""
+
+    def __init__(self, trainer: StageTrainer, on_record: Callable[[dict[str, Any]], None]):
+        self.trainer = trainer
+        self.on_record = on_record
+        self.history: list[dict[str, Any]] = []
+        self.began = time.monotonic()
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.began = time.monotonic()
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
+        record: dict[str, Any] = {"stage": self.trainer.stage.name, "step": state.global_step, "steps": state.max_steps}
+        if "eval_loss" in logs:
+            record["eval_loss"] = logs["eval_loss"]
+        elif "loss" in logs:
+            seconds = time.monotonic() - self.began
+            record["epoch"] = round(state.epoch, 4)
+            record["loss"] = logs["loss"]
+            record["grad_norm"] = logs.get("grad_norm")
+            record |= {f"{part}_learning_rate": rate for part, rate in self.trainer.rates.items()}
+            record["conversations_per_second"] = round(self.trainer.seen_conversations / seconds, 3)
+            record["supervised_tokens_per_second"] = round(self.trainer.seen_supervised_tokens / seconds, 3)
+            record["seconds"] = round(seconds, 3)
+            record["seconds_left"] = round(seconds / state.global_step * (state.max_steps - state.global_step), 1)
+        else:
+            return
+        self.history.append(record)
+        if self.trainer.is_world_process_zero():
+            self.on_record(record)
+
+    def summary(self) -> dict[str, Any]:
+        """What `stage.json` says of the training."""
+        losses = [record["loss"] for record in self.history if "loss" in record]
+        held_out = [record["eval_loss"] for record in self.history if "eval_loss" in record]
+        seconds = time.monotonic() - self.began
+        trainable = sum(parameter.numel() for parameter in self.trainer.model.parameters() if parameter.requires_grad)
+        return {
+            "steps": self.trainer.state.global_step,
+            "conversations": self.trainer.seen_conversations,
+            "supervised_tokens": self.trainer.seen_supervised_tokens,
+            "seconds": round(seconds, 2),
+            "conversations_per_second": round(self.trainer.seen_conversations / seconds, 3),
+            "trainable_parameters": trainable,
+            "loss_first": losses[0] if losses else None,
+            "loss_last": losses[-1] if losses else None,
+            "eval_loss_before": held_out[0] if held_out else None,
+            "eval_loss_after": held_out[-1] if held_out else None,
+        }
+
+
+def _as_is(batches: Any) -> Any:
+    return batches

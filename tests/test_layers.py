@@ -1,0 +1,251 @@
+"""The architecture, held by a test: who may import whom, what stays free of torch, and what an import of the package does.
+
+Read from the source text (AST), so that imports inside functions and under `TYPE_CHECKING` count as well: a layer that needs a
+higher one for a type alone still leans on it. A new module gets its line in `LAYERS`.
+"""
+
+import ast
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import llavamed_peft
+
+PACKAGE = Path(llavamed_peft.__file__).parent
+
+# Module or subpackage of llavamed_peft -> its layer. Imports point downwards; workers do not import one another.
+VALUES, WORKERS, MODEL, WORK, WHOLE, VERBS = range(6)
+LAYERS = {
+    "errors": VALUES,
+    "conversations": VALUES,
+    "hashing": VALUES,
+    "figures": VALUES,
+    "stages": VALUES,
+    "images": VALUES,
+    "pmc": WORKERS,
+    "datasets": WORKERS,
+    "chat": WORKERS,
+    "kernels": WORKERS,
+    "modeling": MODEL,
+    "packing": MODEL,
+    "adapters": MODEL,
+    "instruct": MODEL,
+    "training": WORK,
+    "evaluation": WORK,
+    "card": WORK,
+    "report": WORK,
+    "curriculum": WHOLE,
+    "cli": VERBS,
+}
+NO_TORCH = {module for module, layer in LAYERS.items() if layer == VALUES} | {"pmc", "datasets", "chat"}
+HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchvision", "transformers", "triton", "trl"}
+# Where a module may use these packages and nothing else that has to be installed.
+THIRD_PARTY = {"images": {"PIL", "numpy"}, "kernels": {"torch", "triton"}}
+
+PUBLIC = {
+    *("curriculum_finetune", "Curriculum", "Stage", "Schedule", "LoraSpec", "LLAVA_MED", "LLAVA_MED_FULL"),
+    *("StageAdapter", "load_stage", "Conversation", "Turn", "Question"),
+}
+
+
+class Import(NamedTuple):
+    """One imported name, absolute: `from ..errors import DataError` in `datasets/vqa.py` has target `llavamed_peft.errors`."""
+
+    file: str
+    line: int
+    target: str
+    name: str | None
+
+    @property
+    def place(self) -> str:
+        return f"llavamed_peft/{self.file}:{self.line}"
+
+    @property
+    def unit(self) -> str:
+        """The module or subpackage that holds the import, as `LAYERS` names it."""
+        return unit_of(self.file)
+
+    @property
+    def imported_unit(self) -> str | None:
+        """The unit of this package that is imported; "" for the package itself, None for anything installed."""
+        top, _, rest = self.target.partition(".")
+        if top != "llavamed_peft":
+            return None
+        return rest.partition(".")[0] or (self.name if self.name in LAYERS else "")
+
+
+def unit_of(file: str) -> str:
+    return Path(file).parts[0].removesuffix(".py")
+
+
+def files() -> list[str]:
+    return sorted(path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py"))
+
+
+@cache
+def tree_of(file: str) -> ast.Module:
+    return ast.parse((PACKAGE / file).read_text(encoding="utf-8"), file)
+
+
+def imports_in(file: str, root: ast.AST | None = None) -> Iterator[Import]:
+    package = ["llavamed_peft", *Path(file).parts[:-1]]
+    for node in ast.walk(root or tree_of(file)):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield Import(file, node.lineno, alias.name, None)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package[: len(package) - node.level + 1] if node.level else []
+            target = ".".join([*parents, *([node.module] if node.module else [])])
+            for alias in node.names:
+                yield Import(file, node.lineno, target, alias.name)
+
+
+def package_imports() -> list[Import]:
+    """Every import of every module in `LAYERS`, so not of the package's own `__init__`, which is the face of all layers."""
+    return [found for file in files() if unit_of(file) in LAYERS for found in imports_in(file)]
+
+
+def test_every_module_has_a_layer() -> None:
+    homeless = sorted({unit_of(file) for file in files()} - set(LAYERS) - {"__init__"})
+    assert not homeless, f"{homeless} stand in no layer. Add each to LAYERS in tests/test_layers.py, and to CONTRIBUTING's table."
+
+
+def test_imports_point_downwards() -> None:
+    wrong = []
+    for found in package_imports():
+        target = found.imported_unit
+        if target is None or target == found.unit:
+            continue  # installed, or its own
+        if target == "":
+            if found.name != "__version__" and LAYERS[found.unit] < VERBS:
+                wrong.append(
+                    f"{found.place} imports {found.name or found.target} from the package's top; import it from its module"
+                )
+        elif target not in LAYERS:
+            continue  # test_every_module_has_a_layer names it
+        elif LAYERS[target] > LAYERS[found.unit]:
+            wrong.append(f"{found.place}: {found.unit} (layer {LAYERS[found.unit]}) imports {target} (layer {LAYERS[target]})")
+        elif LAYERS[target] == LAYERS[found.unit] == WORKERS:
+            wrong.append(f"{found.place}: {found.unit} imports {target}; workers do not import one another")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_no_two_units_import_each_other() -> None:
+    left = {unit: {found.imported_unit for found in package_imports() if found.unit == unit} - {unit} for unit in LAYERS}
+    # Take away what imports nothing that is left, and what nothing left imports, until only circles remain.
+    while outside := [
+        unit for unit in left if left[unit].isdisjoint(left) or not any(unit in targets for targets in left.values())
+    ]:
+        for unit in outside:
+            del left[unit]
+    assert not left, f"a circle of imports among {', '.join(left)}"
+
+
+def test_what_needs_no_torch_imports_none() -> None:
+    wrong = [
+        f"{found.place} imports {found.target}; {found.unit} is to work without torch"
+        for found in package_imports()
+        if found.unit in NO_TORCH and found.target.partition(".")[0] in HEAVY
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_modules_with_few_dependencies_keep_them_few() -> None:
+    wrong = []
+    for found in package_imports():
+        top = found.target.partition(".")[0]
+        installed = top not in sys.stdlib_module_names and top != "llavamed_peft"
+        if installed and top not in THIRD_PARTY.get(found.unit, {top}):
+            wrong.append(f"{found.place} imports {top}; {found.unit} may use {sorted(THIRD_PARTY[found.unit])} only")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_the_package_itself_imports_values_only() -> None:
+    """`__init__` reaches upwards under `TYPE_CHECKING` and in `__getattr__` alone."""
+    at_import = [node for node in tree_of("__init__.py").body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    units = {found.imported_unit for node in at_import for found in imports_in("__init__.py", node)} - {None}
+    assert {LAYERS[unit] for unit in units} == {VALUES}
+
+
+def test_public_names() -> None:
+    assert set(llavamed_peft.__all__) == PUBLIC
+    assert len(llavamed_peft.__all__) == len(PUBLIC) <= 12, "the public surface is at most a dozen names"
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_name_is_there(name: str) -> None:
+    assert getattr(llavamed_peft, name) is not None
+    assert name in dir(llavamed_peft)
+
+
+def test_an_unknown_public_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'llavamed_peft' has no attribute 'finetune'"):
+        llavamed_peft.finetune  # noqa: B018
+
+
+def run_fresh(code: str) -> subprocess.CompletedProcess[str]:
+    """Run code in a new process with few environment variables: an import in this one may already have set some."""
+    environment = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent, env=environment)
+
+
+def test_importing_the_package_has_no_effect() -> None:
+    code = f"""
+import json, os, sys, time
+environment = dict(os.environ)
+started = time.perf_counter()
+import llavamed_peft
+seconds = time.perf_counter() - started
+changed = dict(os.environ) != environment
+heavy = sorted({HEAVY!r} & set(sys.modules))
+sys.__stdout__.write(json.dumps([seconds, changed, heavy]) + "\\n")
+"""
+    seconds = []
+    for _ in range(3):
+        done = run_fresh(code)
+        lines = done.stdout.splitlines()
+        assert (len(lines), done.stderr) == (1, ""), "importing the package printed something"
+        took, changed, heavy = json.loads(lines[0])
+        assert not changed, "importing the package changed os.environ"
+        assert not heavy, f"importing the package imported {heavy}"
+        seconds.append(took)
+    assert min(seconds) < 0.5, f"importing the package took {min(seconds):.2f} s at best"
+
+
+def test_value_layers_run_without_torch() -> None:
+    """As above, for what the modules import in turn (a third party may import torch, too)."""
+    modules = sorted(
+        ".".join(["llavamed_peft", *Path(file).with_suffix("").parts]).removesuffix(".__init__")
+        for file in files()
+        if unit_of(file) in NO_TORCH
+    )
+    code = (
+        f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\nprint(*({HEAVY!r} & set(sys.modules)))"
+    )
+    done = run_fresh(code)
+    assert done.stdout.strip() == "", f"importing {', '.join(modules)} also imports {done.stdout.strip()}"
+
+
+def test_no_broad_except() -> None:
+    wrong = []
+    for file in files():
+        for node in ast.walk(tree_of(file)):
+            if isinstance(node, ast.ExceptHandler):
+                caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
+                if any(kind is None or ast.unparse(kind).split(".")[-1] in ("Exception", "BaseException") for kind in caught):
+                    wrong.append(f"llavamed_peft/{file}:{node.lineno}")
+    assert not wrong, f"name the errors that are expected, at {', '.join(wrong)}"
+
+
+def test_no_file_without_a_concept() -> None:
+    nameless = {"common", "helper", "helpers", "misc", "util", "utils"}
+    wrong = [file for file in files() if nameless & set(Path(file).with_suffix("").parts)]
+    assert not wrong, f"{wrong}: a function without a home is a missing concept"
