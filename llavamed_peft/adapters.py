@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -250,8 +250,11 @@ def write_adapter(
         card: makes the card's text of the finished record.
     """
 
+    # PEFT puts the path from which the base was loaded here; others have no use for it
+    published = replace(config, base_model_name_or_path=public_name(record["base"]), revision=record["base"]["revision"])
+
     def fill(partial: Path) -> None:
-        config.save_pretrained(str(partial))
+        published.save_pretrained(str(partial))
         (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         processor.save_pretrained(partial)
         _finish(partial, {**record, "kind": "adapter"}, card)

@@ -50,12 +50,11 @@ def write_card(record: dict[str, Any], base_name: str) -> str:
         "license_name": "inherits-base-model-and-data",
         "tags": ["llavamed-peft", "llava-med", "medical", f"stage:{stage['name']}", f"trains:{stage['trains']}"],
         "datasets": [entry["file"] for entry in record["data"]],
+        "metrics": ["loss"],
     }
     losses = {
         name: metrics[name] for name in ("eval_loss_before", "eval_loss_after", "loss_last") if metrics.get(name) is not None
     }
-    if not base["id"]:
-        del metadata["base_model"]  # the Hub only knows ids; the text below names the base
     identity = f"revision `{base['revision']}`" if base["id"] else f"content hash `{base['sha256']}`"
     parent = record["parent"]
     origin = f"stage `{parent['stage']}` (`{parent['sha256'][:12]}…`)" if parent else "the base itself"

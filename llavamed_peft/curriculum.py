@@ -100,6 +100,8 @@ def curriculum_finetune(
         ...     quantization="nf4",
         ... )  # doctest: +SKIP
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise TrainingError("WORLD_SIZE is above 1; one process trains for now, since several would write the same folders.")
     eval_data = dict(eval_data or {})
     _check_names(curriculum, data, eval_data, image_folder)
     if not 0 <= max_rejected <= 1:
@@ -214,7 +216,7 @@ class Run:
         if stage.trains == "full":
             config, model = None, _full_model(model, lineage)
         else:
-            config = adapter_config(model, stage.lora or _carried_lora(lineage.adapter), public_name(lineage.record))
+            config = adapter_config(model, stage.lora or _carried_lora(lineage.adapter))
             model = attach(model, config, stage.trains)
         set_dtypes(model, self.computing.dtype)
         if config is not None and lineage.adapter is not None:
@@ -264,7 +266,6 @@ class Run:
                 "quantization": self.quantization,
             },
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
-            "processes": int(os.environ.get("WORLD_SIZE", "1")),
             "versions": _versions(),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }

@@ -40,8 +40,10 @@ LAYERS = {
     "training": WORK,
     "evaluation": WORK,
     "card": WORK,
+    "catalogue": WORK,
     "report": WORK,
     "curriculum": WHOLE,
+    "arguments": VERBS,
     "cli": VERBS,
 }
 NO_TORCH = {module for module, layer in LAYERS.items() if layer == VALUES} | {"pmc", "datasets", "chat"}

@@ -16,8 +16,6 @@ from ..errors import ConfigError, DataError
 from ..hashing import file_sha256
 from . import llava_json
 
-Data = str | Path | Sequence[str | Path] | Iterable[Conversation | Question]
-
 
 @dataclass(frozen=True, slots=True)
 class Source:
@@ -36,11 +34,38 @@ class Source:
     read: Callable[[Any], Iterator[Conversation]]
 
 
+Data = str | Path | Source | Sequence[str | Path | Source] | Iterable[Conversation | Question]
+
+
+def question_source(
+    read: Callable[..., Iterator[Question]], path: str | Path, image_folder: str | Path | None, split: str
+) -> Source:
+    """One split of a file of questions, as data for a stage; its rows are counted like those of a LLaVA JSON file.
+
+    Args:
+        read: the reader of the file's format, such as `vqa_rad.read`.
+        path: the file.
+        image_folder: as the reader takes it.
+        split: as the reader takes it.
+
+    Raises:
+        DataError: the file is not there.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise DataError(f"{path}: no such file; wanted a file of questions.")
+
+    def conversations(rejects: Any) -> Iterator[Conversation]:
+        return (question.conversation() for question in read(path, image_folder, split, rejects))
+
+    return Source(f"{path.name} ({split})", str(path), file_sha256(path), conversations)
+
+
 def open_sources(data: Data, image_folder: str | Path | None, where: str) -> list[Source]:
     """The sources of one stage's data.
 
     Args:
-        data: a LLaVA JSON file, several, or any iterable of `Conversation` and `Question`.
+        data: a LLaVA JSON file or a `Source`, several, or any iterable of `Conversation` and `Question`.
         image_folder: that the files' image paths are relative to; `None` means each file's own folder.
         where: which entry of `data` this is, for errors.
 
@@ -48,15 +73,16 @@ def open_sources(data: Data, image_folder: str | Path | None, where: str) -> lis
         ConfigError: another kind of value.
         DataError: a file is not there.
     """
-    if isinstance(data, (str, Path)):
+    if isinstance(data, (str, Path, Source)):
         data = [data]
     if not isinstance(data, Iterable):
         raise ConfigError(f"{where} is {data!r}; wanted a file, a list of files, or Conversation and Question values.")
     items = list(data)
     if not items:
         raise ConfigError(f"{where} is empty; wanted a file, a list of files, or Conversation and Question values.")
-    if all(isinstance(item, (str, Path)) for item in items):
-        return [_file(Path(item), image_folder) for item in items if isinstance(item, (str, Path))]
+    files = [item for item in items if isinstance(item, (str, Path, Source))]
+    if len(files) == len(items):
+        return [item if isinstance(item, Source) else _file(Path(item), image_folder) for item in files]
     values = [item for item in items if isinstance(item, (Conversation, Question))]
     if len(values) < len(items):
         other = next(item for item in items if not isinstance(item, (Conversation, Question)))

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
-from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
@@ -26,24 +25,23 @@ NO_TARGET = "dummy-target-modules"
 Tensors = dict[str, torch.Tensor]
 
 
-def adapter_config(model: PreTrainedModel, lora: LoraSpec | None, base_name: str) -> LoraConfig:
+def adapter_config(model: PreTrainedModel, lora: LoraSpec | None) -> LoraConfig:
     """The stock PEFT configuration of a stage: the projector in full and, if given, LoRA on every linear of the language model.
 
     Args:
         model: the bare model; its linears are read off it, so that any language model works.
         lora: rank, alpha and dropout, or `None` for the projector alone.
-        base_name: what the adapter says its base is; a Hub id or a plain name, never a path.
     """
-    shared: dict[str, Any] = {"modules_to_save": [PROJECTOR.split(".")[-1]], "base_model_name_or_path": base_name}
+    in_full = [PROJECTOR.split(".")[-1]]
     if lora is None:
-        return LoraConfig(target_modules=NO_TARGET, **shared)
+        return LoraConfig(target_modules=NO_TARGET, modules_to_save=in_full)
     kinds = sorted({name.rsplit(".", 1)[1] for name in language_linears(model)})
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=rf"{re.escape(LANGUAGE)}\..*\.({'|'.join(kinds)})",
-        **shared,
+        modules_to_save=in_full,
     )
 
 

@@ -96,14 +96,14 @@ def _complete_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> 
     """Fill what the processor needs to count image tokens from what the model does with an image."""
     vision = config.vision_config
     grid = (vision.image_size // vision.patch_size) ** 2
+    with torch.device("meta"):
+        tower = AutoModel.from_config(vision)
+    positions = tower.embeddings.position_embedding.num_embeddings  # of the patches and, in CLIP, the CLS token
     if hasattr(processor, "num_additional_image_tokens"):
-        with torch.device("meta"):
-            tower = AutoModel.from_config(vision)
-        positions = tower.embeddings.position_embedding.num_embeddings
         processor.patch_size = vision.patch_size
-        processor.num_additional_image_tokens = positions - grid  # 1 with a CLS token, else 0
+        processor.num_additional_image_tokens = positions - grid
     if hasattr(processor, "num_image_tokens"):
-        processor.num_image_tokens = grid
+        processor.num_image_tokens = positions
         processor.vision_aspect_ratio = config.vision_aspect_ratio
     # ViP-LLaVA has no such setting: it always drops the first token
     processor.vision_feature_select_strategy = getattr(config, "vision_feature_select_strategy", "default")

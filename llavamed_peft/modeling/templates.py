@@ -80,16 +80,24 @@ class ChatFormat:
         """A conversation's turns as alternating prompts and answers, up to the last stop.
 
         The prompt before the first answer is byte for byte the template's generation prompt.
+
+        Raises:
+            CheckpointError: the template shows earlier turns otherwise once there are later ones.
         """
         messages = to_messages(turns, self.plain)
         pieces: list[Piece] = []
-        written = 0
+        written = ""  # by the checkpoint's template, up to here
         for position in range(1, len(messages), 2):
             prompt = _render(processor, self.original, messages[:position], add_generation_prompt=True)
-            pieces.append(Piece((self.tail if pieces else "") + prompt[written:], supervised=False))
+            if not prompt.startswith(written):
+                raise CheckpointError(
+                    f"The chat template renders earlier turns as {written!r}, and with a later one as {prompt!r}; wanted the "
+                    "same beginning. It rewrites earlier turns, so later answers cannot be trained on; give it another."
+                )
+            pieces.append(Piece((self.tail if pieces else "") + prompt[len(written) :], supervised=False))
             pieces.append(Piece(self.lead + turns[position].text + self.stop, supervised=True))
             if position + 1 < len(messages):
-                written = len(_render(processor, self.original, messages[: position + 1]))
+                written = _render(processor, self.original, messages[: position + 1])
         return pieces
 
 
@@ -194,5 +202,5 @@ def _check_template(processor: ProcessorMixin, chat_format: ChatFormat, exchange
         if _render(processor, chat_format.template, messages) != trained:
             raise CheckpointError(
                 f"The chat template renders {_render(processor, chat_format.template, messages)!r}, training would see "
-                f"{trained!r}; wanted equal texts. The template rewrites earlier turns; give the processor one that does not."
+                f"{trained!r}; wanted equal texts. Give the processor a template that treats every turn alike."
             )

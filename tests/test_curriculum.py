@@ -1,0 +1,501 @@
+"""The contracts of a run: what a stage leaves is what was in memory, for stock PEFT too, and stages follow on exactly."""
+
+from __future__ import annotations
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText
+
+from llavamed_peft import (
+    Conversation,
+    Curriculum,
+    LoraSpec,
+    Question,
+    Schedule,
+    Stage,
+    StageAdapter,
+    Turn,
+    curriculum_finetune,
+    load_stage,
+)
+from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
+from llavamed_peft.packing import PackedCollator
+
+KINDS = {
+    "llava": ("llama", "clip", -2),
+    "vipllava": ("llama", "clip", [-2, -1, 1]),
+    "llava_next": ("mistral", "clip", -2),
+    "llava_onevision": ("qwen2", "siglip", -1),
+}
+LORA = LoraSpec(rank=4, alpha=8, dropout=0.0)
+
+
+def schedule(**changes: object) -> Schedule:
+    return Schedule(**{"epochs": 1, "learning_rate": 1e-2, "global_batch": 4, **changes})
+
+
+THREE = Curriculum(
+    (
+        Stage("align", "projector", schedule()),
+        Stage("instruct", "lora", schedule(projector_learning_rate=1e-3), LORA),
+        Stage("vqa", "lora", schedule(), LORA),
+    )
+)
+
+
+@pytest.fixture(scope="session")
+def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("images")
+    generator = random.Random(0)
+    for i in range(6):
+        size = generator.randint(40, 130), generator.randint(40, 130)
+        Image.new("RGB", size, tuple(generator.randint(0, 255) for _ in range(3))).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def conversations(images: Path) -> list[Conversation]:
+    """Twelve: of one turn and of two, with one image, two images, an image in the second turn, and none."""
+    rows = []
+    for i in range(8):
+        turns = [Turn("user", "<image>\nwhat is in the image?"), Turn("assistant", ["a heart", "a lung", "no"][i % 3])]
+        if i % 2:
+            turns += [Turn("user", "is it normal?"), Turn("assistant", "yes")]
+        rows.append(Conversation(str(i), tuple(turns), (str(images / f"{i % 6}.png"),)))
+    two = (Turn("user", "<image><image>\nwhich is left?"), Turn("assistant", "the first"))
+    rows.append(Conversation("two", two, (str(images / "0.png"), str(images / "1.png"))))
+    later = (Turn("user", "<image>\nand?"), Turn("assistant", "no"), Turn("user", "<image>\nthis?"), Turn("assistant", "yes"))
+    rows.append(Conversation("later", later, (str(images / "2.png"), str(images / "3.png"))))
+    rows += [Conversation(f"text {i}", (Turn("user", "what is a lung?"), Turn("assistant", "an organ"))) for i in range(2)]
+    return rows
+
+
+@pytest.fixture(scope="session")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: tiny.build(folder / f"tiny-{kind}", kind, *how) for kind, how in KINDS.items()}
+
+
+@pytest.fixture(scope="session")
+def runs(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, dict[str, StageAdapter]]:
+    """The three stages on a checkpoint of each class."""
+    folder = tmp_path_factory.mktemp("runs")
+    data = dict.fromkeys(("align", "instruct", "vqa"), conversations)
+    return {
+        kind: curriculum_finetune(base, data, folder / kind, curriculum=THREE, eval_data={"vqa": conversations}, eval_steps=2)
+        for kind, base in bases.items()
+    }
+
+
+def logits(model: torch.nn.Module, processor: object, conversations: list[Conversation]) -> torch.Tensor:
+    batch = PackedCollator(processor)(conversations)
+    with torch.no_grad():
+        return model.eval()(**batch).logits[batch["attention_mask"].bool()]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+class TestEveryClass:
+    def test_learns(self, kind: str, runs: dict[str, dict[str, StageAdapter]]) -> None:
+        metrics = [adapter.metrics for adapter in runs[kind].values()]
+        assert [m["steps"] for m in metrics] == [3, 3, 3]
+        assert [m["conversations"] for m in metrics] == [12, 12, 12]
+        assert metrics[2]["eval_loss_after"] < metrics[2]["eval_loss_before"]
+
+    def test_stock_peft_and_load_stage_agree(
+        self, kind: str, bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation]
+    ) -> None:
+        for adapter in runs[kind].values():
+            ours, processor = load_stage(bases[kind], adapter)
+            stock = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(bases[kind]), adapter.path)
+            assert torch.equal(logits(ours, processor, conversations), logits(stock, processor, conversations))
+
+    def test_held_out_loss_is_the_loaded_models(
+        self, kind: str, bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation]
+    ) -> None:
+        model, processor = load_stage(bases[kind], runs[kind]["vqa"])
+        with torch.no_grad():
+            loss = model(**PackedCollator(processor)(conversations)).loss.item()
+        assert loss == pytest.approx(runs[kind]["vqa"].metrics["eval_loss_after"], abs=1e-5)
+
+    def test_a_stage_begins_where_its_parent_ended(
+        self, kind: str, bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation]
+    ) -> None:
+        model, processor = load_stage(bases[kind], runs[kind]["instruct"])
+        with torch.no_grad():
+            loss = model(**PackedCollator(processor)(conversations)).loss.item()
+        assert loss == pytest.approx(runs[kind]["vqa"].metrics["eval_loss_before"], abs=1e-5)
+
+    def test_merged_is_unmerged(
+        self,
+        kind: str,
+        bases: dict[str, Path],
+        runs: dict[str, dict[str, StageAdapter]],
+        conversations: list[Conversation],
+        tmp_path: Path,
+    ) -> None:
+        adapter = runs[kind]["vqa"]
+        model, processor = load_stage(bases[kind], adapter)
+        adapter.merge(bases[kind], tmp_path / "merged")
+        merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(logits(merged, processor, conversations), logits(model, processor, conversations))
+        with pytest.raises(AdapterError, match="is there already; wanted a new folder"):
+            adapter.merge(bases[kind], tmp_path / "merged")
+
+    def test_only_the_scope_moved(
+        self, kind: str, bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation]
+    ) -> None:
+        align = runs[kind]["align"].tensors()
+        assert align and all(".multi_modal_projector." in name for name in align)
+        instruct = runs[kind]["instruct"].tensors()
+        lora = {name for name in instruct if ".lora_" in name}
+        assert lora and all(".language_model." in name for name in lora)
+        assert set(instruct) - lora == set(align)
+        base = AutoModelForImageTextToText.from_pretrained(bases[kind])
+        for name, tensor in base.model.multi_modal_projector.named_parameters():
+            assert not torch.equal(align[f"base_model.model.model.multi_modal_projector.{name}"], tensor)
+
+
+def test_stage_json_adds_up_and_names_its_parent(runs: dict[str, dict[str, StageAdapter]]) -> None:
+    align, instruct, vqa = runs["llava"].values()
+    assert align.parent is None
+    assert instruct.parent == {"stage": "align", "sha256": align.record["sha256"]}
+    assert vqa.parent == {"stage": "instruct", "sha256": instruct.record["sha256"]}
+    assert instruct.stage == THREE["instruct"]
+    for adapter in (align, instruct, vqa):
+        for entry in adapter.record["data"]:
+            assert entry["rows"] == 12 == entry["used"] + sum(entry["rejected"].values()) + entry["failed"]
+
+
+def test_no_local_path_is_published(bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]]) -> None:
+    for adapter in runs["llava"].values():
+        for path in adapter.path.iterdir():
+            if path.suffix in (".json", ".md", ".jinja"):
+                assert str(bases["llava"].parent) not in path.read_text(encoding="utf-8"), path.name
+        config = json.loads((adapter.path / "adapter_config.json").read_text(encoding="utf-8"))
+        assert config["base_model_name_or_path"] == "tiny-llava"
+        card = (adapter.path / "README.md").read_text(encoding="utf-8")
+        assert adapter.record["base"]["sha256"] in card
+
+
+def test_run_leaves_curve_table_and_metrics(runs: dict[str, dict[str, StageAdapter]]) -> None:
+    folder = runs["llava"]["vqa"].path.parent
+    assert Image.open(folder / "loss.png").size[0] > 300
+    assert "| instruct | lora |" in (folder / "stages.md").read_text(encoding="utf-8")
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    steps = [record for record in records if record["stage"] == "instruct" and "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3]
+    assert steps[2]["projector_learning_rate"] == pytest.approx(steps[2]["language_model_learning_rate"] / 10)
+    held_out = [record["step"] for record in records if record["stage"] == "vqa" and "eval_loss" in record]
+    assert held_out == [0, 2, 3]
+
+
+def test_stock_peft_swaps_stages_where_this_package_cannot_be_imported(
+    bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], images: Path
+) -> None:
+    script = f"""
+import sys
+sys.modules["llavamed_peft"] = None  # any import of it fails
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+runs = {str(runs["llava"]["vqa"].path.parent)!r}
+model = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained({str(bases["llava"])!r}), runs + "/align", "align")
+model.load_adapter(runs + "/vqa", "vqa")
+processor = AutoProcessor.from_pretrained(runs + "/vqa")
+messages = [{{"role": "user", "content": [{{"type": "image"}}, {{"type": "text", "text": "what is in the image?"}}]}}]
+prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+inputs = processor(text=prompt, images=Image.open({str(images / "0.png")!r}), return_tensors="pt")
+for stage in ("align", "vqa", "align"):
+    model.set_adapter(stage)
+    print(stage, model(**inputs).logits.double().sum().item())
+print(processor.batch_decode(model.generate(**inputs, max_new_tokens=3, do_sample=False)))
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    first, second, third = (line.split()[1] for line in done.stdout.splitlines()[:3])
+    assert first == third != second
+
+
+def test_full_stage_leaves_a_checkpoint_that_the_next_stage_builds_on(
+    bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    curriculum = Curriculum((Stage("all", "full", schedule(learning_rate=1e-3)), Stage("more", "lora", schedule(), LORA)))
+    data = {"all": conversations, "more": conversations}
+    adapters = curriculum_finetune(
+        bases["llava"],
+        data,
+        tmp_path / "run",
+        curriculum=curriculum,
+        eval_data=data,
+        start_from=runs["llava"]["instruct"],
+    )
+    full, more = adapters["all"], adapters["more"]
+    assert full.is_checkpoint and full.parent == {"stage": "instruct", "sha256": runs["llava"]["instruct"].record["sha256"]}
+    assert full.metrics["eval_loss_before"] == pytest.approx(runs["llava"]["vqa"].metrics["eval_loss_before"], abs=1e-5)
+    model = AutoModelForImageTextToText.from_pretrained(full.path)
+    loaded, processor = load_stage(bases["llava"], full)
+    assert torch.equal(logits(model, processor, conversations), logits(loaded, processor, conversations))
+    base = AutoModelForImageTextToText.from_pretrained(bases["llava"])
+    for (name, before), (_, after) in zip(base.named_parameters(), model.named_parameters(), strict=True):
+        assert torch.equal(before, after) == name.startswith("model.vision_tower."), name
+    assert more.record["base"]["sha256"] == full.record["sha256"]
+    stock = PeftModel.from_pretrained(model, more.path)
+    with torch.no_grad():
+        loss = stock.eval()(**PackedCollator(processor)(conversations)).loss.item()
+    assert loss == pytest.approx(more.metrics["eval_loss_after"], abs=1e-5)
+
+
+def test_projector_stage_behind_lora_carries_it_frozen(
+    bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    curriculum = Curriculum((Stage("realign", "projector", schedule()),))
+    adapter = curriculum_finetune(
+        bases["llava"], {"realign": conversations}, tmp_path, curriculum=curriculum, start_from=runs["llava"]["vqa"].path
+    )["realign"]
+    before, after = runs["llava"]["vqa"].tensors(), adapter.tensors()
+    assert set(before) == set(after)
+    for name in before:
+        assert torch.equal(before[name], after[name]) == (".lora_" in name), name
+
+
+def test_order_and_dropout_are_a_function_of_the_seed(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    def run(seed: int, name: str) -> dict[str, torch.Tensor]:
+        stage = Stage("vqa", "lora", schedule(), LoraSpec(rank=4, alpha=8, dropout=0.2))
+        curriculum = Curriculum((stage,), seed=seed)
+        return curriculum_finetune(bases["llava"], {"vqa": conversations}, tmp_path / name, curriculum=curriculum)[
+            "vqa"
+        ].tensors()
+
+    first, again, other = run(1, "first"), run(1, "again"), run(2, "other")
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_bfloat16_base_trains_in_fp32_and_rounds_only_what_is_loaded(
+    dtype: str, conversations: list[Conversation], tmp_path: Path
+) -> None:
+    base = tiny.build(tmp_path / "base", dtype=torch.bfloat16)
+    adapter = curriculum_finetune(
+        base, {"vqa": conversations}, tmp_path / "run", curriculum=Curriculum((THREE["vqa"],)), dtype=dtype
+    )["vqa"]
+    tensors = adapter.tensors()
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
+    projector = [name for name in tensors if "multi_modal_projector" in name]
+    assert any(not torch.equal(tensors[name], tensors[name].bfloat16().float()) for name in projector)
+    model, _ = load_stage(base, adapter)
+    assert model.get_base_model().dtype == torch.bfloat16
+    merged = AutoModelForImageTextToText.from_pretrained(adapter.merge(base, tmp_path / "merged"))
+    assert merged.dtype == torch.bfloat16
+    loaded = load_stage(base, adapter, dtype="float32")[0]
+    name = "base_model.model.model.multi_modal_projector.linear_1.weight"
+    kept = loaded.get_base_model().model.multi_modal_projector.modules_to_save["default"].linear_1.weight
+    assert torch.equal(kept, tensors[name])
+
+
+def test_nf4_trains_and_its_adapter_loads_on_the_raw_base(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    adapters = curriculum_finetune(
+        bases["llava"],
+        dict.fromkeys(("align", "instruct", "vqa"), conversations),
+        tmp_path,
+        curriculum=THREE,
+        quantization="nf4",
+        eval_data={"vqa": conversations},
+    )
+    assert adapters["vqa"].metrics["eval_loss_after"] < adapters["vqa"].metrics["eval_loss_before"]
+    model, processor = load_stage(bases["llava"], adapters["vqa"], quantization="nf4")
+    with torch.no_grad():
+        loss = model(**PackedCollator(processor)(conversations)).loss.item()
+    assert loss == pytest.approx(adapters["vqa"].metrics["eval_loss_after"], abs=1e-4)
+    load_stage(bases["llava"], adapters["vqa"])
+    parent, child = adapters["align"].tensors(), adapters["instruct"].tensors()
+    moved = [name for name in parent if not torch.equal(parent[name], child[name])]
+    assert moved, "the projector stood still in bf16 steps"
+
+
+def test_undecodable_image_leaves_its_step_and_is_counted(bases: dict[str, Path], images: Path, tmp_path: Path) -> None:
+    Image.effect_noise((90, 60), 50).save(tmp_path / "cut.png")
+    whole = (tmp_path / "cut.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # the header is fine, the pixels end too soon
+    good = [Question(str(i), str(images / f"{i}.png"), "what?", "yes", "closed") for i in range(5)]
+    bad = Question("bad", str(tmp_path / "cut.png"), "what?", "yes", "closed")
+    curriculum = Curriculum((Stage("vqa", "projector", schedule(epochs=2, global_batch=3)),))
+    adapter = curriculum_finetune(bases["llava"], {"vqa": [*good, bad]}, tmp_path / "run", curriculum=curriculum)["vqa"]
+    (entry,) = adapter.record["data"]
+    assert (entry["rows"], entry["used"], entry["rejected"], entry["failed"]) == (6, 5, {}, 1)
+    assert adapter.metrics["conversations"] == 10 and adapter.metrics["steps"] == 4
+    (line,) = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert json.loads(line)["id"] == "bad" and json.loads(line)["row"] == 6
+
+
+def test_workers_change_nothing(bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path) -> None:
+    def run(workers: int) -> dict[str, torch.Tensor]:
+        return curriculum_finetune(
+            bases["llava"],
+            {"align": conversations},
+            tmp_path / str(workers),
+            curriculum=Curriculum((THREE["align"],)),
+            workers=workers,
+        )["align"].tensors()
+
+    inside, outside = run(0), run(2)
+    assert all(torch.equal(inside[name], outside[name]) for name in inside)
+
+
+def test_device_batches_change_nothing_but_rounding(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    def run(max_row_tokens: int, checkpointing: bool) -> StageAdapter:
+        return curriculum_finetune(
+            bases["llava"],
+            {"vqa": conversations},
+            tmp_path / f"{max_row_tokens} {checkpointing}",
+            curriculum=Curriculum((THREE["vqa"],)),
+            max_row_tokens=max_row_tokens,
+            gradient_checkpointing=checkpointing,
+            eval_data={"vqa": conversations},
+        )["vqa"]
+
+    whole, single, checkpointed = run(100_000, False), run(1, False), run(100, True)
+    for other in (single, checkpointed):
+        assert other.metrics["loss_last"] == pytest.approx(whole.metrics["loss_last"], abs=1e-4)
+        assert other.metrics["eval_loss_after"] == pytest.approx(whole.metrics["eval_loss_after"], abs=1e-4)
+
+
+def test_report_to_tensorboard_writes_events(bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path) -> None:
+    curriculum_finetune(
+        bases["llava"], {"align": conversations}, tmp_path, curriculum=Curriculum((THREE["align"],)), report_to="tensorboard"
+    )
+    events = list((tmp_path / "logs" / "align").rglob("events.out.tfevents.*"))
+    assert events and events[0].stat().st_size > 100
+
+
+class TestRefusals:
+    """What is refused, before anything is written."""
+
+    @pytest.fixture
+    def call(self, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path):
+        def call(**changes: object) -> dict[str, StageAdapter]:
+            arguments = {
+                "model": bases["llava"],
+                "data": {"align": conversations},
+                "output_dir": tmp_path / "run",
+                "curriculum": Curriculum((THREE["align"],)),
+            }
+            return curriculum_finetune(**{**arguments, **changes})
+
+        return call
+
+    @pytest.mark.parametrize(
+        ("changes", "error", "message"),
+        [
+            ({"data": {}}, ConfigError, "data has nothing for stage 'align'; wanted an entry for each of align"),
+            ({"data": {"alin": []}}, ConfigError, "data has the key 'alin', which is no stage of the curriculum. Did you mean"),
+            ({"data": {"align": []}}, ConfigError, "data['align'] is empty"),
+            ({"data": {"align": 3}}, ConfigError, "data['align'] is 3; wanted a file"),
+            ({"data": {"align": [3]}}, ConfigError, "data['align'] holds a int"),
+            ({"data": {"align": "nowhere.json"}}, DataError, "nowhere.json: no such file; wanted a LLaVA JSON file."),
+            ({"eval_data": {"vqa": []}}, ConfigError, "eval_data has the key 'vqa'"),
+            ({"image_folder": {"vqa": "x"}}, ConfigError, "image_folder has the key 'vqa'"),
+            ({"model": "/nowhere/at/all"}, CheckpointError, "/nowhere/at/all: no configuration could be read"),
+            ({"quantization": "int3"}, ConfigError, "quantization is 'int3'; wanted None or 'nf4'."),
+            ({"dtype": "float16"}, ConfigError, "training computes in 'bfloat16' or 'float32'"),
+            ({"dtype": "floaty"}, ConfigError, "dtype is 'floaty'; wanted None or a floating-point dtype"),
+            ({"layout": "packed"}, ConfigError, "layout is 'packed'; wanted one of padded."),
+            ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted None or a whole number of at least 1."),
+            ({"max_rejected": 2}, ConfigError, "max_rejected is 2; wanted a share between 0 and 1."),
+            ({"workers": -1}, ConfigError, "workers is -1; wanted None or a whole number of at least 0."),
+            ({"start_from": "/nowhere"}, AdapterError, "/nowhere: neither a folder nor a Hub repository that can be reached."),
+        ],
+    )  # fmt: skip
+    def test_arguments(self, call, changes: dict[str, object], error: type[Exception], message: str, tmp_path: Path) -> None:
+        with pytest.raises(error) as raised:
+            call(**changes)
+        assert message in str(raised.value)
+        assert not (tmp_path / "run" / "align").exists()
+
+    def test_quantised_full(self, call, conversations: list[Conversation]) -> None:
+        full = Curriculum((Stage("all", "full", schedule()),))
+        with pytest.raises(ConfigError, match="Stage 'all' trains 'full' and quantization is 'nf4'; wanted None"):
+            call(curriculum=full, data={"all": conversations}, quantization="nf4")
+
+    def test_another_rank_behind_start_from(
+        self, call, conversations: list[Conversation], runs: dict[str, dict[str, StageAdapter]]
+    ) -> None:
+        other = Curriculum((Stage("vqa", "lora", schedule(), LoraSpec(rank=8, alpha=8)),))
+        with pytest.raises(ConfigError, match="Stage 'vqa' has LoRA rank 8 and alpha 8, start_from rank 4 and alpha 8"):
+            call(curriculum=other, data={"vqa": conversations}, start_from=runs["llava"]["instruct"])
+
+    def test_a_stage_that_is_there(self, call) -> None:
+        call()
+        with pytest.raises(TrainingError, match="holds align already; wanted a folder without these stages"):
+            call()
+
+    def test_too_many_rejected_rows(self, call, images: Path, tmp_path: Path) -> None:
+        row = {"image": "0.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "yes"}]}
+        rows = [{**row, "id": str(i)} for i in range(8)]
+        rows += [{**row, "id": "a", "image": "no.png"}, {**row, "id": "b", "conversations": []}]
+        (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+        with pytest.raises(DataError) as raised:
+            call(data={"align": tmp_path / "data.json"}, image_folder=images)
+        assert "data.json: 2 of 10 rows cannot be used (20.0%; max_rejected is 5.0%). Commonest: " in str(raised.value)
+        adapter = call(data={"align": tmp_path / "data.json"}, image_folder=images, max_rejected=0.2)["align"]
+        (entry,) = adapter.record["data"]
+        assert (entry["rows"], entry["used"]) == (10, 8) and sum(entry["rejected"].values()) == 2
+        lines = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+        assert [json.loads(line)["id"] for line in lines] == ["a", "b"]
+
+    def test_too_long_is_named_with_what_it_needs(self, call, conversations: list[Conversation]) -> None:
+        short = Curriculum((Stage("align", "projector", schedule(max_length=60)),))
+        with pytest.raises(DataError, match=r"Commonest: longer than max_length \(\d+\)"):
+            call(curriculum=short, max_rejected=0.0)
+
+    def test_loss_that_is_not_a_number(self, call, tmp_path: Path) -> None:
+        wild = Curriculum((Stage("align", "projector", schedule(learning_rate=1e30, warmup_ratio=0, epochs=20)),))
+        with pytest.raises(TrainingError, match=r"The loss of step \d+ is (nan|inf). Lower learning_rate"):
+            call(curriculum=wild)
+        assert not (tmp_path / "run" / "align").exists()
+
+
+def test_adapter_on_another_architecture_is_an_error(bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]]) -> None:
+    with pytest.raises(AdapterError, match=r"tensors do not fit the base \(vipllava over llama\)"):
+        load_stage(bases["vipllava"], runs["llava"]["align"])
+
+
+def test_adapter_on_another_base_of_its_shape_is_a_named_warning(
+    runs: dict[str, dict[str, StageAdapter]], tmp_path: Path
+) -> None:
+    other = tiny.build(tmp_path / "other", seed=1)
+    with pytest.warns(UserWarning, match=r"vqa was trained on tiny-llava .* this base is other"):
+        load_stage(other, runs["llava"]["vqa"])
+
+
+def test_damaged_folders_are_errors(runs: dict[str, dict[str, StageAdapter]], tmp_path: Path) -> None:
+    import shutil
+
+    folder = shutil.copytree(runs["llava"]["align"].path, tmp_path / "align")
+    weights = folder / "adapter_model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-8])
+    with pytest.raises(AdapterError, match="the folder is damaged or was changed"):
+        StageAdapter.load(folder)
+    (folder / "stage.json").write_text("{", encoding="utf-8")
+    with pytest.raises(AdapterError, match="is not JSON"):
+        StageAdapter.load(folder)
+    (folder / "stage.json").unlink()
+    with pytest.raises(AdapterError, match=r"has no stage\.json; wanted a folder that a finished stage left"):
+        StageAdapter.load(folder)

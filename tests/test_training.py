@@ -1,0 +1,211 @@
+"""The step: one mean over the step's supervised tokens however it is cut, exactly the scope's parameters, two learning rates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+from trl import SFTConfig
+
+from llavamed_peft import Conversation, LoraSpec, Schedule, Stage, Turn
+from llavamed_peft.datasets.rejects import RejectLog
+from llavamed_peft.datasets.sources import open_sources
+from llavamed_peft.errors import TrainingError
+from llavamed_peft.modeling.load import load_checkpoint
+from llavamed_peft.modeling.parts import (
+    adapter_config,
+    attach,
+    bare,
+    check_trainable,
+    freeze_tower,
+    language_linears,
+    set_dtypes,
+    trainable_tensors,
+    unfreeze_full,
+)
+from llavamed_peft.packing import PackedCollator
+from llavamed_peft.packing.index import DeviceBatches, Index, build_index
+from llavamed_peft.training import StageTrainer
+
+LORA = LoraSpec(rank=4, alpha=8, dropout=0.0)
+KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevision": ("qwen2", "siglip", -1)}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: tiny.build(folder / kind, kind, *how) for kind, how in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def conversations(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation]:
+    folder = tmp_path_factory.mktemp("images")
+    rows = []
+    for i in range(5):
+        Image.new("RGB", (40 + 20 * i, 60), (50 * i, 90, 20)).save(folder / f"{i}.png")
+        turns = (Turn("user", "<image>\nwhat is this?"), Turn("assistant", "a heart " * (i + 1)))
+        rows.append(Conversation(str(i), turns, (str(folder / f"{i}.png"),)))
+    return [*rows, Conversation("text", (Turn("user", "what is a lung?"), Turn("assistant", "an organ of breath")))]
+
+
+def prepared(base: Path, trains: str, quantization: str | None = None) -> tuple[torch.nn.Module, object]:
+    model, processor = load_checkpoint(base, quantization)
+    torch.manual_seed(0)
+    if trains == "full":
+        return unfreeze_full(model), processor
+    return attach(model, adapter_config(model, LORA if trains == "lora" else None), trains), processor
+
+
+def trainer(
+    base: Path,
+    conversations: list[Conversation],
+    folder: Path,
+    trains: str = "lora",
+    max_row_tokens: int = 4096,
+    **schedule: object,
+) -> StageTrainer:
+    model, processor = prepared(base, trains)
+    set_dtypes(model, torch.float32)
+    freeze_tower(model)
+    stage = Stage("s", trains, Schedule(**{"epochs": 1, "learning_rate": 1e-3, "global_batch": 6, **schedule}))
+    collator = PackedCollator(processor, 2048, max_row_tokens)
+    index = indexed(conversations, collator, folder)
+    config = SFTConfig(
+        output_dir=str(folder),
+        use_cpu=True,
+        bf16=False,
+        max_length=None,
+        report_to="none",
+        weight_decay=stage.schedule.weight_decay,
+    )
+    made = StageTrainer(model, config, processor, stage, index, None, collator)
+    made.create_optimizer()
+    made.current_gradient_accumulation_steps = 1
+    return made
+
+
+def indexed(conversations: list[Conversation], collator: PackedCollator, folder: Path) -> Index:
+    with RejectLog(folder / "rejected.jsonl") as rejects:
+        return build_index(open_sources(conversations, None, "data"), collator, folder / "index.arrow", rejects, 0.0)
+
+
+def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_row_tokens", [1, 150, 4096])
+def test_a_steps_gradient_is_the_plain_means_however_it_is_cut(
+    kind: str, max_row_tokens: int, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    stage = trainer(bases[kind], conversations, tmp_path, max_row_tokens=max_row_tokens)
+    (inputs,) = list(stage.get_train_dataloader())
+    assert (len(inputs) > 1) == (max_row_tokens < 4096)
+    loss = stage.training_step(stage.model, inputs)
+    cut = gradients(stage.model)
+    stage.model.zero_grad()
+    plain = stage.model(**stage.collator(conversations)).loss
+    plain.backward()
+    assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
+    whole = gradients(stage.model)
+    assert set(cut) == set(whole) == {name for name, p in stage.model.named_parameters() if p.requires_grad}
+    for name in whole:
+        torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("trains", ["projector", "lora", "full"])
+@pytest.mark.parametrize("rows", [(), (5,)])
+def test_a_batch_without_images_or_rows_gives_the_projector_a_zero_gradient(
+    trains: str, rows: tuple[int, ...], bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    stage = trainer(bases["llava"], conversations, tmp_path, trains)
+    batch = DeviceBatches(stage.train_index, stage.collator)[rows]
+    assert batch.conversations == len(rows) and "pixel_values" not in batch.inputs
+    stage.training_step(stage.model, [batch])
+    found = gradients(stage.model)
+    assert set(found) == {name for name, p in stage.model.named_parameters() if p.requires_grad}
+    projector = [grad for name, grad in found.items() if "multi_modal_projector" in name]
+    assert projector and all((grad == 0).all() for grad in projector)
+    if not rows:
+        assert all((grad == 0).all() for grad in found.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("trains", ["projector", "lora", "full"])
+def test_exactly_the_scope_trains(kind: str, trains: str, bases: dict[str, Path]) -> None:
+    model, _ = prepared(bases[kind], trains)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert not any("vision_tower" in name or "image_newline" in name for name in trained)
+    assert any("multi_modal_projector" in name for name in trained)
+    linears = language_linears(bare(model))
+    if trains == "lora":
+        adapted = {name.split(".lora_A")[0].removeprefix("base_model.model.") for name in trained if ".lora_A" in name}
+        assert adapted == {name.removesuffix(".base_layer") for name in linears if ".lora_" not in name}
+        assert len(adapted) == 14 and not any("lm_head" in name for name in trained)
+    if trains == "full":
+        assert "lm_head.weight" in trained and {f"{name}.weight" for name in linears} <= trained
+
+
+def test_a_parameter_too_many_or_too_few_stops_the_stage(bases: dict[str, Path]) -> None:
+    model, _ = prepared(bases["llava"], "projector")
+    wanted = {name for name, p in model.named_parameters() if p.requires_grad}
+    tower = next(p for name, p in model.named_parameters() if "vision_tower" in name)
+    tower.requires_grad_(True)
+    with pytest.raises(TrainingError, match=r"1 parameter\(s\) would train that should not \(.*vision_tower"):
+        check_trainable(model, wanted)
+    tower.requires_grad_(False)
+    next(p for name, p in model.named_parameters() if name in wanted).requires_grad_(False)
+    with pytest.raises(TrainingError, match=r"1 would not that should \(.*multi_modal_projector"):
+        check_trainable(model, wanted)
+
+
+@pytest.mark.parametrize("trains", ["projector", "lora", "full"])
+def test_tower_runs_without_a_graph_and_in_eval_mode_even_when_checkpointing(
+    trains: str, bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
+    model, processor = prepared(bases["llava"], trains)
+    freeze_tower(model)
+    model.train()
+    bare(model).gradient_checkpointing_enable({"use_reentrant": False})
+    bare(model).enable_input_require_grads()
+    tower = bare(model).model.vision_tower
+    assert not any(module.training for module in tower.modules())
+    seen: list[torch.Tensor] = []
+    tower.register_forward_hook(lambda module, inputs, output: seen.append(output.last_hidden_state))
+    model(**PackedCollator(processor)(conversations)).loss.backward()
+    assert seen and not any(tensor.requires_grad for tensor in seen)
+    assert all(p.grad is None for p in tower.parameters())
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("trains", ["projector", "lora"])
+def test_trainables_are_fp32_and_the_rest_has_the_compute_dtype(trains: str, quantization: str | None, tmp_path: Path) -> None:
+    model, _ = prepared(tiny.build(tmp_path / "base", dtype=torch.bfloat16), trains, quantization)
+    set_dtypes(model, torch.bfloat16)
+    for name, parameter in model.named_parameters():
+        wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
+        assert parameter.dtype == wanted or parameter.dtype == torch.uint8, name
+    assert {tensor.dtype for tensor in trainable_tensors(model).values()} == {torch.float32}
+
+
+def test_two_learning_rates_and_decay_are_in_the_optimizers_groups(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    stage = trainer(
+        bases["llava"], conversations, tmp_path, "full", learning_rate=1e-3, projector_learning_rate=1e-5, weight_decay=0.1
+    )
+    groups = {(group["name"], group["weight_decay"]): group for group in stage.optimizer.param_groups}
+    assert set(groups) == {(part, decay) for part in ("projector", "language_model") for decay in (0.0, 0.1)}
+    assert {group["lr"] for (part, _), group in groups.items() if part == "projector"} == {1e-5}
+    assert {group["lr"] for (part, _), group in groups.items() if part == "language_model"} == {1e-3}
+    counted = sum(len(group["params"]) for group in groups.values())
+    assert counted == sum(p.requires_grad for p in stage.model.parameters())
+
+
+def test_dummy_target_string_still_means_modules_to_save_only(bases: dict[str, Path]) -> None:
+    model, _ = prepared(bases["llava"], "projector")
+    assert not any("lora_" in name for name, _ in model.named_parameters())
+    assert len(trainable_tensors(model)) == 4
