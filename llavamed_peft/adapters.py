@@ -33,6 +33,7 @@ from .stages import Stage
 
 SCHEMA_VERSION = 1
 RECORD, WEIGHTS, CONFIG, CARD = "stage.json", "adapter_model.safetensors", "adapter_config.json", "README.md"
+_RECORD_KEYS = ("stage", "kind", "base", "parent", "data", "metrics", "versions", "device", "sha256")
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -56,19 +57,10 @@ class StageAdapter:
             AdapterError: there is none, it was not made by this package, or its weights are not those that were written.
         """
         path = _local(folder)
-        if not (path / RECORD).is_file():
-            raise AdapterError(
-                f"{folder}: has no {RECORD}; wanted a folder that a finished stage left. A stock PEFT adapter is loaded with "
-                "PeftModel.from_pretrained."
-            )
-        try:
-            record = json.loads((path / RECORD).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise AdapterError(f"{path / RECORD}: is not JSON ({error}); the folder is damaged.") from error
-        version = record.get("schema_version") if isinstance(record, dict) else None
-        if version != SCHEMA_VERSION:
-            raise AdapterError(f"{path / RECORD}: schema_version is {version!r}; this version reads {SCHEMA_VERSION}.")
+        record = read_record(path)
         adapter = cls(path, record)
+        if not adapter.is_checkpoint and not (path / WEIGHTS).is_file():
+            raise AdapterError(f"{path}: has no {WEIGHTS}; wanted a whole folder. Are its weights on the Hub? See its {CARD}.")
         found = weights_sha256(path)
         if found != record["sha256"]:
             raise AdapterError(
@@ -126,6 +118,31 @@ class StageAdapter:
             processor.save_pretrained(folder)
 
         return write_folder(Path(out), fill)
+
+
+def read_record(folder: Path) -> dict[str, Any]:
+    """What a folder's `stage.json` says, its weights aside.
+
+    Raises:
+        AdapterError: there is none, or it is damaged or another version's.
+    """
+    path = folder / RECORD
+    if not path.is_file():
+        raise AdapterError(
+            f"{folder}: has no {RECORD}; wanted a folder that a finished stage left. A stock PEFT adapter is loaded with "
+            "PeftModel.from_pretrained."
+        )
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise AdapterError(f"{path}: is not JSON ({error}); the folder is damaged.") from error
+    version = record.get("schema_version") if isinstance(record, dict) else None
+    if version != SCHEMA_VERSION:
+        raise AdapterError(f"{path}: schema_version is {version!r}; this version reads {SCHEMA_VERSION}.")
+    missing = [key for key in _RECORD_KEYS if key not in record]
+    if missing:
+        raise AdapterError(f"{path}: lacks {', '.join(missing)}; the folder is damaged. Copy or download it again.")
+    return record
 
 
 def load_stage(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -111,8 +112,8 @@ def train_stage(
         remove_unused_columns=False,
         use_cpu=not on_gpu,
         bf16=computing.dtype == torch.bfloat16,
-        gradient_checkpointing=computing.gradient_checkpointing,
-        gradient_checkpointing_kwargs={"use_reentrant": False} if computing.gradient_checkpointing else None,
+        activation_checkpointing=computing.gradient_checkpointing,
+        activation_checkpointing_kwargs={"use_reentrant": False},
         ddp_find_unused_parameters=False,
         dataloader_num_workers=computing.workers,
         logging_steps=1,
@@ -135,6 +136,12 @@ def train_stage(
     set_dtypes(model, computing.dtype)
     load_tensors(model, start)
     freeze_tower(model)
+    if (steps := len(trainer.get_train_dataloader()) * schedule.epochs) <= 1 and schedule.warmup_ratio:
+        warnings.warn(
+            f"Stage {stage.name!r} has {steps:g} optimizer step, which warm-up takes at rate 0: nothing will be learnt. Give it "
+            "more data or epochs, a smaller global_batch, or warmup_ratio=0.",
+            stacklevel=2,
+        )
     trainer.train()
     if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
         trainer.evaluate()
@@ -169,6 +176,7 @@ class StageTrainer(SFTTrainer):
         self.evaluated_at = -1
         self.seen_conversations = 0
         self.seen_supervised_tokens = 0
+        self.evaluation_seconds = 0.0
         self.rates: dict[str, float] = {}  # of the step just taken, by part
         super().__init__(
             model=model,
@@ -220,6 +228,7 @@ class StageTrainer(SFTTrainer):
                     loss = self._summed_loss(model, batch) * scale
                 self.accelerator.backward(loss)
             total += loss.detach()
+            del loss  # or its graph's memory would still be held while the next batch runs forward
         if not torch.isfinite(total):
             raise TrainingError(
                 f"The loss of step {self.state.global_step + 1} is {total.item()}. Lower learning_rate, or look for odd data; "
@@ -230,6 +239,7 @@ class StageTrainer(SFTTrainer):
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """The held-out loss: the mean over all supervised tokens of the held-out data."""
         assert self.eval_index is not None
+        began = time.monotonic()
         model = self.model_wrapped if self.is_in_train else self.model
         model.eval()
         in_order = Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
@@ -244,6 +254,7 @@ class StageTrainer(SFTTrainer):
                         summed += self._summed_loss(model, batch)
         loss = self.accelerator.reduce(summed, "sum").item() / max(supervised, 1)
         self.evaluated_at = self.state.global_step
+        self.evaluation_seconds += time.monotonic() - began
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -331,7 +342,7 @@ class _Watch(TrainerCallback):
         if "eval_loss" in logs:
             record["eval_loss"] = logs["eval_loss"]
         elif "loss" in logs:
-            seconds = time.monotonic() - self.began
+            seconds = self._training_seconds()
             record["epoch"] = round(state.epoch, 4)
             record["loss"] = logs["loss"]
             record["grad_norm"] = logs.get("grad_norm")
@@ -346,17 +357,22 @@ class _Watch(TrainerCallback):
         if self.trainer.is_world_process_zero():
             self.on_record(record)
 
+    def _training_seconds(self) -> float:
+        """Wall time since training began, held-out evaluation left out."""
+        return time.monotonic() - self.began - self.trainer.evaluation_seconds
+
     def summary(self) -> dict[str, Any]:
         """What `stage.json` says of the training."""
         losses = [record["loss"] for record in self.history if "loss" in record]
         held_out = [record["eval_loss"] for record in self.history if "eval_loss" in record]
-        seconds = time.monotonic() - self.began
+        seconds = self._training_seconds()
         trainable = sum(parameter.numel() for parameter in self.trainer.model.parameters() if parameter.requires_grad)
         return {
             "steps": self.trainer.state.global_step,
             "conversations": self.trainer.seen_conversations,
             "supervised_tokens": self.trainer.seen_supervised_tokens,
             "seconds": round(seconds, 2),
+            "evaluation_seconds": round(self.trainer.evaluation_seconds, 2),
             "conversations_per_second": round(self.trainer.seen_conversations / seconds, 3),
             "trainable_parameters": trainable,
             "loss_first": losses[0] if losses else None,

@@ -9,6 +9,7 @@ import pytest
 from llavamed_peft.conversations import Question
 from llavamed_peft.datasets import vqa_rad
 from llavamed_peft.datasets.rejects import Reject
+from llavamed_peft.datasets.sources import open_sources, question_source
 from llavamed_peft.errors import ConfigError, DataError
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "vqa_rad"
@@ -230,3 +231,19 @@ def test_the_published_splits_share_images():
     test = images("testset.json", "test")
     assert len(test & images("trainset.json", "train")) == 203
     assert len(test & images("vqa_rad_public.json", "train")) == 202
+
+
+def test_a_split_is_data_for_a_stage(folder):
+    """As a source, whose rejected rows are counted like those of any file."""
+    path = write(folder, "vqa_rad_public.json", [original(), original(phrase_type="test_para"), original(qid=3, answer="")])
+    source = question_source(vqa_rad.read, path, None, "train")
+    assert open_sources(source, None, "data['vqa']") == open_sources([source], None, "data['vqa']") == [source]
+    rejects: list[Reject] = []
+    read = list(source.read(rejects))
+    assert read == [question.conversation() for question in vqa_rad.read(path, split="train", rejects=[])]
+    assert (source.name, len(read), [reject.row for reject in rejects]) == ("vqa_rad_public.json (train)", 1, [3])
+
+
+def test_a_missing_file_is_no_source(tmp_path):
+    with pytest.raises(DataError, match=r"nowhere\.json: no such file; wanted a file of questions\."):
+        question_source(vqa_rad.read, tmp_path / "nowhere.json", None, "train")

@@ -55,7 +55,8 @@ class PackedCollator:
         Raises:
             DataError: an image that cannot be decoded, a conversation longer than `max_length` or without a supervised token.
         """
-        images = [[load_image(path) for path in conversation.images] for conversation in conversations]
+        decoded = {path: load_image(path) for path in dict.fromkeys(i for c in conversations for i in c.images)}
+        images = [[decoded[path] for path in conversation.images] for conversation in conversations]
         shown = [group for group in images if group]
         batch: Batch = {}
         counts: list[list[int]] = []

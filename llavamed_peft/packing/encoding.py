@@ -71,27 +71,24 @@ class Encoder:
         """
         pieces = self.format.pieces(self.processor, conversation.turns)
         ids, supervised = self._tokenize(pieces)
-        shown = ids.count(self.processor.image_token_id)
-        if shown != len(tokens_per_image):
-            raise DataError(
-                f"The chat template shows {shown} image(s), the conversation has {len(tokens_per_image)}; wanted equal numbers."
-            )
         input_ids: list[int] = []
         labels: list[int] = []
-        counts = iter(tokens_per_image)
-        for token, learnt in zip(ids, supervised, strict=True):
-            repeats = next(counts) if token == self.processor.image_token_id else 1
+        for token, learnt, repeats in zip(ids, supervised, self._repeats(ids, tokens_per_image), strict=True):
             input_ids += [token] * repeats
             labels += [token if learnt else IGNORED] * repeats
         return Encoded(input_ids, labels, sum(tokens_per_image))
 
     def encode_prompt(self, turns: Sequence[Turn], tokens_per_image: Sequence[int]) -> list[int]:
-        """Token ids of the turns up to the user's last, as generation prompt: a prefix of what `encode` gives."""
+        """Token ids of the turns up to the user's last, as generation prompt: a prefix of what `encode` gives.
+
+        Raises:
+            DataError: as `encode`.
+        """
         placeholder = Turn("assistant", "-")
         pieces = self.format.pieces(self.processor, [*turns, placeholder])[:-1]
         ids, _ = self._tokenize(pieces)
-        counts = iter(tokens_per_image)
-        return [token for token in ids for _ in range(next(counts) if token == self.processor.image_token_id else 1)]
+        repeats = self._repeats(ids, tokens_per_image)
+        return [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)]
 
     def count_image_tokens(self, sizes: Sequence[Size]) -> list[int]:
         """Image tokens that each image of one conversation becomes, from its (height, width) in pixels alone."""
@@ -109,6 +106,16 @@ class Encoder:
         inputs = self.processor.image_processor(images, return_tensors="pt")
         counts = iter([self._count(inputs, i) for i in range(sum(len(group) for group in conversations))])
         return inputs, [[next(counts) for _ in group] for group in conversations]
+
+    def _repeats(self, ids: Sequence[int], tokens_per_image: Sequence[int]) -> list[int]:
+        """How often each token stands in the end: an image token once for each of its image's tokens, any other once."""
+        shown = ids.count(self.processor.image_token_id)
+        if shown != len(tokens_per_image):
+            raise DataError(
+                f"The chat template shows {shown} image(s), the conversation has {len(tokens_per_image)}; wanted equal numbers."
+            )
+        counts = iter(tokens_per_image)
+        return [next(counts) if token == self.processor.image_token_id else 1 for token in ids]
 
     def _tokenize(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
         tokenizer = self.processor.tokenizer

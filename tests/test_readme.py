@@ -1,0 +1,101 @@
+"""The README keeps its word: its tree is the one on disk, and its commands and snippets run."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import tiny
+from PIL import Image
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BASE = "llava-hf/llava-1.5-7b-hf"
+SMALL = """
+from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage
+schedule, lora = Schedule(epochs=1, learning_rate=1e-3, global_batch=4), LoraSpec(rank=4, alpha=8)
+LLAVA_MED = Curriculum(
+    (Stage("align", "projector", schedule), Stage("instruct", "lora", schedule, lora), Stage("vqa", "lora", schedule, lora))
+)
+"""
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what the README's snippets name: a checkpoint under that id, data files and images."""
+    folder = tmp_path_factory.mktemp("readme")
+    tiny.build(folder / BASE)
+    (folder / "images").mkdir()
+    (folder / "vqa_rad").mkdir()
+    Image.new("RGB", (60, 40), "gray").save(folder / "images" / "a.png")
+    said = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a heart"}]
+    rows = [{"id": str(i), "image": "a.png", "conversations": said} for i in range(6)]
+    for name in ("pmc_align.json", "instruct_60k.json", "vqa_rad/train.json", "vqa_rad/test.json"):
+        (folder / name).write_text(json.dumps(rows), encoding="utf-8")
+    return folder
+
+
+def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_the_two_commands_are_targets_and_what_ci_runs() -> None:
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    ci = (ROOT / ".ci" / "run").read_text(encoding="utf-8")
+    (commands, *_) = blocks("bash")
+    targets = re.findall(r"^make (\w+)", commands, flags=re.MULTILINE)
+    assert targets == ["demo", "test"]
+    for target in targets:
+        assert re.search(rf"^{target}: venv$", makefile, flags=re.MULTILINE)
+        assert f'"make {target}"' in ci
+
+
+def test_snippets_and_recipe_command_run(workplace: Path) -> None:
+    """In the README's order, with the small curriculum in the place of the paper's."""
+    whole, stock, yaml = blocks("python")
+    assert 'quantization="nf4"' in whole
+    script = re.sub(r"import LLAVA_MED, ", "import ", whole)
+    run([sys.executable, "-c", SMALL + script + "\nassert list(adapters) == ['align', 'instruct', 'vqa']"], workplace)
+    run([sys.executable, "-c", stock + "\nassert model.active_adapter == 'vqa'"], workplace)
+    run([sys.executable, "-c", yaml.replace("from llavamed_peft import LLAVA_MED\n", SMALL)], workplace)
+    (command,) = [block for block in blocks("bash") if "recipes/curriculum.py" in block]
+    words = shlex.split(command.replace("\\\n", " ").replace("runs/llava-med", "runs/again"))
+    run([sys.executable, str(ROOT / words[1]), *words[2:]], workplace)
+    assert (workplace / "runs" / "again" / "vqa" / "stage.json").is_file()
+
+
+def test_tree_is_the_one_on_disk() -> None:
+    (tree,) = [block for block in blocks("") if "llavamed_peft/" in block]
+    shown: list[str] = []
+    folders: list[str] = []
+    for line in tree.splitlines():
+        indent, name = re.match(r"( *)(\S+)", line).groups()
+        folders = folders[: len(indent) // 4]
+        shown.append("".join(folders) + name)
+        if name.endswith("/"):
+            folders.append(name)
+    listed = run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], ROOT)
+    files = [Path(name) for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+    for name in shown:
+        assert (ROOT / name).exists(), f"{name} is in README's tree and not on disk"
+    for path in files:
+        if path.suffix == ".py" and path.name != "__init__.py" and path.parts[0] in ("llavamed_peft", "recipes", "benchmarks"):
+            assert str(path) in shown, f"{path} is on disk and not in README's tree"
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert target.startswith("http") or (ROOT / target).exists(), target

@@ -1,0 +1,329 @@
+"""`recipes/`: every command that a recipe's docstring prints is run as it stands, in a folder that holds what it names.
+
+The folder has the files of the commands under their own names: a tiny checkpoint as `llava-hf/llava-1.5-7b-hf`, a few rows as
+`pmc_align.json`, and so on. The first command of each recipe runs in a process of its own, the others in this one.
+"""
+
+import ast
+import json
+import os
+import re
+import runpy
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import pytest
+import tiny
+from PIL import Image
+
+from llavamed_peft import LLAVA_MED
+from llavamed_peft.arguments import RunArguments, parse
+
+REPOSITORY = Path(__file__).parents[1]
+RECIPES = ("align", "instruct", "vqa", "curriculum")
+PUBLISHED = REPOSITORY.parent / "shared" / "data" / "vqa_rad"
+CONFIG = REPOSITORY / "recipes" / "configs" / "tiny-vqa-rad.yaml"
+TRAIN_ROWS, HELD_OUT_ROWS = 8, 4  # of the miniature
+
+
+def commands(text):
+    """The command lines in a docstring or in the comments of a YAML file, continuation lines joined."""
+    joined = re.sub(r"\\\n[#\s]*", "", text)
+    lines = [line.lstrip("# ") for line in joined.splitlines()]
+    return [shlex.split(line) for line in lines if line.startswith("python ")]
+
+
+def commands_of(recipe):
+    source = (REPOSITORY / "recipes" / f"{recipe}.py").read_text(encoding="utf-8")
+    return commands(ast.get_docstring(ast.parse(source)))
+
+
+def option(words, name):
+    return words[words.index(f"--{name}") + 1]
+
+
+# The folder in which the commands find what they name
+
+
+def rows(count, turns=1):
+    conversation = [
+        {"from": "human", "value": "<image>\nwhat is in the image?"},
+        {"from": "gpt", "value": "a chest x-ray"},
+        {"from": "human", "value": "is the heart normal?"},
+        {"from": "gpt", "value": "yes"},
+    ]
+    return [{"id": str(i), "image": f"{i % 3}.png", "conversations": conversation[: 2 * turns]} for i in range(count)]
+
+
+def vqa_rad_rows(count, **changes):
+    def row(i):
+        answer, answer_type = ("Yes" if i % 4 else "no", "CLOSED") if i % 2 else ("chest x-ray", "OPEN")
+        words = {"question": f"what is in image {i}?", "answer": answer, "answer_type": answer_type}
+        return {"qid": str(i), "image_name": f"{i % 3}.png", "phrase_type": "freeform", **words, **changes}
+
+    return [row(i) for i in range(count)]
+
+
+def link(link, target):
+    link.parent.mkdir(parents=True, exist_ok=True)
+    link.symlink_to(target, target_is_directory=target.is_dir())
+
+
+def write(path, rows):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(rows), encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def workspace(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("workspace")
+    tiny.build(folder / "llava-hf" / "llava-1.5-7b-hf")
+    link(folder / "recipes", REPOSITORY / "recipes")
+    for name in ("pmc_align.json", "pmc_align_heldout.json", "vqa_rad/train.json", "vqa_rad/test.json"):
+        write(folder / name, rows(4))
+    for name in ("instruct_60k.json", "instruct_heldout.json"):
+        write(folder / name, rows(4, turns=2))
+    for name in ("slake/train.json", "slake/test.json"):
+        write(folder / name, rows(4))
+    original = {"qid_linked_id": "03f4"}
+    both = vqa_rad_rows(TRAIN_ROWS, **original) + vqa_rad_rows(HELD_OUT_ROWS, phrase_type="test_freeform", **original)
+    for name in ("vqa_rad/vqa_rad_public.json", "data/vqa_rad/vqa_rad_public.json"):
+        write(folder / name, both)
+    write(folder / "vqa_rad" / "trainset.json", vqa_rad_rows(TRAIN_ROWS))
+    write(folder / "vqa_rad" / "testset.json", vqa_rad_rows(HELD_OUT_ROWS))
+    for name in ("images", "pmc", "vqa_rad/images", "slake/images", "data/vqa_rad/images"):
+        (folder / name).mkdir(parents=True, exist_ok=True)
+        for number, shade in enumerate((0, 90, 200)):
+            Image.new("RGB", (80 + 20 * number, 64), (shade, shade, shade)).save(folder / name / f"{number}.png")
+    return folder
+
+
+def run_in_a_process(words, folder):
+    python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": python_path}
+    done = subprocess.run([sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
+    return done.stdout
+
+
+def run_here(words, folder):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(sys, "argv", words[1:])
+        runpy.run_path(words[1], run_name="__main__")
+
+
+def produce(recipe, folder):
+    """Run the recipe's first command, unless a test has done so already."""
+    words = commands_of(recipe)[0]
+    if not (folder / option(words, "output_dir")).exists():
+        run_in_a_process(words, folder)
+    return folder / option(words, "output_dir")
+
+
+def account(stage_folder):
+    """(rows, used + rejected + failed, used) over a stage's training files."""
+    data = json.loads((stage_folder / "stage.json").read_text())["data"]
+    used = sum(entry["used"] for entry in data)
+    left = sum(sum(entry["rejected"].values()) + entry["failed"] for entry in data)
+    return sum(entry["rows"] for entry in data), used + left, used
+
+
+# The commands
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_docstrings_print_commands_with_known_files(recipe):
+    lines = commands_of(recipe)
+    assert len(lines) >= 2
+    assert len({option(words, "output_dir") for words in lines if "--output_dir" in words}) == len(
+        [words for words in lines if words[1].startswith("recipes/")]
+    ), "two commands would write to one folder"
+
+
+def test_align(workspace):
+    first = produce("align", workspace)
+    assert account(first / "align") == (4, 4, 4)
+    second = commands_of("align")[1]
+    run_here(second, workspace)
+    left = workspace / option(second, "output_dir")
+    assert json.loads((left / "align" / "stage.json").read_text())["metrics"]["eval_loss_after"] is not None
+    assert list((left / "logs").rglob("events.out.tfevents*")), "--report_to tensorboard wrote nothing"
+
+
+def test_instruct(workspace):
+    produce("align", workspace)
+    first = produce("instruct", workspace)
+    assert json.loads((first / "instruct" / "stage.json").read_text())["parent"]["stage"] == "align"
+    second = commands_of("instruct")[1]
+    run_here(second, workspace)
+    config = json.loads((workspace / option(second, "output_dir") / "instruct" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"]) == (64, 128)
+
+
+def test_vqa(workspace):
+    produce("align", workspace)
+    produce("instruct", workspace)
+    first = produce("vqa", workspace)
+    second, third = commands_of("vqa")[1:]
+    run_here(second, workspace)
+    run_here(third, workspace)
+    for left in (first, workspace / option(second, "output_dir")):
+        assert account(left / "vqa") == (TRAIN_ROWS, TRAIN_ROWS, TRAIN_ROWS)
+        answers = [json.loads(line) for line in (left / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        assert [list(answer) for answer in answers] == [
+            ["question_id", "prompt", "text", "truth", "answer_type"] for _ in range(HELD_OUT_ROWS)
+        ]
+        assert [answer["truth"] for answer in answers] == ["chest x-ray", "Yes", "chest x-ray", "Yes"]
+        table = (left / "scores.md").read_text(encoding="utf-8").splitlines()
+        assert [re.sub(r"\d+\.\d%", "*", line, count=1) for line in table[2:]] == [
+            "| open | 2 | * | chest x-ray | 100.0% |",
+            "| closed | 2 | * | yes | 100.0% |",
+        ]
+    left = workspace / option(third, "output_dir")
+    assert (left / "vqa" / "stage.json").is_file() and not (left / "scores.md").exists()
+
+
+def test_a_held_out_image_that_cannot_be_shown_is_an_error_before_training(workspace, tmp_path):
+    damaged = tmp_path / "images"
+    damaged.mkdir()
+    for number in range(3):
+        (damaged / f"{number}.png").write_bytes(
+            (workspace / "images" / f"{number}.png").read_bytes()[: 60 if number == 2 else None]
+        )
+    words = commands_of("vqa")[0]
+    words[words.index("--image_folder") + 1] = str(damaged)
+    words[words.index("--output_dir") + 1] = str(tmp_path / "run")
+    with pytest.raises(ValueError, match=r"2\.png"):
+        run_here(words, workspace)
+    assert not (tmp_path / "run").exists()
+
+
+def test_curriculum(workspace):
+    first = produce("curriculum", workspace)
+    stages = [stage.name for stage in LLAVA_MED.stages]
+    assert all((first / stage / "adapter_model.safetensors").is_file() for stage in stages)
+    second, write_stages, third = commands_of("curriculum")[1:]
+    run_here(second, workspace)
+    run_in_a_process(write_stages, workspace)
+    run_here(third, workspace)
+    assert (workspace / option(third, "output_dir") / "vqa" / "model.safetensors").is_file()
+
+
+def test_curriculum_from_a_file_of_options(workspace, tmp_path):
+    """A mapping of stage to file, and a curriculum of one stage."""
+    (tmp_path / "one.yaml").write_text("stages: [{name: again, trains: projector, schedule: {epochs: 1, learning_rate: 2e-3}}]\n")
+    config = tmp_path / "options.yaml"
+    config.write_text(
+        "model: llava-hf/llava-1.5-7b-hf\ndata: {again: [pmc_align.json, pmc_align_heldout.json]}\nimage_folder: {again: pmc}\n"
+        f"curriculum: {tmp_path / 'one.yaml'}\noutput_dir: {tmp_path / 'run'}\n"
+    )
+    run_here(["python", "recipes/curriculum.py", "--config", str(config)], workspace)
+    assert account(tmp_path / "run" / "again") == (8, 8, 8)
+
+
+def test_data_without_a_stage_is_an_error(workspace, tmp_path):
+    words = ["python", "recipes/curriculum.py", "--model", "x", "--data", "pmc_align.json", "--output_dir", str(tmp_path / "run")]
+    with pytest.raises(ValueError, match=r"data is given 'pmc_align\.json'; wanted stage=path, such as align=pmc_align\.json\."):
+        run_here(words, workspace)
+
+
+# The real VQA-RAD, on a tiny checkpoint
+
+
+def config_command():
+    return commands(CONFIG.read_text(encoding="utf-8"))[0]
+
+
+def check_run(left, train_rows, held_out_rows):
+    rows, accounted, used = account(left / "vqa")
+    assert rows == accounted == train_rows
+    assert used > 0.95 * rows
+    answers = (left / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    assert len(answers) == held_out_rows
+    assert sum(int(line.split("|")[2]) for line in (left / "scores.md").read_text().splitlines()[2:]) == held_out_rows
+
+
+def test_tiny_vqa_rad_on_the_miniature(workspace):
+    run_here(config_command(), workspace)
+    check_run(workspace / "runs" / "tiny-vqa-rad", TRAIN_ROWS, HELD_OUT_ROWS)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)  # two minutes on two busy cores, a third of them for decoding and shrinking radiographs
+@pytest.mark.skipif(
+    not PUBLISHED.is_dir(), reason=f"VQA-RAD is not at {PUBLISHED.relative_to(REPOSITORY.parent)} beside the clone"
+)
+def test_tiny_vqa_rad_on_the_published_data(tmp_path):
+    """All 1,797 training rows of the official split pass through, and all 451 held-out questions are answered."""
+    link(tmp_path / "data" / "vqa_rad", PUBLISHED)
+    link(tmp_path / "recipes", REPOSITORY / "recipes")
+    run_here([*config_command(), "--max_new_tokens", "8"], tmp_path)
+    check_run(tmp_path / "runs" / "tiny-vqa-rad", 1797, 451)
+    open_row, closed_row = (tmp_path / "runs" / "tiny-vqa-rad" / "scores.md").read_text(encoding="utf-8").splitlines()[2:]
+    # The majority answers, counted once by hand in vqa_rad_public.json
+    assert open_row.endswith("| axial | 6.1% |") and closed_row.endswith("| no | 48.9% |")
+
+
+# Options
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_help_explains_every_option(recipe, workspace, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        run_here(["python", f"recipes/{recipe}.py", "--help"], workspace)
+    shown = capsys.readouterr().out
+    assert stopped.value.code == 0
+    for entry in re.split(r"\n  (?=-)", shown.partition("options:")[2])[1:]:
+        assert "--help" in entry or (len(entry.split()) > 3 and "(default:" in entry), f"not explained: {entry}"
+
+
+@dataclass(kw_only=True)
+class Some:
+    model: str = field(metadata={"help": "which"})
+    learning_rate: float = field(default=1.0, metadata={"help": "how fast"})
+    shuffle: Literal["images", "conversations"] = field(default="images", metadata={"help": "what"})
+
+
+def read(*words):
+    return parse(Some, RunArguments, command_line=words)
+
+
+def test_options_come_from_both_sides_and_the_command_line_counts(tmp_path):
+    config = tmp_path / "options.yaml"
+    config.write_text("model: a\nlearning_rate: 2e-3\nquantization: nf4\nreport_to: [tensorboard, trackio]\n")
+    some, run = read("--config", str(config), "--model", "b")
+    assert some == Some(model="b", learning_rate=0.002)  # YAML itself would read 2e-3 as a string
+    assert run == RunArguments(quantization="nf4", report_to=["tensorboard", "trackio"])
+
+
+@pytest.mark.parametrize(
+    ("words", "yaml", "reason"),
+    [
+        (["--model", "a", "--learnin_rate", "1"], None, "unknown option 'learnin_rate'. Did you mean 'learning_rate'?"),
+        (["--model", "a", "--learning-rat=1"], None, "unknown option 'learning-rat'. Did you mean 'learning_rate'?"),
+        (["--model", "a", "--learning", "1"], None, "unknown option 'learning'. Did you mean 'learning_rate'?"),
+        (["--config=nowhere.yaml"], None, "--config: [Errno 2] No such file or directory: 'nowhere.yaml'"),
+        (["--model", "a", "fast"], None, "'fast' belongs to no option; options are written --name value."),
+        ([], None, "the following arguments are required: --model"),
+        (["--model", "a", "--shuffle", "rows"], None, "argument --shuffle: invalid choice: 'rows'"),
+        ([], "model: a\nlearnin_rate: 1", "unknown option 'learnin_rate'. Did you mean 'learning_rate'?"),
+        ([], "model: a\nshuffle: rows", "shuffle is 'rows'; wanted one of images, conversations."),
+        ([], "model: a\nlearning_rate: fast", "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        ([], "- model", "must contain a YAML mapping."),
+        ([], "model: [a", "--config: while parsing a flow sequence"),
+        (["--config", "nowhere.yaml"], None, "--config: [Errno 2] No such file or directory: 'nowhere.yaml'"),
+    ],
+)
+def test_a_wrong_option_is_named(words, yaml, reason, tmp_path, capsys):
+    if yaml is not None:
+        (tmp_path / "options.yaml").write_text(yaml)
+        words = ["--config", str(tmp_path / "options.yaml")]
+    with pytest.raises(SystemExit) as stopped:
+        read(*words)
+    assert stopped.value.code == 2
+    assert reason in capsys.readouterr().err
