@@ -77,6 +77,20 @@ def test_snippets_and_recipe_command_run(workplace: Path) -> None:
     assert (workplace / "runs" / "again" / "vqa" / "stage.json").is_file()
 
 
+def test_shipped_stage_answers_the_question(tmp_path: Path) -> None:
+    """The catalogue's last stage, asked by the README's command about the image the demo would have drawn."""
+    (command,) = [block for block in blocks("bash") if " ask " in block]
+    program, *words = shlex.split(command)
+    assert program == ".venv/bin/llavamed-peft"
+    draw = "from scenes import FIRST_SEED, clinic_scene; clinic_scene(FIRST_SEED['heldout']).image.save('a.png')"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT / "recipes" / "demo")}
+    subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=environment, check=True)
+    words = [str(tmp_path / "a.png") if word.startswith("runs/") else word for word in words]
+    answer = run([sys.executable, "-m", "llavamed_peft.cli", *words], ROOT).stdout.strip()
+    (modality,) = [name for name in ("chest X-ray", "CT scan", "MRI scan", "histology slide", "gross specimen") if name == answer]
+    assert modality
+
+
 def test_tree_is_the_one_on_disk() -> None:
     (tree,) = [block for block in blocks("") if "llavamed_peft/" in block]
     shown: list[str] = []

@@ -20,6 +20,7 @@ import logging
 import shutil
 import sys
 import time
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +29,7 @@ import torch
 from peft import PeftModel
 from scenes import write_dataset
 from transformers import ProcessorMixin
+from transformers.utils.logging import disable_progress_bar
 
 from llavamed_peft import Curriculum, Question, StageAdapter, curriculum_finetune
 from llavamed_peft.datasets import llava_json
@@ -37,7 +39,9 @@ from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.processor import load_processor
 from llavamed_peft.packing import PackedCollator
 
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it warns of a GPU-less machine's missing kernels
+# Notes of the libraries to programmers: kernels for a 4-bit model on a CPU, names that go away in a later version.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 HERE = Path(__file__).parent
 BASE = HERE / "tiny-llava"
@@ -75,6 +79,7 @@ def main() -> int:
     began = time.monotonic()
     print(f"Drawing the clinic into {arguments.output_dir / 'data'} ...")
     files = write_dataset(arguments.output_dir / "data")
+    disable_progress_bar()
     adapters = curriculum_finetune(
         BASE,
         data={stage.name: files[stage.name] for stage in curriculum.stages},
@@ -93,7 +98,8 @@ def main() -> int:
     print(f"\n{table}")
     print(f"Training took {trained - began:.0f} s, asking {time.monotonic() - trained:.0f} s. Closed questions come in pairs of")
     print("opposite answers: guessing scores .50. 'shuffled' is the last stage shown other images. General scenes are what the")
-    print("base came with: the curriculum forgets some of them. Drawn images; nothing here says anything about medicine.")
+    print("base came with: the curriculum forgets some of them. The images are drawings and the base had read the clinic's")
+    print("sentences: nothing here says anything about medicine.")
     print(f"Stages: {arguments.output_dir}/stages/  Picture: {arguments.output_dir}/answers.png")
     missed = missed_bounds(exams)
     print("\n".join(f"MISSED: {bound}" for bound in missed), file=sys.stderr)
