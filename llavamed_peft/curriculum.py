@@ -40,7 +40,8 @@ from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, stage_table
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Stage
 from .training import Computing, Trained, train_stage
 
-REJECTED = "rejected.jsonl"
+REJECTED, INDEX, LOGS = "rejected.jsonl", "index", "logs"
+_OWN_NAMES = (INDEX, LOGS, METRICS, REJECTED, CURVE, TABLE)
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "safetensors")
 
 
@@ -187,8 +188,14 @@ class Run:
         """Make the run's folder, which must not hold one of its stages yet.
 
         Raises:
+            ConfigError: a stage has the name of one of the run's own files.
             TrainingError: it does, or cannot be made.
         """
+        taken = [stage.name for stage in self.curriculum.stages if stage.name in _OWN_NAMES]
+        if taken:
+            raise ConfigError(
+                f"Stage.name is {taken[0]!r}, which the run needs for itself (as {', '.join(_OWN_NAMES)}); wanted another name."
+            )
         there = [stage.name for stage in self.curriculum.stages if (self.folder / stage.name).exists()]
         if there:
             raise TrainingError(
@@ -207,7 +214,7 @@ class Run:
         """Check a stage's training or held-out data and keep what was found beside the run."""
         sources = open_sources(data, image_folder, f"{'eval_data' if use == 'eval' else 'data'}[{stage.name!r}]")
         collator = PackedCollator(self.processor, stage.schedule.max_length)
-        return build_index(sources, collator, self.folder / "index" / f"{stage.name}-{use}.arrow", rejects, max_rejected)
+        return build_index(sources, collator, self.folder / INDEX / f"{stage.name}-{use}.arrow", rejects, max_rejected)
 
     def stage(self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None) -> StageAdapter:
         """Train one stage behind its lineage and write its folder."""
@@ -230,7 +237,7 @@ class Run:
             eval_index,
             self.computing,
             self.curriculum.seed,
-            self.folder / "logs" / stage.name,
+            self.folder / LOGS / stage.name,
             RunLog(self.folder),
         )
         self.history += trained.history

@@ -441,6 +441,12 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="Stage 'vqa' has LoRA rank 8 and alpha 8, start_from rank 4 and alpha 8"):
             call(curriculum=other, data={"vqa": conversations}, start_from=runs["llava"]["instruct"])
 
+    @pytest.mark.parametrize("name", ["index", "logs", "metrics.jsonl", "loss.png"])
+    def test_a_stage_named_like_a_file_of_the_run(self, name: str, call, conversations: list[Conversation]) -> None:
+        curriculum = Curriculum((Stage(name, "projector", schedule()),))
+        with pytest.raises(ConfigError, match=f"Stage.name is '{name}', which the run needs for itself"):
+            call(curriculum=curriculum, data={name: conversations})
+
     def test_a_stage_that_is_there(self, call) -> None:
         call()
         with pytest.raises(TrainingError, match="holds align already; wanted a folder without these stages"):
