@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 
@@ -101,8 +102,6 @@ def curriculum_finetune(
         ...     quantization="nf4",
         ... )  # doctest: +SKIP
     """
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise TrainingError("WORLD_SIZE is above 1; one process trains for now, since several would write the same folders.")
     eval_data = dict(eval_data or {})
     _check_names(curriculum, data, eval_data, image_folder)
     if not 0 <= max_rejected <= 1:
@@ -113,11 +112,13 @@ def curriculum_finetune(
     config = read_config(model)
     lineage = Lineage(str(model), base_record(model, config)).behind(parent)
     processor = load_processor(model if parent is None else parent.path, config)
-    run = Run(
-        Path(output_dir), curriculum, quantization, computing, make_stage_processor(processor, curriculum.image_aspect_ratio)
-    )
-    run.claim()
-    with RejectLog(run.folder / REJECTED) as rejects:
+    stage_processor = make_stage_processor(processor, curriculum.image_aspect_ratio)
+    processes = PartialState(cpu=not torch.cuda.is_available())
+    run = Run(Path(output_dir), curriculum, quantization, computing, stage_processor, processes)
+    if run.writes:
+        run.claim()
+    run.processes.wait_for_everyone()
+    with RejectLog(run.folder / REJECTED if run.writes else os.devnull) as rejects:
         indexes = {
             stage.name: [
                 None if given is None else run.index(stage, given, _folder_of(image_folder, stage), rejects, max_rejected, use)
@@ -130,11 +131,12 @@ def curriculum_finetune(
             train_index, eval_index = indexes[stage.name]
             assert train_index is not None
             adapters[stage.name] = run.stage(stage, lineage, train_index, eval_index)
-            for index in (train_index, eval_index):
-                if index is not None:
-                    index.report_failures(rejects)
             lineage = lineage.behind(adapters[stage.name])
-            run.report(list(adapters.values()))
+            if run.writes:
+                for index in (train_index, eval_index):
+                    if index is not None:
+                        index.report_failures(rejects)
+                run.report(list(adapters.values()))
     return adapters
 
 
@@ -174,6 +176,7 @@ class Run:
         folder: the call's `output_dir`.
         computing: how stages are computed.
         processor: every stage's: the base's, with what training adds.
+        processes: those that train together; the first of them writes.
         history: the records of the stages so far.
     """
 
@@ -182,7 +185,13 @@ class Run:
     quantization: Quantization
     computing: Computing
     processor: ProcessorMixin
+    processes: PartialState
     history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def writes(self) -> bool:
+        """One process writes; the others read what it wrote. If it fails, the launcher ends them."""
+        return self.processes.is_main_process
 
     def claim(self) -> None:
         """Make the run's folder, which must not hold one of its stages yet.
@@ -213,8 +222,13 @@ class Run:
     ) -> Index:
         """Check a stage's training or held-out data and keep what was found beside the run."""
         sources = open_sources(data, image_folder, f"{'eval_data' if use == 'eval' else 'data'}[{stage.name!r}]")
-        collator = PackedCollator(self.processor, stage.schedule.max_length)
-        return build_index(sources, collator, self.folder / INDEX / f"{stage.name}-{use}.arrow", rejects, max_rejected)
+        path = self.folder / INDEX / f"{stage.name}-{use}.arrow"
+        index = None
+        if self.writes:
+            collator = PackedCollator(self.processor, stage.schedule.max_length)
+            index = build_index(sources, collator, path, rejects, max_rejected)
+        self.processes.wait_for_everyone()
+        return index or Index.open(path)
 
     def stage(self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None) -> StageAdapter:
         """Train one stage behind its lineage and write its folder."""
@@ -241,12 +255,16 @@ class Run:
             RunLog(self.folder),
         )
         self.history += trained.history
-        record = self._record(stage, lineage, train_index, eval_index, trained)
-        card = functools.partial(write_card, base_name=public_name(lineage.record))
         folder = self.folder / stage.name
-        if config is None:
-            return write_checkpoint(folder, lineage.base, trained.tensors, self.processor, record, card)
-        return write_adapter(folder, trained.tensors, config, self.processor, record, card)
+        if self.writes:
+            record = self._record(stage, lineage, train_index, eval_index, trained)
+            card = functools.partial(write_card, base_name=public_name(lineage.record))
+            if config is None:
+                write_checkpoint(folder, lineage.base, trained.tensors, self.processor, record, card)
+            else:
+                write_adapter(folder, trained.tensors, config, self.processor, record, card)
+        self.processes.wait_for_everyone()
+        return StageAdapter.load(folder)
 
     def report(self, adapters: Sequence[StageAdapter]) -> None:
         """The table and the loss curves of the stages so far."""
@@ -273,6 +291,7 @@ class Run:
                 "quantization": self.quantization,
             },
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+            "processes": self.processes.num_processes,
             "versions": _versions(),
             "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
         }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
@@ -145,6 +146,9 @@ def train_stage(
     trainer.train()
     if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
         trainer.evaluate()
+    for index in (train_index, eval_index):
+        if index is not None:
+            index.failed.update(gather_object(list(index.failed.items())))
     return Trained(trainable_tensors(model), watch.summary(), watch.history)
 
 

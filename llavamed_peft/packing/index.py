@@ -67,6 +67,11 @@ class Index:
     files: list[FileCount]
     failed: dict[int, str] = field(default_factory=dict)
 
+    @classmethod
+    def open(cls, path: Path) -> Index:
+        """The conversations of an index that another process built; the counts of its files are that process's."""
+        return cls(Dataset.from_file(str(path)), [])
+
     def __len__(self) -> int:
         return len(self.rows)
 
