@@ -32,7 +32,8 @@ def plain_descent(self, model=None):  # Adam would blow rounding up
 
 StageTrainer.create_optimizer = plain_descent
 said = (Turn("user", "<image>\\nwhat is this?"), Turn("assistant", "a heart"))
-rows = [Conversation(str(i), (said[0], Turn("assistant", "a heart " * (1 + i % 3))), (f"{images}/{i % 4}.png",)) for i in range(9)]
+answers = [Turn("assistant", "a heart " * (1 + i % 3)) for i in range(9)]
+rows = [Conversation(str(i), (said[0], answer), (f"{images}/{i % 4}.png",)) for i, answer in enumerate(answers)]
 rows += [Conversation("text", (Turn("user", "what is a lung?"), Turn("assistant", "an organ"))) for _ in range(2)]
 rows += [Conversation("cut", said, (f"{images}/cut.png",))]
 schedule = Schedule(epochs=2, learning_rate=0.05, global_batch=5)
