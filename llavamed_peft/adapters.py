@@ -56,7 +56,7 @@ class StageAdapter:
         Raises:
             AdapterError: there is none, it was not made by this package, or its weights are not those that were written.
         """
-        path = _local(folder)
+        path = local_folder(folder)
         record = read_record(path)
         adapter = cls(path, record)
         if not adapter.is_checkpoint and not (path / WEIGHTS).is_file():
@@ -110,6 +110,7 @@ class StageAdapter:
         """
         if self.is_checkpoint:
             raise AdapterError(f"{self.path}: is a checkpoint already; nothing to merge. Load it as it is.")
+        refuse_existing(Path(out))  # before a model is loaded
         model, processor = load_stage(base, self, dtype=dtype)
         merged = model.merge_and_unload()
 
@@ -306,8 +307,7 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     Raises:
         AdapterError: the folder is there already, or cannot be written.
     """
-    if folder.exists():
-        raise AdapterError(f"{folder}: is there already; wanted a new folder. Nothing was overwritten.")
+    refuse_existing(folder)
     partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
     try:
         partial.mkdir(parents=True)
@@ -324,10 +324,28 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
     return folder
 
 
-def _local(folder: str | Path) -> Path:
+def refuse_existing(folder: Path) -> None:
+    """Nothing is overwritten.
+
+    Raises:
+        AdapterError: the folder is there already.
+    """
+    if folder.exists():
+        raise AdapterError(f"{folder}: is there already; wanted a new folder. Nothing was overwritten.")
+
+
+def local_folder(folder: str | Path, only: str | None = None) -> Path:
+    """The folder itself, or a Hub repository of that name, downloaded.
+
+    Args:
+        only: the one file to download.
+
+    Raises:
+        AdapterError: neither is there.
+    """
     if Path(folder).is_dir():
         return Path(folder)
     try:
-        return Path(snapshot_download(str(folder)))
+        return Path(snapshot_download(str(folder), allow_patterns=only))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         raise AdapterError(f"{folder}: neither a folder nor a Hub repository that can be reached. ({error})") from error

@@ -1,6 +1,9 @@
 """The console script `llavamed-peft`: one verb per subparser, each a short function that imports what it needs when it is called.
 
     llavamed-peft ask llava-hf/llava-1.5-7b-hf runs/llava-med/vqa chest.png "Is the heart enlarged?"
+    llavamed-peft inspect llava-hf/llava-1.5-7b-hf align=pmc_align.json vqa=vqa_rad/train.json --image_folder images/
+    llavamed-peft show runs/llava-med/vqa
+    llavamed-peft merge llava-hf/llava-1.5-7b-hf runs/llava-med/vqa merged/
     llavamed-peft catalogue adapters
 
 What this package refuses is one line on stderr and exit code 2, as argparse does with a wrong command line; anything else that
@@ -10,13 +13,18 @@ goes wrong is a defect and shows its traceback. Training has no verb: it is `cur
 from __future__ import annotations
 
 import argparse
+import io
 import logging
+import os
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
 
 from . import __version__
-from .errors import LlavaMedError
+from .errors import ConfigError, LlavaMedError, did_you_mean
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,6 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # The libraries' notes to programmers would only hide the answer or the error.
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # data hold characters that not every terminal has
     try:
         options.verb(options)
     except LlavaMedError as error:
@@ -58,6 +68,39 @@ def _parser() -> argparse.ArgumentParser:
     )
     ask.set_defaults(verb=_ask)
 
+    inspect = verbs.add_parser(
+        "inspect",
+        help="show what would train, on which tokens, and what would be rejected; needs no weights",
+        description="Show what a run would do, without running it. Of BASE only configuration and processor are read.",
+    )
+    inspect.add_argument("base", metavar="BASE", help="Hub id or folder of a LLaVA checkpoint")
+    inspect.add_argument(
+        "data", metavar="DATA", nargs="+", help="LLaVA JSON: a file for every stage, or stage=file, such as vqa=train.json"
+    )
+    inspect.add_argument("--image_folder", metavar="DIR", help="where image paths start (default: each data file's folder)")
+    inspect.add_argument("--curriculum", metavar="FILE.yaml", help="the stages (default: LLAVA_MED, the paper's)")
+    inspect.add_argument("--stage", metavar="NAME", help="this stage of the curriculum alone")
+    inspect.add_argument("--rows", type=_count, default=3, metavar="N", help="rows to show (default: %(default)s)")
+    inspect.add_argument(
+        "--max_rejected", type=_share, default=0.05, metavar="SHARE", help="as the run would have it (default: %(default)s)"
+    )
+    inspect.set_defaults(verb=_inspect)
+
+    show = verbs.add_parser("show", help="show a stage's lineage, schedule, data and metrics as a tree")
+    show.add_argument("adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one; needs no weights")
+    show.set_defaults(verb=_show)
+    for verb in (inspect, show):
+        verb.add_argument("--width", type=_whole_number, metavar="N", help="characters of a line (default: the terminal's)")
+
+    merge = verbs.add_parser("merge", help="write base and adapter as one checkpoint")
+    merge.add_argument("base", metavar="BASE", help="Hub id or folder of the raw base")
+    merge.add_argument("adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one")
+    merge.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
+    merge.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the merged weights (default: the base's stored one)"
+    )
+    merge.set_defaults(verb=_merge)
+
     catalogue = verbs.add_parser("catalogue", help="renew the index of a folder of published adapters")
     catalogue.add_argument("folder", metavar="FOLDER", help="holds one folder <base>--<stage> per adapter")
     catalogue.set_defaults(verb=_catalogue)
@@ -83,6 +126,48 @@ def _ask(options: argparse.Namespace) -> None:
     print(*answer_questions(model, processor, [question], options.max_new_tokens))
 
 
+def _inspect(options: argparse.Namespace) -> None:
+    """Print what is found out, line by line; checking a large data set takes minutes."""
+    from .inspection import files_by_stage, inspect
+    from .stages import LLAVA_MED, Curriculum
+
+    curriculum = LLAVA_MED if options.curriculum is None else Curriculum.from_yaml(Path(options.curriculum))
+    data = files_by_stage(options.data, curriculum)
+    if options.stage is not None:
+        names = [stage.name for stage in curriculum.stages]
+        if options.stage not in names:
+            raise ConfigError(f"--stage is {options.stage!r}, no stage of the curriculum.{did_you_mean(options.stage, names)}")
+        curriculum = replace(curriculum, stages=(curriculum[options.stage],))
+    for line in inspect(
+        options.base,
+        data,
+        options.image_folder,
+        curriculum,
+        rows=options.rows,
+        max_rejected=options.max_rejected,
+        width=_width(options),
+        colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+    ):
+        print(line, flush=True)
+
+
+def _show(options: argparse.Namespace) -> None:
+    """Print the tree."""
+    from .inspection import show
+
+    print(*show(options.adapter, _width(options)), sep="\n")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    """Print the name of the folder that holds the checkpoint."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from .adapters import StageAdapter
+
+    disable_progress_bar()
+    print(StageAdapter.load(options.adapter).merge(options.base, options.out, options.dtype))
+
+
 def _catalogue(options: argparse.Namespace) -> None:
     """Print the name of the file that holds the index."""
     from .catalogue import update
@@ -90,10 +175,28 @@ def _catalogue(options: argparse.Namespace) -> None:
     print(update(options.folder))
 
 
-def _whole_number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+def _whole_number(text: str, at_least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
     return int(text)
+
+
+def _count(text: str) -> int:
+    return _whole_number(text, at_least=0)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return share
+
+
+def _width(options: argparse.Namespace) -> int:
+    return options.width or shutil.get_terminal_size((100, 24)).columns
 
 
 if __name__ == "__main__":

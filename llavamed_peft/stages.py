@@ -271,11 +271,14 @@ class Curriculum:
         """Read a curriculum from a YAML file, or from YAML text (a string with a line break in it).
 
         Raises:
-            ConfigError: not YAML, an unknown key (the nearest known one is named), a value out of range.
+            ConfigError: no such file, not YAML, an unknown key (the nearest known one is named), a value out of range.
         """
         is_text = isinstance(source, str) and "\n" in source
-        text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
         where = "curriculum" if is_text else str(source)
+        try:
+            text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{where}: cannot be read ({error}); wanted a YAML file of stages.") from error
         try:
             plain = yaml.load(text, Loader=_Yaml12Loader)
         except yaml.YAMLError as error:

@@ -28,7 +28,7 @@ from .errors import TrainingError
 from .modeling.parts import PROJECTOR, Tensors, bare, freeze_tower, load_tensors, set_dtypes, trainable_tensors
 from .packing import PackedCollator
 from .packing.index import DeviceBatches, DeviceInputs, Index
-from .packing.steps import StepSampler
+from .packing.steps import StepSampler, learns_nothing
 from .stages import Schedule, Stage
 
 _EVALUATIONS_PER_STAGE = 10
@@ -137,7 +137,9 @@ def train_stage(
     set_dtypes(model, computing.dtype)
     load_tensors(model, start)
     freeze_tower(model)
-    if (steps := len(trainer.get_train_dataloader()) * schedule.epochs) <= 1 and schedule.warmup_ratio:
+    steps_per_epoch = len(trainer.get_train_dataloader())
+    if learns_nothing(steps_per_epoch, schedule):
+        steps = steps_per_epoch * schedule.epochs
         warnings.warn(
             f"Stage {stage.name!r} has {steps:g} optimizer step, which warm-up takes at rate 0: nothing will be learnt. Give it "
             "more data or epochs, a smaller global_batch, or warmup_ratio=0.",

@@ -1,5 +1,6 @@
 """`llavamed-peft` as a process of its own: what it prints where, and its exit code."""
 
+import json
 import os
 import shutil
 import subprocess
@@ -7,13 +8,16 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 from tiny import build
+from transformers import AutoModelForImageTextToText, AutoProcessor
 
 from llavamed_peft import Curriculum, Question, Schedule, Stage, StageAdapter, __version__, curriculum_finetune, load_stage
 from llavamed_peft.evaluation.answer import answer_questions
 
 ROOT = Path(__file__).parents[1]
+VERBS = ("ask", "inspect", "show", "merge", "catalogue")
 PROGRAM = [sys.executable, "-m", "llavamed_peft.cli"]
 
 
@@ -52,12 +56,89 @@ def test_catalogue_renews_the_index(asked, tmp_path):
     assert f"`{StageAdapter.load(asked[1]).record['sha256'][:12]}`" in (tmp_path / "README.md").read_text(encoding="utf-8")
 
 
+def test_merge_leaves_a_stock_checkpoint(asked, tmp_path):
+    base, adapter, image = asked
+    done = run("merge", base, adapter, tmp_path / "merged")
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{tmp_path / 'merged'}\n", "")
+    merged, info = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged", output_loading_info=True)
+    assert not (info["missing_keys"] or info["unexpected_keys"] or info["mismatched_keys"])
+    processor = AutoProcessor.from_pretrained(tmp_path / "merged")
+    unmerged, _ = load_stage(base, adapter)
+    turns = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "is it normal ?"}]}]
+    text = processor.apply_chat_template(turns, add_generation_prompt=True)
+    with Image.open(image) as picture:
+        inputs = processor(images=[picture.convert("RGB")], text=[text], return_tensors="pt")
+    with torch.no_grad():
+        torch.testing.assert_close(merged(**inputs).logits, unmerged(**inputs).logits, atol=1e-4, rtol=1e-4)
+    done = run("merge", base, adapter, tmp_path / "half", "--dtype", "bfloat16")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert AutoModelForImageTextToText.from_pretrained(tmp_path / "half").dtype == torch.bfloat16
+
+
+def test_inspect_needs_no_weights(asked, tmp_path):
+    """The whole output, word for word, is in test_inspection.py; here, what the command line chooses."""
+    base = shutil.copytree(asked[0], tmp_path / "tiny-llava")
+    (base / "model.safetensors").unlink()
+    said = [{"from": "human", "value": "<image>\nis it normal ?"}, {"from": "gpt", "value": "yes \u2192"}]
+    rows = [{"id": "1", "image": "chest.png", "conversations": said}, {"id": "2", "conversations": said}]
+    (tmp_path / "train.json").write_text(json.dumps(rows), encoding="utf-8")
+    curriculum = Curriculum(
+        (Stage("one", "projector", Schedule(1, 1e-3, global_batch=1)), Stage("two", "full", Schedule(3, 1e-3, global_batch=4)))
+    )
+    curriculum.to_yaml(tmp_path / "stages.yaml")
+    words = [
+        "inspect",
+        base,
+        tmp_path / "train.json",
+        "--image_folder",
+        asked[2].parent,
+        "--curriculum",
+        tmp_path / "stages.yaml",
+    ]
+    done = run(*words)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith(f"{base}: llava over llama and clip_vision_model\n  270,976 parameters, stored in float32\n")
+    assert "\ndata of one, two (max_length 2,048)\n  train.json: 2 rows, 1 used, 1 rejected\n" in done.stdout
+    assert "\n      USER: <image>×16\\nis it normal ? ASSISTANT:[[ yes →</s>]]\n" in done.stdout
+    assert "training would refuse these data" in done.stdout
+    assert "\n  two                1       1      4               1       3             3" in done.stdout
+    done = run(*words, "--stage", "two", "--rows", 0, "--width", 60, "--max_rejected", 0.5)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\n  two: full, 131,520 parameters" in done.stdout
+    for absent in ("one", "[[", "would refuse"):
+        assert absent not in done.stdout.replace("tokens", "")
+    plain = run(*words, before=[sys.executable, "-X", "utf8=0", "-c", ASCII])
+    assert (plain.returncode, plain.stderr) == (0, "")
+    assert "ASSISTANT:[[ yes ?</s>]]" in plain.stdout
+
+
+ASCII = "import sys; sys.stdout.reconfigure(encoding='ascii'); from llavamed_peft.cli import main; sys.exit(main())"
+
+
+def test_show_needs_no_weights(asked, tmp_path):
+    folder = shutil.copytree(asked[1], tmp_path / "vqa")
+    (folder / "adapter_model.safetensors").unlink()
+    done = run("show", folder)
+    assert (done.returncode, done.stderr) == (0, "")
+    record = StageAdapter.load(asked[1]).record
+    assert done.stdout.startswith(
+        f"tiny-llava: llava over llama and clip_vision_model, sha256 {record['base']['sha256'][:12]}\n"
+        f"└─ vqa: lora (adapter), sha256 {record['sha256'][:12]}, in vqa\n"
+        "   ├─ schedule: epochs 8, learning_rate 0.01, global_batch 1, warmup_ratio 0.03, weight_decay 0,\n"
+        "   │     max_length 2,048, shuffle images\n"
+        "   ├─ lora: rank 128, alpha 256, dropout 0.05\n"
+        "   ├─ data\n"
+        "   │  └─ in memory, sha256 "
+    )
+    assert "   │  ├─ steps: 8\n" in done.stdout
+
+
 def test_version():
     done = run("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, f"llavamed-peft {__version__}\n", "")
 
 
-@pytest.mark.parametrize("words", [["--help"], ["ask", "--help"], ["catalogue", "--help"]])
+@pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)])
 def test_help_needs_no_torch(words):
     code = "import sys; from llavamed_peft.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     done = run(*words, before=[sys.executable, "-c", code])
@@ -86,6 +167,27 @@ REFUSED = {
         ["ask", "{base}-nope", ADAPTER, IMAGE, "normal?"],
         "{base}-nope: no configuration could be read; wanted a folder",
     ),
+    "no base to inspect": (["inspect", "{base}-nope", "{data}"], "{base}-nope: no configuration could be read; wanted a folder"),
+    "no model to inspect": (["inspect", "{run}", "{data}"], "{run}: has no config.json; wanted a folder of a checkpoint"),
+    "no processor": (["inspect", "{bare}", "{data}"], "{bare}: no processor could be loaded; wanted tokenizer files"),
+    "no data": (["inspect", BASE, "{base}.json"], "{base}.json: no such file; wanted a LLaVA JSON file."),
+    "data of no stage": (
+        ["inspect", BASE, "vqaa={data}"],
+        "'vqaa={data}' is no file, and 'vqaa' no stage of the curriculum. Did",
+    ),
+    "no such stage": (
+        ["inspect", BASE, "{data}", "--stage", "vqaa"],
+        "--stage is 'vqaa', no stage of the curriculum. Did you mean 'vqa'?",
+    ),
+    "no curriculum": (
+        ["inspect", BASE, "{data}", "--curriculum", "{data}.yaml"],
+        "{data}.yaml: cannot be read ([Errno 2] No such file or directory",
+    ),
+    "not a curriculum": (["inspect", BASE, "{data}", "--curriculum", IMAGE], "{image}: cannot be read ("),
+    "nothing to show": (["show", BASE], "{base}: has no stage.json; wanted a folder that a finished stage left."),
+    "no such stage to show": (["show", "{adapter}-nope"], "{adapter}-nope: neither a folder nor a Hub repository"),
+    "nothing to merge": (["merge", BASE, BASE, "{base}-merged"], "{base}: has no stage.json; wanted a folder that a finished"),
+    "merged already": (["merge", BASE, ADAPTER, BASE], "{base}: is there already; wanted a new folder. Nothing was overwritten."),
     "no such catalogue": (["catalogue", "{base}-nope"], "{base}-nope: no such folder; wanted the catalogue's."),
     "not a catalogue": (["catalogue", "{run}"], "{run}/index: has no stage.json, adapter_config.json, README.md; wanted each of"),
 }
@@ -94,7 +196,10 @@ REFUSED = {
 @pytest.mark.parametrize("words, message", REFUSED.values(), ids=list(REFUSED))
 def test_what_the_package_refuses_is_one_line(asked, words, message):
     base, adapter, image = asked
-    names = {"base": base, "adapter": adapter, "image": image, "run": adapter.parent}
+    names = {"base": base, "adapter": adapter, "image": image, "run": adapter.parent, "data": base / "config.json"}
+    names["bare"] = base.parent / "bare"
+    names["bare"].mkdir(exist_ok=True)
+    shutil.copy(base / "config.json", names["bare"])
     done = run(*(word.format(**names) for word in words))
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith(f"llavamed-peft: {message.format(**names)}")
@@ -115,6 +220,12 @@ def test_what_the_package_refuses_is_one_line(asked, words, message):
             ["ask", "a", "b", "c", "d", "--max_new_tokens", "many"],
             "argument --max_new_tokens: 'many' is not a whole number of at least 1",
         ),
+        (["inspect", "base"], "the following arguments are required: DATA"),
+        (["inspect", "a", "b", "--rows", "-1"], "argument --rows: '-1' is not a whole number of at least 0"),
+        (["inspect", "a", "b", "--max_rejected", "5%"], "argument --max_rejected: '5%' is not a share between 0 and 1"),
+        (["show"], "the following arguments are required: ADAPTER"),
+        (["merge", "a", "b"], "the following arguments are required: OUT"),
+        (["merge", "a", "b", "c", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (choose from"),
     ],
 )
 def test_a_wrong_command_line_shows_the_usage(words, message):

@@ -40,6 +40,7 @@ LAYERS = {
     "training": WORK,
     "evaluation": WORK,
     "card": WORK,
+    "inspection": WORK,
     "catalogue": WORK,
     "report": WORK,
     "curriculum": WHOLE,

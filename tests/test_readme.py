@@ -27,7 +27,8 @@ LLAVA_MED = Curriculum(
 
 
 def blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, flags=re.MULTILINE | re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, flags=re.MULTILINE | re.DOTALL)
+    return [text for found, text in fenced if found == language]
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,20 @@ def test_shipped_stage_answers_the_question(tmp_path: Path) -> None:
     answer = run([sys.executable, "-m", "llavamed_peft.cli", *words], ROOT).stdout.strip()
     (modality,) = [name for name in ("chest X-ray", "CT scan", "MRI scan", "histology slide", "gross specimen") if name == answer]
     assert modality
+
+
+def test_inspect_show_and_merge_run(workplace: Path, tmp_path: Path) -> None:
+    """The README's commands: the first beside its data, the others in the repository."""
+    (block,) = [block for block in blocks("bash") if " inspect " in block]
+    commands = [shlex.split(line)[1:] for line in block.splitlines()]
+    assert [words[0] for words in commands] == ["inspect", "show", "merge"]
+    program = [sys.executable, "-m", "llavamed_peft.cli"]
+    found = run([*program, *commands[0]], workplace).stdout
+    assert "ASSISTANT:[[ a heart</s>]]" in found and "6 rows, 6 used, 0 rejected" in found
+    assert "vqa: lora (adapter)" in run([*program, *commands[1]], ROOT).stdout
+    merged = tmp_path / "merged"
+    run([*program, *(str(merged) if word == "runs/merged" else word for word in commands[2])], ROOT)
+    assert (merged / "config.json").is_file()
 
 
 def test_tree_is_the_one_on_disk() -> None:

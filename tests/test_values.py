@@ -445,3 +445,8 @@ def test_a_yaml_file_is_named_in_its_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refusal:
         Curriculum.from_yaml(path)
     assert str(refusal.value).startswith(f"{path} is not YAML: ")
+    for broken in (tmp_path / "nope.yaml", tmp_path):
+        with pytest.raises(ConfigError) as refusal:
+            Curriculum.from_yaml(broken)
+        assert str(refusal.value).startswith(f"{broken}: cannot be read (")
+        assert str(refusal.value).endswith("; wanted a YAML file of stages.")

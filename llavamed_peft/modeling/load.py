@@ -104,6 +104,12 @@ def read_config(model: str | Path) -> PreTrainedConfig:
     return AutoConfig.from_pretrained(str(model))
 
 
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """The model of a configuration on torch's meta device: names, shapes and dtypes, without memory and without weights."""
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
+
+
 def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """`"bfloat16"` or `torch.bfloat16` → `torch.bfloat16`; `None` stays `None`.
 

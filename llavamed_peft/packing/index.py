@@ -110,14 +110,14 @@ class Index:
 
 
 def build_index(
-    sources: Sequence[Source], collator: PackedCollator, path: Path, rejects: RejectLog, max_rejected: float
+    sources: Sequence[Source], collator: PackedCollator, path: Path, rejects: RejectLog, max_rejected: float | None
 ) -> Index:
     """Check every row of the sources and write the usable ones to `path`.
 
     Args:
         collator: its encoder and `max_length` decide what fits.
         rejects: where unusable rows go, each with file, row, id and reason.
-        max_rejected: share of the rows above which the data are refused as a whole.
+        max_rejected: share of the rows above which the data are refused as a whole; `None`: whatever there is, none included.
 
     Raises:
         DataError: a file that cannot be read, too many rejected rows (the commonest reasons are named), or none left.
@@ -144,7 +144,10 @@ def build_index(
                 writer.write_batch(pa.RecordBatch.from_pylist(pending, SCHEMA))
             rejected = dict(Counter(rejects.counts) - before)
             files.append(FileCount(source.name, source.sha256, used + sum(rejected.values()), used, rejected))
-    _check_share(files, rejects, max_rejected)
+    if max_rejected is not None and (fault := fault_of_share(files, max_rejected)):
+        if any(count.rejected for count in files):
+            fault += f" Each row is listed in {rejects.path.name}. Mend the data, or raise max_rejected."
+        raise DataError(fault)
     os.replace(partial, path)
     return Index(Dataset.from_file(str(path)), files)
 
@@ -171,19 +174,20 @@ def _check(conversation: Conversation, source: Source, collator: PackedCollator,
     }
 
 
-def _check_share(files: Sequence[FileCount], rejects: RejectLog, max_rejected: float) -> None:
+def fault_of_share(files: Sequence[FileCount], max_rejected: float) -> str | None:
+    """Why the data are refused as a whole, in a sentence that names the commonest reasons; `None` where they are not."""
     rows, used = sum(count.rows for count in files), sum(count.used for count in files)
     names = ", ".join(count.name for count in files)
     if rows == 0:
-        raise DataError(f"{names}: no rows; wanted at least one conversation.")
+        return f"{names}: no rows; wanted at least one conversation."
     if (rows - used) / rows > max_rejected or used == 0:
         reasons: Counter[str] = sum((Counter(count.rejected) for count in files), Counter())
         commonest = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
-        raise DataError(
+        return (
             f"{names}: {rows - used} of {rows} rows cannot be used ({(rows - used) / rows:.1%}; max_rejected is "
-            f"{max_rejected:.1%}). Commonest: {commonest}. Each row is listed in {rejects.path.name}. "
-            "Mend the data, or raise max_rejected."
+            f"{max_rejected:.1%}). Commonest: {commonest}."
         )
+    return None
 
 
 def row_number(source: str) -> int:

@@ -18,6 +18,16 @@ from ..stages import Schedule
 DeviceBatch = tuple[int, ...]  # rows of the index
 
 
+def steps_in_all(steps_per_epoch: int, schedule: Schedule) -> int:
+    """Optimizer steps of a whole stage, as the Hugging Face trainer counts them: a part of an epoch ends behind a whole step."""
+    return math.ceil(steps_per_epoch * schedule.epochs)
+
+
+def learns_nothing(steps_per_epoch: int, schedule: Schedule) -> bool:
+    """Warm-up begins at rate 0, so a stage of one optimizer step stays where it began."""
+    return steps_per_epoch * schedule.epochs <= 1 and schedule.warmup_ratio > 0
+
+
 class StepSampler(Sampler[list[DeviceBatch]]):
     """Deals an epoch out in optimizer steps; one item is one process's share of one step, a list of device batches.
 

@@ -1,0 +1,482 @@
+"""Looking before and after training: `inspect`, what a run would do with its data; `show`, what a finished stage was made of.
+
+Both yield lines of plain text. `inspect` needs a checkpoint's configuration and processor, no weights and no GPU: the model is
+built on torch's meta device and adapters are attached to it there, so what is listed as trained is what `modeling/parts.py` has
+compared name by name. Rows are checked by the functions with which training checks them, and those shown were laid out by the
+collator, pixels decoded. Left out: time and memory, which only a run can tell, and held-out data.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import tempfile
+import textwrap
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.compute as pc
+import torch
+from transformers import PreTrainedConfig, ProcessorMixin
+
+from .adapters import RECORD, local_folder, public_name, read_record
+from .datasets.rejects import Reject, RejectLog
+from .datasets.sources import Source, open_sources
+from .errors import AdapterError, ConfigError, DataError, did_you_mean
+from .modeling.load import empty_model, read_config
+from .modeling.parts import adapter_config, attach, set_dtypes, unfreeze_full
+from .modeling.processor import load_processor, make_stage_processor
+from .packing.collator import PackedCollator
+from .packing.encoding import IGNORED
+from .packing.index import Index, build_index, fault_of_share
+from .packing.steps import StepSampler, learns_nothing, steps_in_all
+from .stages import LLAVA_MED, Curriculum, LoraSpec, Scope, Stage
+
+EXAMPLES = 3  # rejected rows that are shown for each reason
+_BARS, _LONGEST_BAR = 10, 60  # of a histogram: how many, and sometimes one more; characters
+_SHORT = 12  # digits of a hash
+_MARKED = "\033[4;32m{}\033[0m"  # underlined, so that blanks show, and green
+_PEFT_PREFIX, _PEFT_WORDS = "base_model.model.", (".modules_to_save", ".default")  # in the names of what PEFT trains
+
+Piece = tuple[str, bool]  # text, and whether the model learns to write it
+
+
+@dataclass(frozen=True, slots=True)
+class DataCheck:
+    """What became of the rows of some files.
+
+    Args:
+        index: the usable ones, and what was counted for each file.
+        reasons: why others cannot be used → how many, most frequent first.
+        examples: reason → the first of them.
+    """
+
+    index: Index
+    reasons: dict[str, int]
+    examples: dict[str, list[Reject]]
+
+
+def inspect(
+    base: str | Path,
+    data: Mapping[str, Sequence[str | Path]],
+    image_folder: str | Path | None = None,
+    curriculum: Curriculum = LLAVA_MED,
+    *,
+    rows: int = 3,
+    max_rejected: float = 0.05,
+    width: int = 100,
+    colour: bool = False,
+) -> Iterator[str]:
+    """What `curriculum_finetune` would train, on what, and for how many steps.
+
+    Args:
+        base: Hub id or folder of a LLaVA checkpoint; its weights are not read and need not be there.
+        data: stage name → LLaVA JSON files; a stage without an entry is shown without data.
+        image_folder: that image paths are relative to; `None`: each data file's own folder.
+        curriculum: what would be trained.
+        rows: how many usable rows of each data set are shown, supervised tokens marked.
+        max_rejected: share of unusable rows above which training would refuse a data set.
+        width: characters of a line.
+        colour: supervised tokens underlined and green, for a terminal; else they stand in `[[…]]`.
+
+    Returns:
+        Lines, as they are found out. What cannot be opened at all raises before the first.
+
+    Raises:
+        CheckpointError: the configuration or the processor cannot be used.
+        DataError: a file that is missing, or broken as a whole.
+    """
+    config = read_config(base)
+    processor = make_stage_processor(load_processor(base, config), curriculum.image_aspect_ratio)
+    # Stages that share files and max_length share one check.
+    sharing: dict[tuple[tuple[str, ...], int], list[Stage]] = defaultdict(list)
+    for stage in curriculum.stages:
+        if stage.name in data:
+            sharing[tuple(map(str, data[stage.name])), stage.schedule.max_length].append(stage)
+    opened = {key: open_sources(key[0], image_folder, f"data[{stages[0].name!r}]") for key, stages in sharing.items()}
+    yield from _what_trains(str(base), config, curriculum.stages)
+    indexes: dict[str, Index] = {}
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        for number, (key, stages) in enumerate(sharing.items()):
+            collator = PackedCollator(processor, max_length=key[1], layout="padded")
+            check = check_data(opened[key], collator, Path(folder, str(number)))
+            indexes |= {stage.name: check.index for stage in stages}
+            yield f"\ndata of {', '.join(stage.name for stage in stages)} (max_length {key[1]:,})"
+            yield from _indented(2, _accounts(check, max_rejected, width - 2))
+            yield from _indented(2, _lengths(check.index, width - 2))
+            yield from _indented(2, _first_rows(check.index, collator, rows, width - 2, colour))
+        yield "\nsteps"
+        yield from _indented(2, _steps(curriculum, indexes))
+
+
+def files_by_stage(words: Iterable[str], curriculum: Curriculum) -> dict[str, list[str]]:
+    """`["a.json", "vqa=b.json"]` → stage name → files: a plain file is every stage's, `stage=file` that stage's.
+
+    Raises:
+        ConfigError: a stage that the curriculum does not have.
+    """
+    names = [stage.name for stage in curriculum.stages]
+    files: dict[str, list[str]] = defaultdict(list)
+    for word in words:
+        stage, equals, file = word.partition("=")
+        if not equals or Path(word).is_file():
+            for name in names:
+                files[name].append(word)
+        elif stage in names:
+            files[stage].append(file)
+        else:
+            raise ConfigError(f"{word!r} is no file, and {stage!r} no stage of the curriculum.{did_you_mean(stage, names)}")
+    return dict(files)
+
+
+# What trains
+
+
+def trainable_parameters(config: PreTrainedConfig, trains: Scope, lora: LoraSpec | None) -> dict[str, torch.Tensor]:
+    """What a stage would train: name → parameter on the meta device, in the dtype in which it trains.
+
+    The names are the checkpoint's own, LoRA's `….q_proj.lora_A.weight` beside them.
+
+    Raises:
+        TrainingError: the checkpoint's class has other parts than the scope names.
+    """
+    empty = empty_model(config)
+    stored = empty.dtype
+    model = unfreeze_full(empty) if trains == "full" else attach(empty, adapter_config(empty, lora), trains)
+    set_dtypes(model, stored)
+    return {_own_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def _own_name(name: str) -> str:
+    name = name.removeprefix(_PEFT_PREFIX)
+    for word in _PEFT_WORDS:
+        name = name.replace(word + ".", ".")
+    return name
+
+
+def _what_trains(base: str, config: PreTrainedConfig, stages: Sequence[Stage]) -> Iterator[str]:
+    model = empty_model(config)
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    dtype = _dtype_name(model.dtype)
+    yield f"{base}: {_architecture(config.model_type, config.get_text_config().model_type, config.vision_config.model_type)}"
+    yield f"  {whole:,} parameters, stored in {dtype}"
+    yield "\nwhat trains"
+    shown: dict[tuple[Scope, LoraSpec | None], str] = {}
+    for stage in stages:
+        key = (stage.trains, stage.lora)
+        spec = f" (rank {stage.lora.rank}, alpha {stage.lora.alpha:g}, dropout {stage.lora.dropout:g})" if stage.lora else ""
+        if key in shown:
+            yield f"  {stage.name}: {stage.trains}{spec}, the same as {shown[key]}"
+            continue
+        shown[key] = stage.name
+        parameters = trainable_parameters(config, stage.trains, stage.lora)
+        count = sum(parameter.numel() for parameter in parameters.values())
+        dtypes = ", ".join(sorted({_dtype_name(parameter.dtype) for parameter in parameters.values()}))
+        yield (
+            f"  {stage.name}: {stage.trains}{spec}, {count:,} parameters in {len(parameters):,} tensors, {dtypes}; "
+            f"{count / whole:.2%} of the checkpoint"
+        )
+        yield from _indented(4, _aligned(_by_module(parameters), right={1, 3}))
+
+
+def _by_module(parameters: Mapping[str, torch.Tensor]) -> list[list[str]]:
+    """Rows of module, how many of its kind, its tensors' shapes, parameters; layers that are alike are one row."""
+    modules: dict[str, dict[str, str]] = defaultdict(dict)
+    sizes: dict[str, int] = defaultdict(int)
+    for name, parameter in parameters.items():
+        module, tensor = re.fullmatch(r"(.+?)\.(lora_\w+\.\w+|\w+)", name).groups()
+        modules[module][tensor.removesuffix(".weight")] = "×".join(map(str, parameter.shape))
+        sizes[module] += parameter.numel()
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for module, tensors in modules.items():
+        shapes = ", ".join(f"{tensor} {shape}" for tensor, shape in tensors.items())
+        kinds[re.sub(r"\b\d+\b", "*", module), shapes].append(module)
+    return [
+        [_range_of(kind, alike), f"×{len(alike)}" if len(alike) > 1 else "", shapes, f"{sum(sizes[name] for name in alike):,}"]
+        for (kind, shapes), alike in kinds.items()
+    ]
+
+
+def _range_of(kind: str, modules: Sequence[str]) -> str:
+    """`layers.0-31.mlp` for 32 layers in a row; where some are left out, `layers.*.mlp`."""
+    numbers = [int(number) for module in modules for number in re.findall(r"\b\d+\b", module)]
+    if kind.count("*") == 1 and numbers == list(range(numbers[0], numbers[-1] + 1)):
+        return kind.replace("*", f"{numbers[0]}-{numbers[-1]}" if len(numbers) > 1 else str(numbers[0]))
+    return kind
+
+
+# What it would train on
+
+
+def check_data(sources: Sequence[Source], collator: PackedCollator, folder: Path) -> DataCheck:
+    """Check every row as training does, and keep the first examples of what cannot be used.
+
+    Args:
+        sources: the data of a stage.
+        collator: the stage's.
+        folder: where the index and the list of rejected rows may be written.
+
+    Raises:
+        DataError: a file that is broken as a whole.
+    """
+    with RejectLog(folder / "rejected.jsonl") as log:
+        index = build_index(sources, collator, folder / "index.arrow", log, max_rejected=None)
+    examples: dict[str, list[Reject]] = defaultdict(list)
+    if log.total:
+        with log.path.open(encoding="utf-8") as lines:
+            for reject in (Reject(**json.loads(line)) for line in lines):
+                if len(examples[reject.reason]) < EXAMPLES:
+                    examples[reject.reason].append(reject)
+    return DataCheck(index, dict(log.commonest(len(log.counts))), examples)
+
+
+def _accounts(check: DataCheck, max_rejected: float, width: int) -> Iterator[str]:
+    for count in check.index.files:
+        yield f"{_visible(count.name)}: {count.rows:,} rows, {count.used:,} used, {sum(count.rejected.values()):,} rejected"
+    for reason, number in check.reasons.items():
+        yield f"  {reason}: {number:,}"
+        for reject in check.examples[reason]:
+            place = f"{Path(reject.file).name}:{reject.row} (id {reject.id}): "
+            yield from _wrapped(_visible(place + reject.detail.removeprefix(place)), width, "    ", "      ")
+    if fault := fault_of_share(check.index.files, max_rejected):
+        yield from _wrapped(f"training would refuse these data: {_visible(fault)}", width, "", "  ")
+
+
+def _lengths(index: Index, width: int) -> Iterator[str]:
+    if len(index):
+        lengths = index.column("length")
+        of_images, supervised = index.column("image_tokens").mean(), index.column("supervised_tokens").mean()
+        yield (
+            f"lengths: {lengths.min():,} to {lengths.max():,} tokens, mean {lengths.mean():,.0f}; of them {of_images:,.0f} of "
+            f"images and {supervised:,.0f} supervised"
+        )
+        yield from _indented(2, histogram(lengths, width - 2))
+
+
+def histogram(values: np.ndarray, width: int) -> list[str]:
+    """Lines `20-29  4  ########`: about ten intervals between round numbers.
+
+    Args:
+        values: [n], whole numbers, n ≥ 1.
+        width: characters of the line with the longest bar.
+    """
+    spread = int(values.max() - values.min()) + 1
+    step = 1
+    while step * _BARS < spread:  # 1, 2, 5, 10, 20, 50, …
+        step = step * 5 // 2 if str(step).startswith("2") else step * 2
+    first = int(values.min()) // step * step
+    counts = np.bincount((values - first) // step)
+    bounds = [(first + position * step, first + (position + 1) * step - 1) for position in range(len(counts))]
+    rows = [
+        [f"{low:,}" if low == high else f"{low:,}-{high:,}", f"{count:,}"]
+        for (low, high), count in zip(bounds, counts, strict=True)
+    ]
+    heads = _aligned(rows, right={0, 1})
+    room = min(max(width - len(heads[0]) - 2, 1), _LONGEST_BAR)
+    bars = ["#" * max(round(room * int(count) / int(counts.max())), int(count > 0)) for count in counts]
+    return [f"{head}  {bar}".rstrip() for head, bar in zip(heads, bars, strict=True)]
+
+
+def _first_rows(index: Index, collator: PackedCollator, rows: int, width: int, colour: bool) -> Iterator[str]:
+    if not len(index) or not rows:
+        return
+    yield f"the first rows; supervised is what stands {_MARKED.format('like this') if colour else 'in [[ ]]'}"
+    for conversation in map(index.conversation, range(min(rows, len(index)))):
+        yield f"  {_visible(conversation.source)} (id {_visible(conversation.id)})"
+        try:
+            batch = collator([conversation])
+        except DataError as error:  # only the header was read before
+            yield from _wrapped(f"would fail: {_visible(str(error))}", width, "    ", "      ")
+            continue
+        pieces = marked_text(collator.encoder.processor, batch["input_ids"][0].tolist(), batch["labels"][0].tolist())
+        yield from _indented(4, _paint(pieces, width - 4, colour))
+
+
+def marked_text(processor: ProcessorMixin, input_ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
+    """A row as text in stretches, each supervised or not; adjacent image tokens are one `<image>×576`.
+
+    Args:
+        input_ids, labels: [tokens], as the model gets them.
+    """
+    pieces: list[Piece] = []
+    shown: list[int] = []
+    written = ""
+    tokens = zip(input_ids, labels, strict=True)
+    for (is_image, supervised), run in groupby(tokens, lambda pair: (pair[0] == processor.image_token_id, pair[1] != IGNORED)):
+        ids = [token for token, _ in run]
+        shown += ids[:1] if is_image else ids
+        # From the beginning each time: a tokenizer may write the first token of a text otherwise than the same one inside it.
+        text = processor.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        pieces.append((_visible(text[len(written) :]) + (f"×{len(ids)}" if is_image else ""), supervised))
+        written = text
+    return pieces
+
+
+def _paint(pieces: Sequence[Piece], width: int, colour: bool) -> list[str]:
+    """Lines of at most `width` characters, broken behind blanks where there are any."""
+    if not colour:
+        pieces = [(f"[[{text}]]" if supervised else text, False) for text, supervised in pieces]
+    characters = [(character, supervised) for text, supervised in pieces for character in text]
+    lines = []
+    while characters:
+        cut = width
+        if len(characters) > width:
+            cut = next((at for at in range(width, width // 2, -1) if characters[at - 1][0] == " "), width)
+        line = ""
+        for supervised, run in groupby(characters[:cut], lambda pair: pair[1]):
+            text = "".join(character for character, _ in run)
+            line += _MARKED.format(text) if supervised else text
+        lines.append(line if colour else line.rstrip())
+        characters = characters[cut:]
+    return lines
+
+
+def _steps(curriculum: Curriculum, indexes: Mapping[str, Index]) -> Iterator[str]:
+    table = [
+        ["stage", "conversations", "images", "batch", "steps an epoch", "epochs", "steps in all", "supervised tokens an epoch"]
+    ]
+    idle = []
+    for stage in curriculum.stages:
+        schedule, index = stage.schedule, indexes.get(stage.name)
+        if index is None:
+            table.append([stage.name, "no data given", "", f"{schedule.global_batch:,}", "", f"{schedule.epochs:g}", "", ""])
+            continue
+        # Steps depend on the schedule alone, not on how they are cut into device batches.
+        sampler = StepSampler(index.column("length"), index.column("group"), schedule, schedule.max_length, curriculum.seed)
+        images = pc.count_distinct(pc.list_flatten(index.rows.data.column("images"))).as_py()
+        counts = [len(index), images, schedule.global_batch, len(sampler)]
+        supervised = int(index.column("supervised_tokens").sum())
+        in_all = steps_in_all(len(sampler), schedule)
+        table.append([stage.name, *(f"{n:,}" for n in counts), f"{schedule.epochs:g}", f"{in_all:,}", f"{supervised:,}"])
+        if len(index) and learns_nothing(len(sampler), schedule):
+            idle.append(stage.name)
+    yield from _aligned(table, right=set(range(1, 8)))
+    if idle:
+        yield f"{', '.join(idle)}: warm-up takes the only step at rate 0, so nothing would be learnt"
+
+
+# What a finished stage was made of
+
+
+@dataclass(frozen=True, slots=True)
+class _Node:
+    text: str
+    children: tuple[_Node, ...] = ()
+
+
+def show(adapter: str | Path, width: int = 100) -> list[str]:
+    """A finished stage as a tree of lines: base, the stages before it, and of each schedule, data and metrics.
+
+    A stage before it is described where its folder lies beside that of its child, found by the content hash.
+
+    Args:
+        adapter: a stage's folder, or a Hub repository of one; weights are not read and need not be there.
+        width: characters of a line.
+
+    Raises:
+        AdapterError: there is no stage's record, or it is damaged.
+    """
+    folder = local_folder(adapter, only=RECORD)
+    record = read_record(folder)
+    beside = {other["sha256"]: (path, other) for path, other in _records_beside(folder)}
+    node = _stage_node(folder, record)
+    seen = {record["sha256"]}
+    while (parent := record["parent"]) is not None:
+        if parent["sha256"] not in beside or parent["sha256"] in seen:
+            node = _Node(f"{parent['stage']}, sha256 {parent['sha256'][:_SHORT]}: does not lie beside it", (node,))
+            break
+        seen.add(parent["sha256"])
+        folder, record = beside[parent["sha256"]]
+        node = _stage_node(folder, record, (node,))
+    base = record["base"]
+    identity = f"revision {base['revision']}" if base["id"] else f"sha256 {str(base['sha256'])[:_SHORT]}"
+    kind = _architecture(base["model_type"], base["language_model"], base["vision_tower"])
+    return list(_branches(_Node(f"{public_name(base)}: {kind}, {identity}", (node,)), width))
+
+
+def _records_beside(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    for path in sorted(folder.resolve().parent.iterdir()):
+        if (path / RECORD).is_file():
+            try:
+                yield path, read_record(path)
+            except AdapterError:  # another folder's damage is not what was asked about
+                continue
+
+
+def _stage_node(folder: Path, record: Mapping[str, Any], next_stages: tuple[_Node, ...] = ()) -> _Node:
+    stage, metrics = record["stage"], record["metrics"]
+    details = [_Node(f"schedule: {_pairs(stage['schedule'])}")]
+    if stage.get("lora"):
+        details.append(_Node(f"lora: {_pairs(stage['lora'])}"))
+    for title, key in (("data", "data"), ("held out", "eval_data")):
+        if record.get(key):
+            details.append(_Node(title, tuple(_Node(_account(entry)) for entry in record[key])))
+    details.append(_Node("metrics", tuple(_Node(f"{name}: {_plain(value)}") for name, value in metrics.items())))
+    details.append(_Node(f"made on {record['device']} with {_pairs(record['versions'])}"))
+    title = (
+        f"{stage['name']}: {stage['trains']} ({record['kind']}), sha256 {record['sha256'][:_SHORT]}, in {folder.resolve().name}"
+    )
+    return _Node(title, (*details, *next_stages))
+
+
+def _account(entry: Mapping[str, Any]) -> str:
+    """`a.json, sha256 0123…: 12 rows = 9 used + 2 missing image + 1 failed`."""
+    parts = {"used": entry["used"], **entry["rejected"], "failed": entry["failed"]}
+    rows = " + ".join(f"{number:,} {what}" for what, number in parts.items() if number or what == "used")
+    return f"{entry['file']}, sha256 {entry['sha256'][:_SHORT]}: {entry['rows']:,} rows = {rows}"
+
+
+def _pairs(values: Mapping[str, Any]) -> str:
+    return ", ".join(f"{name} {_plain(value)}" for name, value in values.items() if value is not None)
+
+
+def _plain(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.5g}"
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "–" if value is None else str(value)
+
+
+def _branches(node: _Node, width: int, first: str = "", rest: str = "") -> Iterator[str]:
+    """The tree's lines. `first` stands before the node's own first line, `rest` before all below it."""
+    yield from _wrapped(_visible(node.text), width, first, rest + ("│  " if node.children else "   "))
+    for position, child in enumerate(node.children, start=1):
+        last = position == len(node.children)
+        yield from _branches(child, width, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
+
+
+# Lines
+
+
+def _architecture(model_type: str, language_model: str, vision_tower: str) -> str:
+    return f"{model_type} over {language_model} and {vision_tower}"
+
+
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _visible(text: str) -> str:
+    """Line breaks and whatever else a terminal would obey, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def _wrapped(text: str, width: int, first: str, rest: str) -> list[str]:
+    return textwrap.wrap(text, max(width, len(rest) + 20), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+
+
+def _indented(blanks: int, lines: Iterable[str]) -> Iterator[str]:
+    return (" " * blanks + line for line in lines)
+
+
+def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
+    """Rows of cells as lines of columns, those in `right` flush right; columns without a word are left out."""
+    columns = [column for column in range(len(rows[0])) if any(row[column] for row in rows)]
+    widths = {column: max(len(row[column]) for row in rows) for column in columns}
+    return [
+        "  ".join(row[c].rjust(widths[c]) if c in right else row[c].ljust(widths[c]) for c in columns).rstrip() for row in rows
+    ]
