@@ -57,6 +57,11 @@ def progress_line(record: dict[str, Any]) -> str:
     )
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`, in the order in which they came."""
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
+
+
 def draw_losses(history: Sequence[dict[str, Any]], path: Path) -> None:
     """The loss of each step and the held-out losses of all stages, one panel a stage, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from transformers import ProcessorMixin
 
 from ..conversations import IMAGE_MARKER, Turn
@@ -138,7 +139,10 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
 
     for plain in (False, True):
         messages = to_messages([question, answer], plain)
-        prompt = _render(processor, original, messages[:1], add_generation_prompt=True)
+        try:
+            prompt = _render(processor, original, messages[:1], add_generation_prompt=True)
+        except (TypeError, TemplateError) as error:  # it does not take content in this form
+            prompt = f"{type(error).__name__}: {error}"
         asked = prompt.count(_QUESTION) == 1 and prompt.count(processor.image_token) == 1
         if asked:
             break

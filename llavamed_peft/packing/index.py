@@ -153,7 +153,7 @@ def _check(conversation: Conversation, source: Source, collator: PackedCollator,
     reason = "unreadable image"
     try:
         sizes = [image_size(image) for image in conversation.images]
-        reason = "template shows another number of images"
+        reason = "special token in the words, or images the template does not show"
         encoded = collator.encoder.encode(conversation, collator.encoder.count_image_tokens(sizes))
         reason = "longer than max_length" if len(encoded.input_ids) > collator.max_length else "no supervised token"
         check_length(conversation, encoded, collator.max_length)

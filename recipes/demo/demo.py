@@ -87,6 +87,7 @@ def main() -> int:
         output_dir=arguments.output_dir / "stages",
         curriculum=curriculum,
         eval_steps=10_000,  # before and after
+        dtype="float32",  # also where there is a GPU: the bounds were found in it
     )
     trained = time.monotonic()
     print(f"Asking {QUESTIONS} held-out questions of the base and of each stage, swapped on one model ...")
