@@ -12,7 +12,7 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from .errors import AdapterError
-from .hashing import weights_sha256
+from .hashing import file_sha256, weights_sha256
 from .modeling.load import Quantization, load_checkpoint
 from .modeling.parts import LANGUAGE, PROJECTOR, Tensors, check_places, load_tensors
 from .modeling.processor import load_processor, save_processor
@@ -47,7 +47,7 @@ class StageAdapter:
     """
 
     path: Path
-    record: dict[str, Any]
+    record: dict[str, Any] = field(repr=False)
 
     @classmethod
     def load(cls, folder: str | Path) -> StageAdapter:
@@ -61,6 +61,10 @@ class StageAdapter:
         adapter = cls(path, record)
         if not adapter.is_checkpoint and not (path / WEIGHTS).is_file():
             raise AdapterError(f"{path}: has no {WEIGHTS}; wanted a whole folder. Are its weights on the Hub? See its {CARD}.")
+        if not adapter.is_checkpoint:
+            config = file_sha256(path / CONFIG) if (path / CONFIG).is_file() else None
+            if config != record.get("config_sha256"):
+                raise AdapterError(f"{path / CONFIG}: is missing or was changed. Copy or download the folder again.")
         found = weights_sha256(path)
         if found != record["sha256"]:
             raise AdapterError(
@@ -195,7 +199,7 @@ def base_record(base: str | Path, config: PreTrainedConfig) -> dict[str, Any]:
         "id": str(base),
         "revision": snapshot.name if snapshot else None,
         "name": str(base).split("/")[-1],
-        "sha256": weights_sha256(snapshot) if snapshot and any(snapshot.glob("*.safetensors")) else None,
+        "sha256": weights_sha256(snapshot, trust_cache=True) if snapshot and any(snapshot.glob("*.safetensors")) else None,
         **shape,
     }
 
@@ -225,6 +229,14 @@ def check_fits(model: PreTrainedModel, adapter: StageAdapter) -> None:
     Raises:
         AdapterError: one has not.
     """
+    trained_on, config = adapter.record["base"], model.config
+    found = (config.model_type, config.get_text_config().model_type, config.vision_config.model_type)
+    wanted = tuple(trained_on[part] for part in ("model_type", "language_model", "vision_tower"))
+    if found != wanted:
+        raise AdapterError(
+            f"{adapter.path.name} was trained on {' + '.join(wanted)}, this base is {' + '.join(found)}; "
+            "wanted the same architecture."
+        )
     places: dict[str, Any] = {}
     rank = adapter.peft_config().r
     for name, module in model.named_modules():
@@ -314,7 +326,8 @@ def write_checkpoint(
 
 
 def _finish(partial: Path, record: dict[str, Any], card: Callable[..., str]) -> None:
-    record = {"schema_version": SCHEMA_VERSION, **record, "sha256": weights_sha256(partial)}
+    config = {"config_sha256": file_sha256(partial / CONFIG)} if (partial / CONFIG).is_file() else {}
+    record = {"schema_version": SCHEMA_VERSION, **record, "sha256": weights_sha256(partial), **config}
     (partial / CARD).write_text(card(record), encoding="utf-8")
     (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 base = AutoModelForImageTextToText.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{folder}")
+model = PeftModel.from_pretrained(base, "{folder}")  # path or Hub id of this folder
 processor = AutoProcessor.from_pretrained("{folder}")
 ```
 """

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import platform
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -16,6 +16,7 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from . import __version__
 from .adapters import (
@@ -105,9 +106,10 @@ def curriculum_finetune(
         ...     quantization="nf4",
         ... )  # doctest: +SKIP
     """
-    eval_data = dict(eval_data or {})
+    eval_data = {} if eval_data is None else eval_data
     _check_names(curriculum, data, eval_data, image_folder)
-    if not 0 <= max_rejected <= 1:
+    _check_files(Path(output_dir), [*data.values(), *eval_data.values()])
+    if not isinstance(max_rejected, (int, float)) or not 0 <= max_rejected <= 1:
         raise ConfigError(f"max_rejected is {max_rejected!r}; wanted a share between 0 and 1.")
     parent = start_from if isinstance(start_from, StageAdapter) or start_from is None else StageAdapter.load(start_from)
     _check_lineage(curriculum, parent, quantization)
@@ -218,7 +220,7 @@ class Run:
             raise ConfigError(
                 f"Stage.name is {taken[0]!r}, which the run needs for itself (as {', '.join(_OWN_NAMES)}); wanted another name."
             )
-        there = [stage.name for stage in self.curriculum.stages if (self.folder / stage.name).exists()]
+        there = [stage.name for stage in self.curriculum.stages if os.path.lexists(self.folder / stage.name)]
         if there:
             raise TrainingError(
                 f"{self.folder}: holds {', '.join(there)} already; wanted a folder without these stages. Choose another "
@@ -336,6 +338,8 @@ def _carried_lora(parent: StageAdapter | None) -> LoraSpec | None:
 
 
 def _check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Mapping[str, Data], image_folder: Any) -> None:
+    if not isinstance(curriculum, Curriculum):
+        raise ConfigError(f"curriculum is {curriculum!r}; wanted a Curriculum, such as Curriculum(stages=(...,)).")
     names = [stage.name for stage in curriculum.stages]
     per_stage = {"data": data, "eval_data": eval_data}
     if isinstance(image_folder, Mapping):
@@ -344,7 +348,7 @@ def _check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Ma
         if not isinstance(given, Mapping):
             raise ConfigError(f"{argument} is {given!r}; wanted a dictionary of stage name → data.")
         for name in given:
-            if name not in names:
+            if name not in names or given[name] is None:
                 raise ConfigError(
                     f"{argument} has the key {name!r}, which is no stage of the curriculum.{did_you_mean(name, names)}"
                 )
@@ -354,6 +358,15 @@ def _check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Ma
             f"data has nothing for stage {missing[0]!r}; wanted an entry for each of {', '.join(names)}. To train fewer "
             f"stages, give a curriculum of them: Curriculum(stages=(LLAVA_MED[{missing[0]!r}],))."
         )
+
+
+def _check_files(output_dir: Path, data: Sequence[Data]) -> None:
+    """No data file may stand where the run writes its own."""
+    several = [[given] if isinstance(given, (str, Path)) else given for given in data]
+    files = [file for given in several if isinstance(given, (list, tuple)) for file in given if isinstance(file, (str, Path))]
+    for file in map(Path, files):
+        if file.name in _OWN_NAMES and file.parent.resolve() == output_dir.resolve():
+            raise ConfigError(f"data names {file}, which the run writes itself; wanted the data outside output_dir.")
 
 
 def _check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantization: Quantization) -> None:
@@ -406,6 +419,10 @@ def _computing(
     for name, number, least in (("max_row_tokens", max_row_tokens, 1), ("workers", workers, 0), ("eval_steps", eval_steps, 1)):
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
             raise ConfigError(f"{name} is {number!r}; wanted None or a whole number of at least {least}.")
+    for tracker in [report_to] if isinstance(report_to, str) else report_to or []:
+        available = ["none", *get_available_reporting_integrations()]
+        if tracker not in available:
+            raise ConfigError(f"report_to names {tracker!r}; installed here: {', '.join(available)}.")
     if layout not in LAYOUTS:
         raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
     compute_dtype = resolve_dtype(dtype) or (torch.bfloat16 if on_gpu else torch.float32)
@@ -420,7 +437,7 @@ def _computing(
         gradient_checkpointing=on_gpu if gradient_checkpointing is None else gradient_checkpointing,
         workers=(min(8, os.cpu_count() or 1) if on_gpu else 0) if workers is None else workers,
         eval_steps=eval_steps,
-        report_to=report_to,
+        report_to=report_to or "none",
     )
 
 

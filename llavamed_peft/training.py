@@ -151,6 +151,9 @@ def train_stage(
     for index in (train_index, eval_index):
         if index is not None:
             index.failed.update(gather_object(list(index.failed.items())))
+    if trainer.seen_conversations == 0:
+        why = next(iter(train_index.failed.values()), "")
+        raise TrainingError(f"Not one conversation of stage {stage.name!r} could be decoded; nothing was written. {why}")
     tensors = trainable_tensors(model)
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise TrainingError(
@@ -266,7 +269,9 @@ class StageTrainer(SFTTrainer):
                 for batch in inputs:
                     with self.compute_loss_context_manager():
                         summed += self._summed_loss(model, batch)
-        loss = self.accelerator.reduce(summed, "sum").item() / max(supervised, 1)
+        if supervised == 0:
+            raise TrainingError(f"No held-out conversation of stage {self.stage.name!r} could be decoded; wanted its images.")
+        loss = self.accelerator.reduce(summed, "sum").item() / supervised
         self.evaluated_at = self.state.global_step
         self.evaluation_seconds += time.monotonic() - began
         metrics = {f"{metric_key_prefix}_loss": loss}

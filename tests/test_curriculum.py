@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import warnings
@@ -31,6 +32,7 @@ from llavamed_peft import (
     load_stage,
 )
 from llavamed_peft.adapters import write_folder
+from llavamed_peft.curriculum import Run
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
 from llavamed_peft.evaluation.answer import answer_questions
 from llavamed_peft.hashing import file_sha256
@@ -441,6 +443,10 @@ class TestRefusals:
             ({"layout": "packed"}, ConfigError, "layout is 'packed'; wanted one of padded."),
             ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted None or a whole number of at least 1."),
             ({"max_rejected": 2}, ConfigError, "max_rejected is 2; wanted a share between 0 and 1."),
+            ({"data": {"align": None}}, ConfigError, "data has the key 'align'"),
+            ({"data": ["x"]}, ConfigError, "data is ['x']; wanted a dictionary of stage name → data."),
+            ({"curriculum": 3}, ConfigError, "curriculum is 3; wanted a Curriculum"),
+            ({"report_to": "nonsense"}, ConfigError, "report_to names 'nonsense'; installed here: none"),
             ({"workers": -1}, ConfigError, "workers is -1; wanted None or a whole number of at least 0."),
             ({"start_from": "/nowhere"}, AdapterError, "/nowhere: neither a folder nor a Hub repository that can be reached."),
         ],
@@ -579,6 +585,43 @@ curriculum_finetune("org/tiny", {{"align": rows}}, "run", curriculum=Curriculum(
         load_stage(bases["llava"], adapter)  # a folder with the same weights is the same base
 
 
+def test_images_that_all_vanish_leave_no_stage(
+    bases: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    rows = [Question(str(i), str(folder / f"{i}.png"), "what?", "yes", "closed") for i in range(4)]
+    stage = Run.stage
+
+    def vanish_first(self: Run, *arguments: object) -> StageAdapter:
+        shutil.rmtree(folder)
+        return stage(self, *arguments)
+
+    monkeypatch.setattr(Run, "stage", vanish_first)
+    curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=2)),))
+    with pytest.raises(TrainingError, match="Not one conversation of stage 'vqa' could be decoded; nothing was written"):
+        curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)
+    assert not (tmp_path / "run" / "vqa").exists()
+    assert len((tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_rows_that_would_fill_the_memory_or_break_the_labels_are_rejected(
+    bases: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    Image.new("L", (60000, 1)).save(tmp_path / "strip.png")
+    good = [Question(str(i), str(images / f"{i}.png"), "what?", "yes", "closed") for i in range(4)]
+    strip = Question("strip", str(tmp_path / "strip.png"), "what?", "yes", "closed")
+    stop = Question("stop", str(images / "0.png"), "what?", "yes </s> no", "closed")
+    curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=2)),))
+    adapter = curriculum_finetune(
+        bases["llava"], {"vqa": [*good, strip, stop]}, tmp_path / "run", curriculum=curriculum, max_rejected=0.5
+    )["vqa"]
+    (entry,) = adapter.record["data"]
+    assert entry["rejected"] == {"unreadable image": 1, "cannot be encoded": 1} and entry["used"] == 4
+    lines = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "60000 × 1 pixels" in json.loads(lines[0])["detail"]
+    assert "Turn 2 holds '</s>', which the tokenizer reads as a special token" in json.loads(lines[1])["detail"]
+
+
 class TestWriting:
     def test_a_fault_while_writing_leaves_nothing(self, tmp_path: Path) -> None:
         def fill(folder: Path) -> None:
@@ -613,8 +656,9 @@ write_folder(Path({str(tmp_path / "align")!r}), fill)
 
 
 def test_adapter_on_another_architecture_is_an_error(bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]]) -> None:
-    with pytest.raises(AdapterError, match=r"tensors do not fit the base \(vipllava over llama\)"):
-        load_stage(bases["vipllava"], runs["llava"]["align"])
+    for kind in ("vipllava", "llava_next", "llava_onevision"):
+        with pytest.raises(AdapterError, match=r"align was trained on llava \+ llama \+ clip_vision_model, this base is"):
+            load_stage(bases[kind], runs["llava"]["align"])
 
 
 def test_adapter_on_another_base_of_its_shape_is_a_named_warning(
@@ -625,10 +669,20 @@ def test_adapter_on_another_base_of_its_shape_is_a_named_warning(
         load_stage(other, runs["llava"]["vqa"])
 
 
-def test_damaged_folders_are_errors(runs: dict[str, dict[str, StageAdapter]], tmp_path: Path) -> None:
-    import shutil
+def test_a_wider_model_of_the_same_architecture_is_an_error(runs: dict[str, dict[str, StageAdapter]], tmp_path: Path) -> None:
+    other = tiny.build(tmp_path / "other", feature_layers=[-2, -1])
+    with pytest.raises(AdapterError, match=r"tensors do not fit the base \(llava over llama\)"):
+        load_stage(other, runs["llava"]["align"])
 
-    folder = shutil.copytree(runs["llava"]["align"].path, tmp_path / "align")
+
+def test_damaged_folders_are_errors(runs: dict[str, dict[str, StageAdapter]], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs["llava"]["vqa"].path, tmp_path / "align"))
+    config = folder / "adapter_config.json"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 80'), encoding="utf-8")
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: is missing or was changed"):
+        StageAdapter.load(folder)
+    config.write_text(text, encoding="utf-8")
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(AdapterError, match="the folder is damaged or was changed"):

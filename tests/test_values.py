@@ -445,3 +445,13 @@ def test_a_yaml_file_is_named_in_its_errors(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as refusal:
         Curriculum.from_yaml(path)
     assert str(refusal.value).startswith(f"{path} is not YAML: ")
+
+
+def test_yaml_with_a_key_twice_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="the key 'epochs' stands twice"):
+        Curriculum.from_yaml("stages:\n- {name: a, trains: projector, schedule: {epochs: 1, learning_rate: 1e-3, epochs: 30}}\n")
+
+
+def test_seed_has_the_width_that_numpy_takes() -> None:
+    with pytest.raises(ConfigError, match=r"Curriculum\.seed is 4294967296; wanted a whole number below 2\*\*32\."):
+        Curriculum(LLAVA_MED.stages, seed=2**32)
