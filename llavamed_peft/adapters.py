@@ -12,12 +12,12 @@ import os
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
@@ -25,10 +25,10 @@ from safetensors.torch import load_file, save
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from .errors import AdapterError
-from .hashing import weights_sha256
+from .hashing import file_sha256, weights_sha256
 from .modeling.load import Quantization, load_checkpoint
 from .modeling.parts import LANGUAGE, PROJECTOR, Tensors, check_places, load_tensors
-from .modeling.processor import load_processor
+from .modeling.processor import load_processor, save_processor
 from .stages import Stage
 
 SCHEMA_VERSION = 1
@@ -47,7 +47,7 @@ class StageAdapter:
     """
 
     path: Path
-    record: dict[str, Any]
+    record: dict[str, Any] = field(repr=False)
 
     @classmethod
     def load(cls, folder: str | Path) -> StageAdapter:
@@ -61,6 +61,10 @@ class StageAdapter:
         adapter = cls(path, record)
         if not adapter.is_checkpoint and not (path / WEIGHTS).is_file():
             raise AdapterError(f"{path}: has no {WEIGHTS}; wanted a whole folder. Are its weights on the Hub? See its {CARD}.")
+        if not adapter.is_checkpoint:
+            config = file_sha256(path / CONFIG) if (path / CONFIG).is_file() else None
+            if config != record.get("config_sha256"):
+                raise AdapterError(f"{path / CONFIG}: is missing or was changed. Copy or download the folder again.")
         found = weights_sha256(path)
         if found != record["sha256"]:
             raise AdapterError(
@@ -116,7 +120,7 @@ class StageAdapter:
 
         def fill(folder: Path) -> None:
             merged.save_pretrained(folder)
-            processor.save_pretrained(folder)
+            save_processor(processor, folder)
 
         return write_folder(Path(out), fill)
 
@@ -179,7 +183,10 @@ def load_stage(
 
 
 def base_record(base: str | Path, config: PreTrainedConfig) -> dict[str, Any]:
-    """What identifies a base: Hub id and revision, or a folder's last name and the content hash of its weights."""
+    """What identifies a base: the content hash of its weights, with its Hub id and revision or its folder's last name.
+
+    A local folder's weights are read for it; those of a Hub id are named by their hashes in the cache.
+    """
     shape = {
         "model_type": config.model_type,
         "language_model": config.get_text_config().model_type,
@@ -187,8 +194,15 @@ def base_record(base: str | Path, config: PreTrainedConfig) -> dict[str, Any]:
     }
     if Path(base).is_dir():
         return {"id": None, "revision": None, "name": Path(base).resolve().name, "sha256": weights_sha256(base), **shape}
-    name = str(base).split("/")[-1]
-    return {"id": str(base), "revision": getattr(config, "_commit_hash", None), "name": name, "sha256": None, **shape}
+    cached = try_to_load_from_cache(str(base), "config.json")
+    snapshot = Path(cached).parent if isinstance(cached, str) else None
+    return {
+        "id": str(base),
+        "revision": snapshot.name if snapshot else None,
+        "name": str(base).split("/")[-1],
+        "sha256": weights_sha256(snapshot, trust_cache=True) if snapshot and any(snapshot.glob("*.safetensors")) else None,
+        **shape,
+    }
 
 
 def public_name(base: Mapping[str, Any]) -> str:
@@ -197,10 +211,11 @@ def public_name(base: Mapping[str, Any]) -> str:
 
 
 def warn_of_another_base(base: Mapping[str, Any], adapter: StageAdapter) -> None:
-    """Warn where both bases are known and differ; a folder and a Hub id cannot be compared."""
+    """Warn where the bases differ: by the content of their weights, else by id and revision."""
     trained_on = adapter.record["base"]
-    for key in ("id", "revision", "sha256"):
-        if base[key] and trained_on[key] and base[key] != trained_on[key]:
+    known = [key for key in ("sha256", "id", "revision") if base[key] and trained_on[key]]
+    for key in known[:1] if "sha256" in known else known:
+        if base[key] != trained_on[key]:
             warnings.warn(
                 f"{adapter.path.name} was trained on {public_name(trained_on)} ({key} {trained_on[key]}), this base is "
                 f"{public_name(base)} ({key} {base[key]}). It fits and loads, but the numbers of its card do not hold.",
@@ -215,6 +230,14 @@ def check_fits(model: PreTrainedModel, adapter: StageAdapter) -> None:
     Raises:
         AdapterError: one has not.
     """
+    trained_on, config = adapter.record["base"], model.config
+    found = (config.model_type, config.get_text_config().model_type, config.vision_config.model_type)
+    wanted = tuple(trained_on[part] for part in ("model_type", "language_model", "vision_tower"))
+    if found != wanted:
+        raise AdapterError(
+            f"{adapter.path.name} was trained on {' + '.join(wanted)}, this base is {' + '.join(found)}; "
+            "wanted the same architecture."
+        )
     places: dict[str, Any] = {}
     rank = adapter.peft_config().r
     for name, module in model.named_modules():
@@ -256,6 +279,7 @@ def write_adapter(
     folder: Path,
     tensors: Tensors,
     config: LoraConfig,
+    base_class: type,
     processor: ProcessorMixin,
     record: dict[str, Any],
     card: Callable[..., str],
@@ -263,18 +287,25 @@ def write_adapter(
     """Write an adapter's folder, whole or not at all.
 
     Args:
+        base_class: of the bare model, for `AutoPeftModel`.
         tensors: from `parts.trainable_tensors`.
         record: `stage.json` but for the kind and the weights' hash.
         card: makes the card's text of the finished record.
     """
 
     # PEFT puts the path from which the base was loaded here; others have no use for it
-    published = replace(config, base_model_name_or_path=public_name(record["base"]), revision=record["base"]["revision"])
+    published = replace(
+        config,
+        base_model_name_or_path=public_name(record["base"]),
+        revision=record["base"]["revision"],
+        inference_mode=True,
+        auto_mapping={"base_model_class": base_class.__name__, "parent_library": base_class.__module__},
+    )
 
     def fill(partial: Path) -> None:
         published.save_pretrained(str(partial))
         (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
-        processor.save_pretrained(partial)
+        save_processor(processor, partial)
         _finish(partial, {**record, "kind": "adapter"}, card)
 
     return StageAdapter.load(write_folder(folder, fill))
@@ -289,14 +320,15 @@ def write_checkpoint(
 
     def fill(partial: Path) -> None:
         model.save_pretrained(partial)
-        processor.save_pretrained(partial)
+        save_processor(processor, partial)
         _finish(partial, {**record, "kind": "checkpoint"}, card)
 
     return StageAdapter.load(write_folder(folder, fill))
 
 
 def _finish(partial: Path, record: dict[str, Any], card: Callable[..., str]) -> None:
-    record = {"schema_version": SCHEMA_VERSION, **record, "sha256": weights_sha256(partial)}
+    config = {"config_sha256": file_sha256(partial / CONFIG)} if (partial / CONFIG).is_file() else {}
+    record = {"schema_version": SCHEMA_VERSION, **record, "sha256": weights_sha256(partial), **config}
     (partial / CARD).write_text(card(record), encoding="utf-8")
     (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
@@ -308,20 +340,28 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         AdapterError: the folder is there already, or cannot be written.
     """
     refuse_existing(folder)
-    partial = folder.with_name(f".{folder.name}.partial-{os.getpid()}")
+    partial = folder.with_name(f".{folder.name}.partial")
     try:
+        shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
         fill(partial)
         for path in partial.rglob("*"):
-            if path.is_file():
-                with path.open("rb") as file:
-                    os.fsync(file.fileno())
+            _flush(path)
         partial.rename(folder)
+        _flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: cannot be written ({error}); nothing was left under that name.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def refuse_existing(folder: Path) -> None:

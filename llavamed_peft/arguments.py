@@ -8,14 +8,16 @@ counts. An option that nobody knows is an error, wherever it stands.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+import warnings
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
+from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
-from .errors import did_you_mean
+from .errors import LlavaMedError, did_you_mean
 
 
 @dataclass(kw_only=True)
@@ -46,6 +48,17 @@ class RunArguments:
     report_to: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "further trackers, such as tensorboard or trackio"}
     )
+
+
+def start(main: Callable[..., object], *arguments: type) -> None:
+    """Parse the options, call `main` with them, and end with one line on stderr and exit code 1 where the package refuses."""
+    parsed = parse(*arguments)
+    warnings.simplefilter("ignore", FutureWarning)  # of the libraries, to programmers
+    disable_progress_bar()
+    try:
+        main(*parsed)
+    except LlavaMedError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
 
 
 def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[Any, ...]:

@@ -17,7 +17,7 @@ from peft import PeftModel
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
 base = AutoModelForImageTextToText.from_pretrained("{base}")
-model = PeftModel.from_pretrained(base, "{folder}")
+model = PeftModel.from_pretrained(base, "{folder}")  # path or Hub id of this folder
 processor = AutoProcessor.from_pretrained("{folder}")
 ```
 """
@@ -30,6 +30,13 @@ model = AutoModelForImageTextToText.from_pretrained("{folder}")
 processor = AutoProcessor.from_pretrained("{folder}")
 ```
 """
+
+
+def _origin(record: dict[str, Any]) -> str:
+    root = record["root"]
+    if root == record["base"]:
+        return ""
+    return f" It was trained from `{root['id'] or root['name']}` (content hash `{root['sha256']}`)."
 
 
 def write_card(record: dict[str, Any], base_name: str) -> str:
@@ -49,7 +56,7 @@ def write_card(record: dict[str, Any], base_name: str) -> str:
         "license": "other",
         "license_name": "inherits-base-model-and-data",
         "tags": ["llavamed-peft", "llava-med", "medical", f"stage:{stage['name']}", f"trains:{stage['trains']}"],
-        "datasets": [entry["file"] for entry in record["data"]],
+        "datasets": sorted({entry["file"].split()[0] for entry in record["data"] if entry["file"] != "in memory"}),
         "metrics": ["loss"],
     }
     losses = {
@@ -69,7 +76,7 @@ def write_card(record: dict[str, Any], base_name: str) -> str:
         f"One stage of the LLaVA-Med curriculum (arXiv:2306.00890), trained with `llavamed-peft` "
         f"{record['versions']['llavamed-peft']}: `trains={stage['trains']}`, continuing {origin}.",
         "",
-        f"Base: `{base_name}`, {identity}.",
+        f"Base: `{base_name}`, {identity}." + _origin(record),
         "",
         "## Load it",
         "",

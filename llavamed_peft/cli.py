@@ -116,6 +116,7 @@ def _ask(options: argparse.Namespace) -> None:
     question = Question("question", options.image, options.question, answer="?", answer_type="open")
     image_size(question.image)
 
+    import torch
     from transformers.utils.logging import disable_progress_bar
 
     from .adapters import load_stage
@@ -123,6 +124,7 @@ def _ask(options: argparse.Namespace) -> None:
 
     disable_progress_bar()
     model, processor = load_stage(options.base, options.adapter)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     print(*answer_questions(model, processor, [question], options.max_new_tokens))
 
 

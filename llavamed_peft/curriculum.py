@@ -6,7 +6,7 @@ import functools
 import os
 import platform
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -16,14 +16,17 @@ import torch
 from accelerate import PartialState
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers.integrations import get_available_reporting_integrations
 
 from . import __version__
 from .adapters import (
+    RECORD,
     StageAdapter,
     base_record,
     check_arrived,
     check_fits,
     public_name,
+    read_record,
     warn_of_another_base,
     write_adapter,
     write_checkpoint,
@@ -31,13 +34,13 @@ from .adapters import (
 from .card import write_card
 from .datasets.rejects import RejectLog
 from .datasets.sources import Data, open_sources
-from .errors import ConfigError, TrainingError, did_you_mean
+from .errors import AdapterError, ConfigError, TrainingError, did_you_mean
 from .modeling.load import Quantization, load_checkpoint, read_config, resolve_dtype
-from .modeling.parts import NO_TARGET, adapter_config, attach, load_tensors, set_dtypes, unfreeze_full
+from .modeling.parts import NO_TARGET, adapter_config, attach, bare, load_tensors, set_dtypes, unfreeze_full
 from .modeling.processor import load_processor, make_stage_processor
 from .packing.collator import LAYOUTS, PackedCollator
 from .packing.index import Index, build_index
-from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, stage_table
+from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, read_metrics, stage_table
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Stage
 from .training import Computing, Trained, train_stage
 
@@ -78,10 +81,11 @@ def curriculum_finetune(
         start_from: a finished stage to begin behind: a folder, a `StageAdapter`, or a Hub repository.
         dtype: of frozen weights and autocast; `None`: bfloat16 on CUDA, float32 on a CPU. Trainable tensors are float32.
         layout: how conversations are laid out in device batches: `"padded"`.
-        max_row_tokens: bound of a device batch (rows × longest); `None` chooses by device.
+        max_row_tokens: bound of a device batch (rows × longest); `None`: 4,096 on a CPU, 16,384 on CUDA (not yet measured there).
         max_rejected: share of unusable rows above which a data set is refused as a whole.
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
-        workers: processes that decode images ahead; `None`: none on a CPU, where they would take the model's cores.
+        workers: processes that decode images ahead; `None`: up to 8 with a GPU, none on a CPU, where they would take the
+            model's cores.
         report_to: further trackers, such as `"tensorboard"` or `"trackio"`.
         gradient_checkpointing: `None`: on for CUDA, off for a CPU.
 
@@ -102,15 +106,19 @@ def curriculum_finetune(
         ...     quantization="nf4",
         ... )  # doctest: +SKIP
     """
-    eval_data = dict(eval_data or {})
+    eval_data = {} if eval_data is None else eval_data
     _check_names(curriculum, data, eval_data, image_folder)
-    if not 0 <= max_rejected <= 1:
+    _check_files(Path(output_dir), [*data.values(), *eval_data.values()])
+    if not isinstance(max_rejected, (int, float)) or not 0 <= max_rejected <= 1:
         raise ConfigError(f"max_rejected is {max_rejected!r}; wanted a share between 0 and 1.")
     parent = start_from if isinstance(start_from, StageAdapter) or start_from is None else StageAdapter.load(start_from)
     _check_lineage(curriculum, parent, quantization)
     computing = _computing(dtype, layout, max_row_tokens, gradient_checkpointing, workers, eval_steps, report_to)
     config = read_config(model)
-    lineage = Lineage(str(model), base_record(model, config)).behind(parent)
+    base = base_record(model, config)
+    if parent is not None:
+        _check_architecture(base, parent)
+    lineage = Lineage(str(model), base, root=base).behind(parent)
     processor = load_processor(model if parent is None else parent.path, config)
     stage_processor = make_stage_processor(processor, curriculum.image_aspect_ratio)
     processes = PartialState(cpu=not torch.cuda.is_available())
@@ -118,7 +126,7 @@ def curriculum_finetune(
     if run.writes:
         run.claim()
     run.processes.wait_for_everyone()
-    with RejectLog(run.folder / REJECTED if run.writes else os.devnull) as rejects:
+    with RejectLog(run.folder / REJECTED if run.writes else os.devnull, keep=run.goes_on or not run.writes) as rejects:
         indexes = {
             stage.name: [
                 None if given is None else run.index(stage, given, _folder_of(image_folder, stage), rejects, max_rejected, use)
@@ -130,13 +138,15 @@ def curriculum_finetune(
         for stage in curriculum.stages:
             train_index, eval_index = indexes[stage.name]
             assert train_index is not None
-            adapters[stage.name] = run.stage(stage, lineage, train_index, eval_index)
+            try:
+                adapters[stage.name] = run.stage(stage, lineage, train_index, eval_index)
+            finally:
+                for index in (train_index, eval_index):
+                    if index is not None and run.writes:
+                        index.report_failures(rejects)
             lineage = lineage.behind(adapters[stage.name])
             if run.writes:
-                for index in (train_index, eval_index):
-                    if index is not None:
-                        index.report_failures(rejects)
-                run.report(list(adapters.values()))
+                run.report()
     return adapters
 
 
@@ -147,11 +157,13 @@ class Lineage:
     Args:
         base: Hub id or folder of that checkpoint.
         record: what identifies it, for `stage.json`.
+        root: what identifies the checkpoint that the lineage began with, before any full stage.
         parent: the stage before, an adapter or a checkpoint.
     """
 
     base: str
     record: dict[str, Any]
+    root: dict[str, Any]
     parent: StageAdapter | None = None
 
     def behind(self, stage: StageAdapter | None) -> Lineage:
@@ -159,7 +171,7 @@ class Lineage:
         if stage is None:
             return self
         if stage.is_checkpoint:
-            return Lineage(str(stage.path), base_record(stage.path, read_config(stage.path)), stage)
+            return Lineage(str(stage.path), base_record(stage.path, read_config(stage.path)), stage.record["root"], stage)
         return replace(self, parent=stage)
 
     @property
@@ -177,7 +189,6 @@ class Run:
         computing: how stages are computed.
         processor: every stage's: the base's, with what training adds.
         processes: those that train together; the first of them writes.
-        history: the records of the stages so far.
     """
 
     folder: Path
@@ -186,12 +197,16 @@ class Run:
     computing: Computing
     processor: ProcessorMixin
     processes: PartialState
-    history: list[dict[str, Any]] = field(default_factory=list)
 
     @property
     def writes(self) -> bool:
         """One process writes; the others read what it wrote. If it fails, the launcher ends them."""
         return self.processes.is_main_process
+
+    @property
+    def goes_on(self) -> bool:
+        """The folder holds finished stages of an earlier call, whose records are kept and added to."""
+        return any(self.folder.glob(f"*/{RECORD}"))
 
     def claim(self) -> None:
         """Make the run's folder, which must not hold one of its stages yet.
@@ -205,7 +220,7 @@ class Run:
             raise ConfigError(
                 f"Stage.name is {taken[0]!r}, which the run needs for itself (as {', '.join(_OWN_NAMES)}); wanted another name."
             )
-        there = [stage.name for stage in self.curriculum.stages if (self.folder / stage.name).exists()]
+        there = [stage.name for stage in self.curriculum.stages if os.path.lexists(self.folder / stage.name)]
         if there:
             raise TrainingError(
                 f"{self.folder}: holds {', '.join(there)} already; wanted a folder without these stages. Choose another "
@@ -213,7 +228,8 @@ class Run:
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            (self.folder / METRICS).write_text("", encoding="utf-8")
+            if not self.goes_on:
+                (self.folder / METRICS).write_text("", encoding="utf-8")
         except OSError as error:
             raise TrainingError(f"{self.folder}: cannot be written ({error}); wanted a folder to write to.") from error
 
@@ -254,7 +270,8 @@ class Run:
             self.folder / LOGS / stage.name,
             RunLog(self.folder),
         )
-        self.history += trained.history
+        base_class = type(bare(model))
+        del model  # a full stage's folder needs the base once more
         folder = self.folder / stage.name
         if self.writes:
             record = self._record(stage, lineage, train_index, eval_index, trained)
@@ -262,14 +279,16 @@ class Run:
             if config is None:
                 write_checkpoint(folder, lineage.base, trained.tensors, self.processor, record, card)
             else:
-                write_adapter(folder, trained.tensors, config, self.processor, record, card)
+                write_adapter(folder, trained.tensors, config, base_class, self.processor, record, card)
         self.processes.wait_for_everyone()
         return StageAdapter.load(folder)
 
-    def report(self, adapters: Sequence[StageAdapter]) -> None:
-        """The table and the loss curves of the stages so far."""
-        (self.folder / TABLE).write_text(stage_table([adapter.record for adapter in adapters]), encoding="utf-8")
-        draw_losses(self.history, self.folder / CURVE)
+    def report(self) -> None:
+        """The table and the loss curves of the folder's stages so far."""
+        records = [read_record(path.parent) for path in self.folder.glob(f"*/{RECORD}")]
+        records.sort(key=lambda record: record["finished"])
+        (self.folder / TABLE).write_text(stage_table(records), encoding="utf-8")
+        draw_losses(read_metrics(self.folder), self.folder / CURVE)
 
     def _record(
         self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None, trained: Trained
@@ -281,6 +300,7 @@ class Run:
             "image_aspect_ratio": self.curriculum.image_aspect_ratio,
             "seed": self.curriculum.seed,
             "base": lineage.record,
+            "root": lineage.root,
             "parent": None if parent is None else {"stage": parent.stage.name, "sha256": parent.record["sha256"]},
             "data": train_index.account(),
             "eval_data": [] if eval_index is None else eval_index.account(),
@@ -293,7 +313,7 @@ class Run:
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
             "processes": self.processes.num_processes,
             "versions": _versions(),
-            "finished": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            "finished": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         }
 
 
@@ -318,6 +338,8 @@ def _carried_lora(parent: StageAdapter | None) -> LoraSpec | None:
 
 
 def _check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Mapping[str, Data], image_folder: Any) -> None:
+    if not isinstance(curriculum, Curriculum):
+        raise ConfigError(f"curriculum is {curriculum!r}; wanted a Curriculum, such as Curriculum(stages=(...,)).")
     names = [stage.name for stage in curriculum.stages]
     per_stage = {"data": data, "eval_data": eval_data}
     if isinstance(image_folder, Mapping):
@@ -326,7 +348,7 @@ def _check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Ma
         if not isinstance(given, Mapping):
             raise ConfigError(f"{argument} is {given!r}; wanted a dictionary of stage name → data.")
         for name in given:
-            if name not in names:
+            if name not in names or given[name] is None:
                 raise ConfigError(
                     f"{argument} has the key {name!r}, which is no stage of the curriculum.{did_you_mean(name, names)}"
                 )
@@ -338,6 +360,15 @@ def _check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Ma
         )
 
 
+def _check_files(output_dir: Path, data: Sequence[Data]) -> None:
+    """No data file may stand where the run writes its own."""
+    several = [[given] if isinstance(given, (str, Path)) else given for given in data]
+    files = [file for given in several if isinstance(given, (list, tuple)) for file in given if isinstance(file, (str, Path))]
+    for file in map(Path, files):
+        if file.name in _OWN_NAMES and file.parent.resolve() == output_dir.resolve():
+            raise ConfigError(f"data names {file}, which the run writes itself; wanted the data outside output_dir.")
+
+
 def _check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantization: Quantization) -> None:
     for stage in curriculum.stages:
         if stage.trains == "full" and quantization is not None:
@@ -345,6 +376,11 @@ def _check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantiza
                 f"Stage {stage.name!r} trains 'full' and quantization is {quantization!r}; wanted None, since 4-bit weights "
                 "cannot be trained. Use trains='lora'."
             )
+    if parent is not None and parent.record["image_aspect_ratio"] != curriculum.image_aspect_ratio:
+        raise ConfigError(
+            f"Curriculum.image_aspect_ratio is {curriculum.image_aspect_ratio!r}, start_from was trained with "
+            f"{parent.record['image_aspect_ratio']!r}; wanted the same, since its processor is carried on."
+        )
     carried = None if parent is None or parent.is_checkpoint else _carried_lora(parent)
     for stage in curriculum.stages:
         if stage.trains == "full":
@@ -353,6 +389,15 @@ def _check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantiza
             raise ConfigError(
                 f"Stage {stage.name!r} has LoRA rank {stage.lora.rank} and alpha {stage.lora.alpha:g}, start_from rank "
                 f"{carried.rank} and alpha {carried.alpha:g}; wanted equal numbers, since the stage continues its tensors."
+            )
+
+
+def _check_architecture(base: Mapping[str, Any], parent: StageAdapter) -> None:
+    for part in ("model_type", "language_model", "vision_tower"):
+        if base[part] != parent.record["base"][part]:
+            raise AdapterError(
+                f"start_from ({parent.path.name}) was trained on {part} {parent.record['base'][part]!r}, the base's is "
+                f"{base[part]!r}; wanted the same architecture."
             )
 
 
@@ -366,14 +411,25 @@ def _computing(
     report_to: str | list[str],
 ) -> Computing:
     on_gpu = torch.cuda.is_available()
+    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
+        raise ConfigError(
+            f"{torch.cuda.device_count()} GPUs are visible to one process; wanted one process per GPU (torchrun --nproc_per_node "
+            f"{torch.cuda.device_count()} script.py), or one visible GPU (CUDA_VISIBLE_DEVICES=0)."
+        )
     for name, number, least in (("max_row_tokens", max_row_tokens, 1), ("workers", workers, 0), ("eval_steps", eval_steps, 1)):
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
             raise ConfigError(f"{name} is {number!r}; wanted None or a whole number of at least {least}.")
+    for tracker in [report_to] if isinstance(report_to, str) else report_to or []:
+        available = ["none", *get_available_reporting_integrations()]
+        if tracker not in available:
+            raise ConfigError(f"report_to names {tracker!r}; installed here: {', '.join(available)}.")
     if layout not in LAYOUTS:
         raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
     compute_dtype = resolve_dtype(dtype) or (torch.bfloat16 if on_gpu else torch.float32)
     if compute_dtype not in (torch.bfloat16, torch.float32):
         raise ConfigError(f"dtype is {dtype!r}; training computes in 'bfloat16' or 'float32' (float16 would need loss scaling).")
+    if compute_dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(f"{torch.cuda.get_device_name()} has no bfloat16; wanted dtype='float32' on it.")
     return Computing(
         dtype=compute_dtype,
         layout=layout,
@@ -381,7 +437,7 @@ def _computing(
         gradient_checkpointing=on_gpu if gradient_checkpointing is None else gradient_checkpointing,
         workers=(min(8, os.cpu_count() or 1) if on_gpu else 0) if workers is None else workers,
         eval_steps=eval_steps,
-        report_to=report_to,
+        report_to=report_to or "none",
     )
 
 

@@ -46,15 +46,20 @@ class RunLog:
 
 
 def progress_line(record: dict[str, Any]) -> str:
-    """`align 12/100  loss 2.3100  rate projector 1.9e-03  34.1 conversations/s  812 tokens/s  0:41 left`."""
+    """`align 12/100  loss 2.3100  learning rate projector 1.9e-03  34.1 conversations/s  812 supervised tokens/s  0:41 left`."""
     names = [name for name in record if name.endswith("_learning_rate")]
     rates = ", ".join(f"{name.removesuffix('_learning_rate').replace('_', ' ')} {record[name]:.1e}" for name in names)
     minutes, seconds = divmod(round(record["seconds_left"]), 60)
     return (
-        f"{record['stage']:<10} {record['step']}/{record['steps']}  loss {record['loss']:.4f}  rate {rates}  "
-        f"{record['conversations_per_second']:.1f} conversations/s  {record['supervised_tokens_per_second']:.0f} tokens/s  "
-        f"{minutes}:{seconds:02d} left"
+        f"{record['stage']:<10} {record['step']}/{record['steps']}  loss {record['loss']:.4f}  learning rate {rates}  "
+        f"{record['conversations_per_second']:.1f} conversations/s  "
+        f"{record['supervised_tokens_per_second']:.0f} supervised tokens/s  {minutes}:{seconds:02d} left"
     )
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`, in the order in which they came."""
+    return [json.loads(line) for line in (folder / METRICS).read_text(encoding="utf-8").splitlines()]
 
 
 def draw_losses(history: Sequence[dict[str, Any]], path: Path) -> None:
@@ -66,11 +71,11 @@ def draw_losses(history: Sequence[dict[str, Any]], path: Path) -> None:
     figure = Figure(figsize=(4 * len(stages), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
     for panel, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        for key, style, label in (("loss", "-", "training"), ("eval_loss", "o--", "held out")):
+        for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "held out")):
             points = [(record["step"], record[key]) for record in history if record["stage"] == stage and key in record]
             if points:
                 panel.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
-        panel.set(title=stage, xlabel="optimizer step", ylabel="loss per supervised token")
+        panel.set(title=stage.replace("$", r"\$"), xlabel="optimizer step", ylabel="loss per supervised token")
         panel.set_ylim(bottom=0)
         panel.legend()
     figure.savefig(path, dpi=120)

@@ -147,7 +147,7 @@ class Stage:
     lora: LoraSpec | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not _FOLDER_NAME.fullmatch(self.name):
+        if not isinstance(self.name, str) or not _FOLDER_NAME.fullmatch(self.name) or len(self.name) > 100:
             raise ConfigError(f"Stage.name is {self.name!r}; wanted a plain folder name such as 'align'.")
         _one_of(self, "trains", SCOPES)
         if not isinstance(self.schedule, Schedule):
@@ -220,6 +220,8 @@ class Curriculum:
         if len(set(names)) < len(names):
             raise ConfigError(f"Curriculum.stages has equal names: {', '.join(names)}; wanted each name once.")
         _whole(self, "seed", at_least=0)
+        if self.seed >= 2**32:
+            raise ConfigError(f"Curriculum.seed is {self.seed!r}; wanted a whole number below 2**32.")
         _one_of(self, "image_aspect_ratio", ASPECT_RATIOS)
         lineage: Stage | None = None
         for stage in self.stages:
@@ -303,7 +305,17 @@ def require_same_lora(earlier: Stage, later: Stage) -> None:
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML reads `2e-3` as a string (YAML 1.1 wants `2.0e-3`); a learning rate written that way must be a number."""
+    """PyYAML reads `2e-3` as a string (YAML 1.1 wants `2.0e-3`); a learning rate written that way must be a number.
+
+    It also takes the last of equal keys without a word; here they are an error.
+    """
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        twice = {str(key) for key in keys if keys.count(key) > 1}
+        if twice:
+            raise yaml.constructor.ConstructorError(None, None, f"the key {min(twice)!r} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 class _Yaml12Dumper(yaml.SafeDumper):

@@ -10,10 +10,11 @@ the stage leaves `adapters.py`'s.
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -65,12 +66,10 @@ class Trained:
     Args:
         tensors: what the stage leaves, by name.
         metrics: losses, counts, seconds, for `stage.json`.
-        history: one record per log line, as in `metrics.jsonl`.
     """
 
     tensors: Tensors
     metrics: dict[str, Any]
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 def train_stage(
@@ -91,10 +90,10 @@ def train_stage(
         processor: the stage's.
         train_index, eval_index: what to learn, and what to measure the held-out loss on before, every `eval_steps` and after.
         work_folder: where the trainer may write.
-        on_record: called with each record of `history` as it comes.
+        on_record: called with each record of the training, as `metrics.jsonl` holds them, as it comes.
 
     Raises:
-        TrainingError: the loss is not a number.
+        TrainingError: the loss or a trained tensor is not finite.
     """
     schedule = stage.schedule
     on_gpu = torch.cuda.is_available()
@@ -127,15 +126,18 @@ def train_stage(
         report_to=computing.report_to,
         run_name=stage.name,
     )
-    start = trainable_tensors(model)
+    quantized = getattr(bare(model), "is_loaded_in_4bit", False)
+    start = trainable_tensors(model) if quantized else None
     collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout)
     trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator)
     trainer.remove_callback(PrinterCallback)
     watch = _Watch(trainer, on_record)
     trainer.add_callback(watch)
-    # The trainer rounds a quantised model's trainables to bf16 while it is built; what the stage starts from is put back in fp32.
-    set_dtypes(model, computing.dtype)
-    load_tensors(model, start)
+    if start is not None:
+        # The trainer rounds a quantised model's trainables to bf16 while it is built; what the stage starts from is put back.
+        set_dtypes(model, computing.dtype)
+        load_tensors(model, start)
+        del start
     freeze_tower(model)
     steps_per_epoch = len(trainer.get_train_dataloader())
     if learns_nothing(steps_per_epoch, schedule):
@@ -151,7 +153,19 @@ def train_stage(
     for index in (train_index, eval_index):
         if index is not None:
             index.failed.update(gather_object(list(index.failed.items())))
-    return Trained(trainable_tensors(model), watch.summary(), watch.history)
+    if trainer.seen_conversations == 0:
+        why = next(iter(train_index.failed.values()), "")
+        raise TrainingError(f"Not one conversation of stage {stage.name!r} could be decoded; nothing was written. {why}")
+    tensors = trainable_tensors(model)
+    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+        raise TrainingError(
+            f"After the last step {len(broken)} of {len(tensors)} tensors are not finite ({broken[0]}). Lower learning_rate; "
+            "nothing of this stage was written, the stages before it are untouched."
+        )
+    trained = Trained(tensors, watch.summary())
+    del trainer, watch  # they hold one another, the model and the optimizer; the next stage loads its own
+    gc.collect()
+    return trained
 
 
 class StageTrainer(SFTTrainer):
@@ -212,8 +226,7 @@ class StageTrainer(SFTTrainer):
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.args.dataloader_num_workers,
-            pin_memory=torch.cuda.is_available(),
-            persistent_workers=False,
+            generator=torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
         )
 
     def training_step(self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None) -> torch.Tensor:
@@ -248,17 +261,19 @@ class StageTrainer(SFTTrainer):
         began = time.monotonic()
         model = self.model_wrapped if self.is_in_train else self.model
         model.eval()
-        in_order = Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
+        once = Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
         summed = torch.zeros((), dtype=torch.float64, device=self.args.device)
         supervised = 0
         with torch.no_grad():
-            for inputs in self._steps(self.eval_index, in_order):
+            for inputs in self._steps(self.eval_index, once):
                 self._note_failures(self.eval_index, inputs)
                 supervised += self._total(inputs)[1]
                 for batch in inputs:
                     with self.compute_loss_context_manager():
                         summed += self._summed_loss(model, batch)
-        loss = self.accelerator.reduce(summed, "sum").item() / max(supervised, 1)
+        if supervised == 0:
+            raise TrainingError(f"No held-out conversation of stage {self.stage.name!r} could be decoded; wanted its images.")
+        loss = self.accelerator.reduce(summed, "sum").item() / supervised
         self.evaluated_at = self.state.global_step
         self.evaluation_seconds += time.monotonic() - began
         metrics = {f"{metric_key_prefix}_loss": loss}

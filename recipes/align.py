@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 from llavamed_peft import LLAVA_MED, Curriculum, Schedule, Stage, curriculum_finetune
-from llavamed_peft.arguments import RunArguments, parse
+from llavamed_peft.arguments import RunArguments, start
 
 PAPER = LLAVA_MED["align"].schedule
 
@@ -83,4 +83,4 @@ def main(arguments: AlignArguments, run: RunArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse(AlignArguments, RunArguments))
+    start(main, AlignArguments, RunArguments)

@@ -41,7 +41,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from llavamed_peft import LLAVA_MED, Curriculum, curriculum_finetune
-from llavamed_peft.arguments import RunArguments, parse
+from llavamed_peft.arguments import RunArguments, start
 from llavamed_peft.errors import ConfigError
 
 PerStage = list[str]  # "stage=path", or a mapping out of a YAML file
@@ -99,4 +99,4 @@ def main(arguments: CurriculumArguments, run: RunArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse(CurriculumArguments, RunArguments))
+    start(main, CurriculumArguments, RunArguments)

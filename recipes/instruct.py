@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Literal
 
 from llavamed_peft import LLAVA_MED, Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune
-from llavamed_peft.arguments import RunArguments, parse
+from llavamed_peft.arguments import RunArguments, start
 
 PAPER, LORA = LLAVA_MED["instruct"].schedule, LLAVA_MED["instruct"].lora
 
@@ -95,4 +95,4 @@ def main(arguments: InstructArguments, run: RunArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse(InstructArguments, RunArguments))
+    start(main, InstructArguments, RunArguments)

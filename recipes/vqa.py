@@ -58,7 +58,7 @@ from llavamed_peft import (
     curriculum_finetune,
     load_stage,
 )
-from llavamed_peft.arguments import RunArguments, parse
+from llavamed_peft.arguments import RunArguments, start
 from llavamed_peft.datasets import vqa_rad
 from llavamed_peft.datasets.sources import question_source
 from llavamed_peft.evaluation.answer import answer_questions
@@ -174,4 +174,4 @@ def main(arguments: VqaArguments, run: RunArguments) -> None:
 
 
 if __name__ == "__main__":
-    main(*parse(VqaArguments, RunArguments))
+    start(main, VqaArguments, RunArguments)

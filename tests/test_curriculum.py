@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import random
+import shutil
 import subprocess
 import sys
+import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
-from peft import PeftModel
+from peft import AutoPeftModel, PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText
 
@@ -27,7 +31,11 @@ from llavamed_peft import (
     curriculum_finetune,
     load_stage,
 )
+from llavamed_peft.adapters import write_folder
+from llavamed_peft.curriculum import Run
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
+from llavamed_peft.evaluation.answer import answer_questions
+from llavamed_peft.hashing import file_sha256
 from llavamed_peft.packing import PackedCollator
 
 KINDS = {
@@ -36,6 +44,7 @@ KINDS = {
     "llava_next": ("mistral", "clip", -2),
     "llava_onevision": ("qwen2", "siglip", -1),
 }
+ROOT = Path(__file__).parent.parent
 LORA = LoraSpec(rank=4, alpha=8, dropout=0.0)
 
 
@@ -219,12 +228,17 @@ inputs = processor(text=prompt, images=Image.open({str(images / "0.png")!r}), re
 for stage in ("align", "vqa", "align"):
     model.set_adapter(stage)
     print(stage, model(**inputs).logits.double().sum().item())
+model.set_adapter("vqa")
 print(processor.batch_decode(model.generate(**inputs, max_new_tokens=3, do_sample=False)))
 """
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     first, second, third = (line.split()[1] for line in done.stdout.splitlines()[:3])
     assert first == third != second
+    ours, processor = load_stage(bases["llava"], runs["llava"]["vqa"])
+    asked = Question("q", str(images / "0.png"), "what is in the image?", "?", "open")
+    (answer,) = answer_questions(ours, processor, [asked], max_new_tokens=3)
+    assert done.stdout.splitlines()[3].partition("ASSISTANT:")[2].removesuffix("']").strip() == answer
 
 
 def test_full_stage_leaves_a_checkpoint_that_the_next_stage_builds_on(
@@ -256,12 +270,22 @@ def test_full_stage_leaves_a_checkpoint_that_the_next_stage_builds_on(
     assert loss == pytest.approx(more.metrics["eval_loss_after"], abs=1e-5)
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_projector_stage_behind_lora_carries_it_frozen(
-    bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation], tmp_path: Path
+    dtype: str,
+    bases: dict[str, Path],
+    runs: dict[str, dict[str, StageAdapter]],
+    conversations: list[Conversation],
+    tmp_path: Path,
 ) -> None:
     curriculum = Curriculum((Stage("realign", "projector", schedule()),))
     adapter = curriculum_finetune(
-        bases["llava"], {"realign": conversations}, tmp_path, curriculum=curriculum, start_from=runs["llava"]["vqa"].path
+        bases["llava"],
+        {"realign": conversations},
+        tmp_path,
+        curriculum=curriculum,
+        start_from=runs["llava"]["vqa"].path,
+        dtype=dtype,
     )["realign"]
     before, after = runs["llava"]["vqa"].tensors(), adapter.tensors()
     assert set(before) == set(after)
@@ -419,6 +443,10 @@ class TestRefusals:
             ({"layout": "packed"}, ConfigError, "layout is 'packed'; wanted one of padded."),
             ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted None or a whole number of at least 1."),
             ({"max_rejected": 2}, ConfigError, "max_rejected is 2; wanted a share between 0 and 1."),
+            ({"data": {"align": None}}, ConfigError, "data has the key 'align'"),
+            ({"data": ["x"]}, ConfigError, "data is ['x']; wanted a dictionary of stage name → data."),
+            ({"curriculum": 3}, ConfigError, "curriculum is 3; wanted a Curriculum"),
+            ({"report_to": "nonsense"}, ConfigError, "report_to names 'nonsense'; installed here: none"),
             ({"workers": -1}, ConfigError, "workers is -1; wanted None or a whole number of at least 0."),
             ({"start_from": "/nowhere"}, AdapterError, "/nowhere: neither a folder nor a Hub repository that can be reached."),
         ],
@@ -478,9 +506,159 @@ class TestRefusals:
         assert not (tmp_path / "run" / "align").exists()
 
 
+def test_stage_behind_a_finished_one_in_the_same_folder_keeps_its_records(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    first, second = (Curriculum((THREE[name],)) for name in ("align", "instruct"))
+    curriculum_finetune(bases["llava"], {"align": conversations}, tmp_path, curriculum=first)
+    curriculum_finetune(bases["llava"], {"instruct": conversations}, tmp_path, curriculum=second, start_from=tmp_path / "align")
+    stages = [json.loads(line)["stage"] for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert stages == ["align"] * 3 + ["instruct"] * 3
+    table = (tmp_path / "stages.md").read_text(encoding="utf-8")
+    assert table.index("| align |") < table.index("| instruct |")
+
+
+def test_start_from_another_architecture_or_padding_is_refused_at_once(
+    bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    curriculum = Curriculum((THREE["vqa"],))
+    arguments = {"data": {"vqa": conversations}, "output_dir": tmp_path / "run", "start_from": runs["llava"]["align"]}
+    with pytest.raises(AdapterError, match="was trained on model_type 'llava', the base's is 'vipllava'"):
+        curriculum_finetune(bases["vipllava"], curriculum=curriculum, **arguments)
+    with pytest.raises(ConfigError, match="image_aspect_ratio is 'checkpoint', start_from was trained with 'pad'"):
+        curriculum_finetune(bases["llava"], curriculum=replace(curriculum, image_aspect_ratio="checkpoint"), **arguments)
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_evaluation_does_not_change_what_is_learnt(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    curriculum = Curriculum((Stage("vqa", "lora", schedule(), LoraSpec(rank=4, alpha=8, dropout=0.3)),))
+    plain = curriculum_finetune(bases["llava"], {"vqa": conversations}, tmp_path / "plain", curriculum=curriculum)["vqa"]
+    data = {"vqa": conversations}
+    watched = curriculum_finetune(
+        bases["llava"], data, tmp_path / "watched", curriculum=curriculum, eval_data=data, eval_steps=1
+    )["vqa"]
+    tensors = watched.tensors()
+    assert all(torch.equal(tensor, tensors[name]) for name, tensor in plain.tensors().items())
+
+
+def test_auto_peft_model_finds_the_base_from_the_folder(
+    bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(bases["llava"].parent)  # the base goes by its name alone
+    model = AutoPeftModel.from_pretrained(runs["llava"]["vqa"].path)
+    assert type(model.get_base_model()).__name__ == "LlavaForConditionalGeneration"
+
+
+def test_a_hub_base_is_known_by_id_revision_and_content(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    """In a process of its own, since the library reads the cache's place when it is imported."""
+    revision, blobs = "a" * 40, tmp_path / "hub" / "models--org--tiny" / "blobs"
+    snapshot = blobs.parent / "snapshots" / revision
+    for folder in (blobs, snapshot, blobs.parent / "refs"):
+        folder.mkdir(parents=True)
+    (blobs.parent / "refs" / "main").write_text(revision)
+    for path in bases["llava"].iterdir():
+        blob = blobs / file_sha256(path)
+        blob.write_bytes(path.read_bytes())
+        (snapshot / path.name).symlink_to(blob)
+    script = f"""
+from llavamed_peft import *
+rows = [Question(str(i), {conversations[0].images[0]!r}, "what?", "yes", "closed") for i in range(4)]
+stage = Stage("align", "projector", Schedule(epochs=2, learning_rate=1e-3, global_batch=2))
+curriculum_finetune("org/tiny", {{"align": rows}}, "run", curriculum=Curriculum((stage,)))
+"""
+    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    adapter = StageAdapter.load(tmp_path / "run" / "align")
+    base = adapter.record["base"]
+    assert (base["id"], base["revision"]) == ("org/tiny", revision)
+    assert base["sha256"] == file_sha256(bases["llava"] / "model.safetensors")
+    assert adapter.peft_config().base_model_name_or_path == "org/tiny"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        load_stage(bases["llava"], adapter)  # a folder with the same weights is the same base
+
+
+def test_images_that_all_vanish_leave_no_stage(
+    bases: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = Path(shutil.copytree(images, tmp_path / "images"))
+    rows = [Question(str(i), str(folder / f"{i}.png"), "what?", "yes", "closed") for i in range(4)]
+    stage = Run.stage
+
+    def vanish_first(self: Run, *arguments: object) -> StageAdapter:
+        shutil.rmtree(folder)
+        return stage(self, *arguments)
+
+    monkeypatch.setattr(Run, "stage", vanish_first)
+    curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=2)),))
+    with pytest.raises(TrainingError, match="Not one conversation of stage 'vqa' could be decoded; nothing was written"):
+        curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)
+    assert not (tmp_path / "run" / "vqa").exists()
+    assert len((tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+
+
+def test_rows_that_would_fill_the_memory_or_break_the_labels_are_rejected(
+    bases: dict[str, Path], images: Path, tmp_path: Path
+) -> None:
+    Image.new("L", (60000, 1)).save(tmp_path / "strip.png")
+    good = [Question(str(i), str(images / f"{i}.png"), "what?", "yes", "closed") for i in range(4)]
+    strip = Question("strip", str(tmp_path / "strip.png"), "what?", "yes", "closed")
+    stop = Question("stop", str(images / "0.png"), "what?", "yes </s> no", "closed")
+    curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=2)),))
+    adapter = curriculum_finetune(
+        bases["llava"], {"vqa": [*good, strip, stop]}, tmp_path / "run", curriculum=curriculum, max_rejected=0.5
+    )["vqa"]
+    (entry,) = adapter.record["data"]
+    assert entry["rejected"] == {"unreadable image": 1, "cannot be encoded": 1} and entry["used"] == 4
+    lines = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert "60000 × 1 pixels" in json.loads(lines[0])["detail"]
+    assert "Turn 2 holds '</s>', which the tokenizer reads as a special token" in json.loads(lines[1])["detail"]
+
+
+class TestWriting:
+    def test_a_fault_while_writing_leaves_nothing(self, tmp_path: Path) -> None:
+        def fill(folder: Path) -> None:
+            (folder / "half").write_text("half")
+            raise OSError(28, "No space left on device")
+
+        with pytest.raises(
+            AdapterError, match=r"cannot be written .*No space left on device.*; nothing was left under that name"
+        ):
+            write_folder(tmp_path / "align", fill)
+        assert list(tmp_path.iterdir()) == []
+
+    def test_a_kill_while_writing_leaves_nothing_under_the_final_name(self, tmp_path: Path) -> None:
+        script = f"""
+import os, signal
+from pathlib import Path
+from llavamed_peft.adapters import write_folder
+
+def fill(folder):
+    (folder / "half").write_text("half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+write_folder(Path({str(tmp_path / "align")!r}), fill)
+"""
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
+        assert done.returncode == -9
+        assert [path.name for path in tmp_path.iterdir()] == [".align.partial"]
+        write_folder(tmp_path / "align", lambda folder: (folder / "whole").write_text("whole"))
+        assert [path.name for path in (tmp_path / "align").iterdir()] == ["whole"]
+        assert [path.name for path in tmp_path.iterdir()] == ["align"]
+
+
 def test_adapter_on_another_architecture_is_an_error(bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]]) -> None:
-    with pytest.raises(AdapterError, match=r"tensors do not fit the base \(vipllava over llama\)"):
-        load_stage(bases["vipllava"], runs["llava"]["align"])
+    for kind in ("vipllava", "llava_next", "llava_onevision"):
+        with pytest.raises(AdapterError, match=r"align was trained on llava \+ llama \+ clip_vision_model, this base is"):
+            load_stage(bases[kind], runs["llava"]["align"])
 
 
 def test_adapter_on_another_base_of_its_shape_is_a_named_warning(
@@ -491,10 +669,20 @@ def test_adapter_on_another_base_of_its_shape_is_a_named_warning(
         load_stage(other, runs["llava"]["vqa"])
 
 
-def test_damaged_folders_are_errors(runs: dict[str, dict[str, StageAdapter]], tmp_path: Path) -> None:
-    import shutil
+def test_a_wider_model_of_the_same_architecture_is_an_error(runs: dict[str, dict[str, StageAdapter]], tmp_path: Path) -> None:
+    other = tiny.build(tmp_path / "other", feature_layers=[-2, -1])
+    with pytest.raises(AdapterError, match=r"tensors do not fit the base \(llava over llama\)"):
+        load_stage(other, runs["llava"]["align"])
 
-    folder = shutil.copytree(runs["llava"]["align"].path, tmp_path / "align")
+
+def test_damaged_folders_are_errors(runs: dict[str, dict[str, StageAdapter]], tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(runs["llava"]["vqa"].path, tmp_path / "align"))
+    config = folder / "adapter_config.json"
+    text = config.read_text(encoding="utf-8")
+    config.write_text(text.replace('"lora_alpha": 8', '"lora_alpha": 80'), encoding="utf-8")
+    with pytest.raises(AdapterError, match=r"adapter_config\.json: is missing or was changed"):
+        StageAdapter.load(folder)
+    config.write_text(text, encoding="utf-8")
     weights = folder / "adapter_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-8])
     with pytest.raises(AdapterError, match="the folder is damaged or was changed"):

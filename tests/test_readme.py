@@ -14,6 +14,8 @@ import pytest
 import tiny
 from PIL import Image
 
+from llavamed_peft.datasets import llava_json
+
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BASE = "llava-hf/llava-1.5-7b-hf"
@@ -37,11 +39,10 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("readme")
     tiny.build(folder / BASE)
     (folder / "images").mkdir()
-    (folder / "vqa_rad").mkdir()
     Image.new("RGB", (60, 40), "gray").save(folder / "images" / "a.png")
     said = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a heart"}]
     rows = [{"id": str(i), "image": "a.png", "conversations": said} for i in range(6)]
-    for name in ("pmc_align.json", "instruct_60k.json", "vqa_rad/train.json", "vqa_rad/test.json"):
+    for name in ("pmc_align.json", "instruct_60k.json", "vqa_train.json", "vqa_test.json"):
         (folder / name).write_text(json.dumps(rows), encoding="utf-8")
     return folder
 
@@ -51,6 +52,13 @@ def run(command: list[str], folder: Path) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def test_the_row_shown_is_one_that_is_read(workplace: Path) -> None:
+    (row,) = blocks("json")
+    (workplace / "shown.json").write_text(row, encoding="utf-8")
+    (conversation,) = llava_json.read(workplace / "shown.json", workplace / "images")
+    assert [turn.text for turn in conversation.turns] == ["<image>\nWhat is it?", "A heart."]
 
 
 def test_the_two_commands_are_targets_and_what_ci_runs() -> None:
@@ -74,6 +82,7 @@ def test_snippets_and_recipe_command_run(workplace: Path) -> None:
     run([sys.executable, "-c", yaml.replace("from llavamed_peft import LLAVA_MED\n", SMALL)], workplace)
     (command,) = [block for block in blocks("bash") if "recipes/curriculum.py" in block]
     words = shlex.split(command.replace("\\\n", " ").replace("runs/llava-med", "runs/again"))
+    assert words[0] == ".venv/bin/python"
     run([sys.executable, str(ROOT / words[1]), *words[2:]], workplace)
     assert (workplace / "runs" / "again" / "vqa" / "stage.json").is_file()
 

@@ -198,7 +198,7 @@ def test_a_held_out_image_that_cannot_be_shown_is_an_error_before_training(works
     words = commands_of("vqa")[0]
     words[words.index("--image_folder") + 1] = str(damaged)
     words[words.index("--output_dir") + 1] = str(tmp_path / "run")
-    with pytest.raises(ValueError, match=r"2\.png"):
+    with pytest.raises(SystemExit, match=r"DataError: .*2\.png"):
         run_here(words, workspace)
     assert not (tmp_path / "run").exists()
 
@@ -228,7 +228,9 @@ def test_curriculum_from_a_file_of_options(workspace, tmp_path):
 
 def test_data_without_a_stage_is_an_error(workspace, tmp_path):
     words = ["python", "recipes/curriculum.py", "--model", "x", "--data", "pmc_align.json", "--output_dir", str(tmp_path / "run")]
-    with pytest.raises(ValueError, match=r"data is given 'pmc_align\.json'; wanted stage=path, such as align=pmc_align\.json\."):
+    with pytest.raises(
+        SystemExit, match=r"ConfigError: data is given 'pmc_align\.json'; wanted stage=path, such as align=pmc_align\.json\."
+    ):
         run_here(words, workspace)
 
 

@@ -206,3 +206,30 @@ def test_padding_keeps_the_borders_that_the_crop_loses(kind: str, processors: di
     assert make_stage_processor(processors[kind], "checkpoint").image_processor.to_dict() == (
         processors[kind].image_processor.to_dict()
     )
+
+
+def test_a_template_that_refuses_a_row_rejects_the_row(tmp_path: Path) -> None:
+    picky = (
+        "{% for m in messages %}{% if 'forbidden' in m['content'] | string %}{{ raise_exception('no such word') }}"
+        "{% endif %}{% endfor %}"
+    )
+    _, processor = load_checkpoint(tiny.build(tmp_path / "picky", template=picky + tiny.VICUNA))
+    with pytest.raises(DataError, match="The chat template refuses the conversation: no such word"):
+        Encoder(processor).encode(Conversation("1", (Turn("user", "forbidden?"), Turn("assistant", "no"))), [])
+
+
+def test_plain_string_template_is_found_out(tmp_path: Path) -> None:
+    plain = (
+        "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + '\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant:{% endif %}"
+    )
+    _, processor = load_checkpoint(tiny.build(tmp_path / "plain", template=plain))
+    assert read_template(processor).plain
+
+
+def test_a_stages_template_is_read_as_the_checkpoints(processors: dict[str, ProcessorMixin]) -> None:
+    """Or the wrapper would run inside itself, ever longer with each turn."""
+    stage = make_stage_processor(processors["llava"], "pad")
+    assert "checkpoint_template" in stage.chat_template
+    assert "checkpoint_template" not in read_template(stage).original
+    assert read_template(stage).template == stage.chat_template

@@ -450,3 +450,13 @@ def test_a_yaml_file_is_named_in_its_errors(tmp_path: Path) -> None:
             Curriculum.from_yaml(broken)
         assert str(refusal.value).startswith(f"{broken}: cannot be read (")
         assert str(refusal.value).endswith("; wanted a YAML file of stages.")
+
+
+def test_yaml_with_a_key_twice_is_an_error() -> None:
+    with pytest.raises(ConfigError, match="the key 'epochs' stands twice"):
+        Curriculum.from_yaml("stages:\n- {name: a, trains: projector, schedule: {epochs: 1, learning_rate: 1e-3, epochs: 30}}\n")
+
+
+def test_seed_has_the_width_that_numpy_takes() -> None:
+    with pytest.raises(ConfigError, match=r"Curriculum\.seed is 4294967296; wanted a whole number below 2\*\*32\."):
+        Curriculum(LLAVA_MED.stages, seed=2**32)

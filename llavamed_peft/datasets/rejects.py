@@ -111,13 +111,15 @@ class RejectLog:
 
     Args:
         path: where to write.
+        keep: add to the file that is there instead of removing it.
     """
 
-    def __init__(self, path: str | os.PathLike[str]) -> None:
+    def __init__(self, path: str | os.PathLike[str], keep: bool = False) -> None:
         self.path = Path(path)
         self.counts: Counter[str] = Counter()
         self._file: TextIO | None = None
-        self.path.unlink(missing_ok=True)
+        if not keep:
+            self.path.unlink(missing_ok=True)
 
     def append(self, reject: Reject, /) -> None:
         """Write one reject as a line, at once, and count it."""

@@ -61,7 +61,8 @@ def load_checkpoint(
     wanted = resolve_dtype(dtype)
     extra: dict[str, Any] = {}
     if quantization == "nf4":
-        _check_blocks(config)
+        if not torch.cuda.is_available():
+            _check_blocks(config)
         extra["quantization_config"] = _nf4_config(wanted)
     try:
         loaded, info = AutoModelForImageTextToText.from_pretrained(
@@ -152,14 +153,16 @@ def _nf4_config(dtype: torch.dtype | None) -> BitsAndBytesConfig:
 
 
 def _check_blocks(config: PreTrainedConfig) -> None:
-    """bitsandbytes 0.50 dequantises rows that are not whole blocks wrongly, and silently."""
+    """On a CPU, bitsandbytes 0.50 dequantises rows that are not whole blocks wrongly, and silently."""
     text = config.get_text_config()
-    for name in ("hidden_size", "intermediate_size"):
-        width = getattr(text, name, NF4_BLOCK)
+    widths = {name: getattr(text, name, NF4_BLOCK) for name in ("hidden_size", "intermediate_size")}
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    widths["num_attention_heads × head_dim"] = text.num_attention_heads * head
+    for name, width in widths.items():
         if width % NF4_BLOCK:
             raise CheckpointError(
-                f"The language model's {name} is {width}; NF4 needs a multiple of {NF4_BLOCK} (bitsandbytes reads other widths "
-                "wrongly without saying so). Use quantization=None."
+                f"The language model's {name} is {width}; NF4 on a CPU needs a multiple of {NF4_BLOCK} (bitsandbytes reads "
+                "other widths wrongly without saying so). Use quantization=None."
             )
 
 

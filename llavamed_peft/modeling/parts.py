@@ -133,11 +133,13 @@ def bare(model: torch.nn.Module) -> PreTrainedModel:
 def set_dtypes(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
     """Trainable tensors in fp32, the frozen rest in the compute dtype; 4-bit weights stay as they are.
 
-    At rates of 2e-5 a bf16 weight can stand still: its steps are smaller than its last place.
+    At rates of 2e-5 a bf16 weight can stand still: its steps are smaller than its last place. A frozen LoRA that a projector
+    stage carries is fp32 too, so that the stage hands it on unrounded.
     """
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            parameter.data = parameter.data.to(torch.float32 if parameter.requires_grad else compute_dtype)
+            whole = parameter.requires_grad or ".lora_" in name
+            parameter.data = parameter.data.to(torch.float32 if whole else compute_dtype)
 
 
 def trainable_tensors(model: torch.nn.Module) -> Tensors:

@@ -8,6 +8,7 @@ with the stage, so that whoever loads it with stock `AutoProcessor` shows the mo
 from __future__ import annotations
 
 import copy
+import json
 from pathlib import Path
 from typing import Any
 
@@ -78,8 +79,28 @@ class _ImagesOnly(LlavaOnevisionProcessor):
     The library reads a processor's parts off the arguments of `__init__`, so leaving one out there is all it takes.
     """
 
-    def __init__(self, image_processor: Any = None, tokenizer: Any = None, chat_template: str | None = None, **settings: Any):
-        super().__init__(image_processor, tokenizer, None, chat_template=chat_template, **settings)
+    def __init__(
+        self,
+        image_processor: Any = None,
+        tokenizer: Any = None,
+        num_image_tokens: int | None = None,
+        vision_feature_select_strategy: str | None = None,
+        chat_template: str | None = None,
+        image_token: str = "<image>",
+        video_token: str = "<video>",
+        vision_aspect_ratio: str = "anyres_max_9",
+    ):
+        super().__init__(
+            image_processor,
+            tokenizer,
+            None,
+            num_image_tokens,
+            vision_feature_select_strategy,
+            chat_template,
+            image_token,
+            video_token,
+            vision_aspect_ratio,
+        )
 
 
 _ImagesOnly.__name__ = LlavaOnevisionProcessor.__name__  # what save_pretrained writes as the class to load
@@ -88,7 +109,9 @@ _ImagesOnly.__name__ = LlavaOnevisionProcessor.__name__  # what save_pretrained 
 def _images_only_processor(folder: str) -> ProcessorMixin:
     settings, _ = LlavaOnevisionProcessor.get_processor_dict(folder)
     return _ImagesOnly(
-        AutoImageProcessor.from_pretrained(folder), AutoTokenizer.from_pretrained(folder), settings.get("chat_template")
+        AutoImageProcessor.from_pretrained(folder),
+        AutoTokenizer.from_pretrained(folder),
+        chat_template=settings.get("chat_template"),
     )
 
 
@@ -107,6 +130,14 @@ def _complete_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> 
         processor.vision_aspect_ratio = config.vision_aspect_ratio
     # ViP-LLaVA has no such setting: it always drops the first token
     processor.vision_feature_select_strategy = getattr(config, "vision_feature_select_strategy", "default")
+
+
+def save_processor(processor: ProcessorMixin, folder: Path) -> None:
+    """Write a processor's files, so that stock `AutoProcessor` loads them (OneVision's only where torchvision is installed)."""
+    processor.save_pretrained(folder)
+    if isinstance(processor, _ImagesOnly):
+        video = {"video_processor_type": "LlavaOnevisionVideoProcessor", "processor_class": LlavaOnevisionProcessor.__name__}
+        (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n", encoding="utf-8")
 
 
 def make_stage_processor(processor: ProcessorMixin, image_aspect_ratio: AspectRatio) -> ProcessorMixin:

@@ -16,10 +16,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from jinja2.exceptions import TemplateError
 from transformers import ProcessorMixin
 
 from ..conversations import IMAGE_MARKER, Turn
-from ..errors import CheckpointError
+from ..errors import CheckpointError, DataError
 
 Message = dict[str, Any]
 
@@ -46,6 +47,8 @@ _WRAPPER = """\
 {%- endfor -%}
 {{- checkpoint_template(messages, add_generation_prompt|default(false))[seen.characters:] -}}
 """
+_HEAD, _, _REST = _WRAPPER.partition("@ORIGINAL@")
+_WRAPPED = re.compile(re.escape(_HEAD) + "(.*)" + re.escape(_REST.partition("@LEAD@")[0]) + ".*", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,12 +86,16 @@ class ChatFormat:
 
         Raises:
             CheckpointError: the template shows earlier turns otherwise once there are later ones.
+            DataError: the template refuses these turns.
         """
         messages = to_messages(turns, self.plain)
         pieces: list[Piece] = []
         written = ""  # by the checkpoint's template, up to here
         for position in range(1, len(messages), 2):
-            prompt = _render(processor, self.original, messages[:position], add_generation_prompt=True)
+            try:
+                prompt = _render(processor, self.original, messages[:position], add_generation_prompt=True)
+            except TemplateError as error:
+                raise DataError(f"The chat template refuses the conversation: {error}") from error
             if not prompt.startswith(written):
                 raise CheckpointError(
                     f"The chat template renders earlier turns as {written!r}, and with a later one as {prompt!r}; wanted the "
@@ -138,7 +145,10 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
 
     for plain in (False, True):
         messages = to_messages([question, answer], plain)
-        prompt = _render(processor, original, messages[:1], add_generation_prompt=True)
+        try:
+            prompt = _render(processor, original, messages[:1], add_generation_prompt=True)
+        except (TypeError, TemplateError) as error:  # it does not take content in this form
+            prompt = f"{type(error).__name__}: {error}"
         asked = prompt.count(_QUESTION) == 1 and prompt.count(processor.image_token) == 1
         if asked:
             break
@@ -147,7 +157,10 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
             f"The chat template shows a question about one image as {prompt!r}; wanted the question once and one "
             f"{processor.image_token}. Give the processor a template of a LLaVA checkpoint."
         )
-    exchange = _render(processor, original, messages)
+    try:
+        exchange = _render(processor, original, messages)
+    except TemplateError as error:
+        raise CheckpointError(f"The chat template refuses a question with its answer: {error}") from error
     if exchange.count(_ANSWER) != 1:
         raise CheckpointError(
             f"The chat template shows the answer {_ANSWER!r} as {exchange!r}; wanted its words once, unchanged."
@@ -172,6 +185,8 @@ def _template_text(processor: ProcessorMixin) -> str:
     template = processor.chat_template or processor.tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default")
+    if template and (wrapped := _WRAPPED.fullmatch(template)):
+        template = wrapped[1]  # an earlier stage's; running the wrapper inside itself would take ever longer
     if not template:
         raise CheckpointError(
             "The checkpoint has no chat template; wanted one in chat_template.jinja, processor_config.json or "

@@ -8,6 +8,7 @@ what it was asked in training. Nothing is cut.
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import numpy as np
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from ..conversations import Conversation, Turn
+from ..conversations import IMAGE_MARKER, Conversation, Turn
 from ..errors import DataError
 from ..modeling.templates import Piece, read_template
 
@@ -58,6 +59,8 @@ class Encoder:
         self.processor = processor
         self.format = read_template(processor)
         self.pads_with = processor.tokenizer.pad_token_id
+        special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
+        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
     def encode(self, conversation: Conversation, tokens_per_image: Sequence[int]) -> Encoded:
         """Tokens and labels of one conversation.
@@ -67,8 +70,13 @@ class Encoder:
             tokens_per_image: of each of its images, from `count_image_tokens` or from the processed images.
 
         Raises:
-            DataError: the template shows another number of images than the conversation has.
+            DataError: the words hold a special token, or the template shows more or fewer images than there are.
         """
+        for position, turn in enumerate(conversation.turns, start=1):
+            if found := self._special.search(turn.text.replace(IMAGE_MARKER, "")):
+                raise DataError(
+                    f"Turn {position} holds {found[0]!r}, which the tokenizer reads as a special token; wanted words."
+                )
         pieces = self.format.pieces(self.processor, conversation.turns)
         ids, supervised = self._tokenize(pieces)
         input_ids: list[int] = []

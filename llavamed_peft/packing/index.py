@@ -22,7 +22,7 @@ from ..conversations import Conversation, Turn
 from ..datasets.rejects import Reject, RejectLog
 from ..datasets.sources import Source
 from ..errors import DataError
-from ..images import image_size
+from ..images import MAX_PIXELS, image_size
 from .collator import Batch, PackedCollator, check_length
 from .encoding import IGNORED
 
@@ -40,6 +40,7 @@ SCHEMA = pa.schema(
     ]
 )
 _ROWS_PER_BATCH = 1000
+LONGEST_STRIP = 100  # times its width, of an image that is still shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,8 +156,8 @@ def build_index(
 def _check(conversation: Conversation, source: Source, collator: PackedCollator, rejects: RejectLog) -> dict[str, object] | None:
     reason = "unreadable image"
     try:
-        sizes = [image_size(image) for image in conversation.images]
-        reason = "template shows another number of images"
+        sizes = [_bounded(image, image_size(image)) for image in conversation.images]
+        reason = "cannot be encoded"
         encoded = collator.encoder.encode(conversation, collator.encoder.count_image_tokens(sizes))
         reason = "longer than max_length" if len(encoded.input_ids) > collator.max_length else "no supervised token"
         check_length(conversation, encoded, collator.max_length)
@@ -172,6 +173,17 @@ def _check(conversation: Conversation, source: Source, collator: PackedCollator,
         "image_tokens": encoded.image_tokens,
         "supervised_tokens": encoded.supervised_tokens,
     }
+
+
+def _bounded(image: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Refuse a strip: padded to a square, or with its short side made as long as a tile's, it would fill the memory."""
+    long, short = max(size), min(size)
+    if long**2 > MAX_PIXELS or long > LONGEST_STRIP * short:
+        raise DataError(
+            f"{image} is {size[1]} × {size[0]} pixels; wanted a longer side of at most {int(MAX_PIXELS**0.5):,} and "
+            f"{LONGEST_STRIP} times the shorter one, since it is padded to a square."
+        )
+    return size
 
 
 def fault_of_share(files: Sequence[FileCount], max_rejected: float) -> str | None:

@@ -25,6 +25,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+# Notes of the libraries to programmers: kernels for a 4-bit model on a CPU, names that go away in a later version.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", category=FutureWarning)
+
 import torch
 from peft import PeftModel
 from scenes import write_dataset
@@ -38,10 +42,6 @@ from llavamed_peft.evaluation.exact_match import normalise
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.processor import load_processor
 from llavamed_peft.packing import PackedCollator
-
-# Notes of the libraries to programmers: kernels for a 4-bit model on a CPU, names that go away in a later version.
-logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-warnings.filterwarnings("ignore", category=FutureWarning)
 
 HERE = Path(__file__).parent
 BASE = HERE / "tiny-llava"
@@ -83,10 +83,11 @@ def main() -> int:
     adapters = curriculum_finetune(
         BASE,
         data={stage.name: files[stage.name] for stage in curriculum.stages},
-        eval_data={name: files[f"{name}_heldout"] for name in ("align", "instruct")},
+        eval_data={stage.name: files[f"{stage.name}_heldout"] for stage in curriculum.stages},
         output_dir=arguments.output_dir / "stages",
         curriculum=curriculum,
         eval_steps=10_000,  # before and after
+        dtype="float32",  # also where there is a GPU: the bounds were found in it
     )
     trained = time.monotonic()
     print(f"Asking {QUESTIONS} held-out questions of the base and of each stage, swapped on one model ...")
@@ -211,6 +212,7 @@ def draw_answers(questions: Sequence[Question], exams: Mapping[str, Exam], path:
                 transform=panel.transAxes,
                 va="top",
             )
+    figure.suptitle("held-out images: green answers are right, red ones wrong", fontsize=11)
     figure.savefig(path, dpi=110)
 
 
