@@ -73,7 +73,8 @@ def curriculum_finetune(
     Args:
         model: Hub id or folder of any LLaVA checkpoint (LLaVA, LLaVA-NeXT, ViP-LLaVA, LLaVA-OneVision).
         data: stage name → a LLaVA JSON file, several, or `Conversation` and `Question` values. Every stage has an entry.
-        output_dir: holds `<stage>/` for each stage; beside them `metrics.jsonl`, `rejected.jsonl`, `loss.png`, `stages.md`.
+        output_dir: holds `<stage>/` for each stage; beside them `metrics.jsonl`, `rejected.jsonl` (if rows were), `loss.png`,
+            `stages.md`, `index/` (the checked rows) and `logs/` (the trackers').
         image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data file's own.
         curriculum: what to train, how. Default: the paper's stages, the later two as LoRA.
         eval_data: as `data`; stages with an entry report the held-out loss before, during and after.
@@ -100,7 +101,7 @@ def curriculum_finetune(
     Example:
         >>> adapters = curriculum_finetune(
         ...     "llava-hf/llava-1.5-7b-hf",
-        ...     data={"align": "pmc_align.json", "instruct": "instruct_60k.json", "vqa": "vqa_rad/train.json"},
+        ...     data={"align": "pmc_align.json", "instruct": "instruct_60k.json", "vqa": "vqa_train.json"},
         ...     output_dir="runs/llava-med",
         ...     image_folder="images/",
         ...     quantization="nf4",
@@ -244,7 +245,7 @@ class Run:
             collator = PackedCollator(self.processor, stage.schedule.max_length)
             index = build_index(sources, collator, path, rejects, max_rejected)
         self.processes.wait_for_everyone()
-        return index or Index.open(path)
+        return Index.open(path) if index is None else index
 
     def stage(self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None) -> StageAdapter:
         """Train one stage behind its lineage and write its folder."""

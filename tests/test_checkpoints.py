@@ -102,11 +102,12 @@ class TestNF4:
         linear(x).sum().backward()
         assert x.grad is not None and x.grad.abs().sum() > 0
 
+    @pytest.mark.skipif(torch.cuda.is_available(), reason="the fault is the CPU kernel's")
     def test_width_that_is_no_multiple_of_a_block(self, copy: Path) -> None:
         config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
         config["text_config"]["intermediate_size"] = 96
         (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        with pytest.raises(CheckpointError, match="intermediate_size is 96; NF4 needs a multiple of 64"):
+        with pytest.raises(CheckpointError, match="intermediate_size is 96; NF4 on a CPU needs a multiple of 64"):
             load_checkpoint(copy, quantization="nf4")
 
 

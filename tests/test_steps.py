@@ -69,11 +69,6 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert list(sampler([5] * 40, list(range(40)), 8, seed=1)) != first
 
 
-def test_an_epochs_end_can_be_reached_from_its_middle() -> None:
-    whole = list(sampler([5] * 40, list(range(40)), 8))
-    assert list(sampler([5] * 40, list(range(40)), 8))[3:] == whole[3:]
-
-
 def test_costs_are_balanced_over_processes() -> None:
     lengths = np.random.default_rng(0).integers(10, 1000, size=128)
     shares = share_of_step(range(128), lengths, max_row_tokens=4000, world_size=4)

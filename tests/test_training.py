@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+from accelerate import skip_first_batches
 from PIL import Image
 from trl import SFTConfig
 
@@ -27,7 +29,7 @@ from llavamed_peft.modeling.parts import (
     unfreeze_full,
 )
 from llavamed_peft.packing import PackedCollator
-from llavamed_peft.packing.index import DeviceBatches, Index, build_index
+from llavamed_peft.packing.index import DeviceBatches, DeviceInputs, Index, build_index
 from llavamed_peft.training import StageTrainer
 
 LORA = LoraSpec(rank=4, alpha=8, dropout=0.0)
@@ -114,6 +116,22 @@ def test_a_steps_gradient_is_the_plain_means_however_it_is_cut(
     assert set(cut) == set(whole) == {name for name, p in stage.model.named_parameters() if p.requires_grad}
     for name in whole:
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("epoch", [0, 1])
+def test_an_epoch_can_be_entered_in_its_middle_as_the_trainer_does_it(
+    epoch: int, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    def texts(steps: Iterable[list[DeviceInputs]]) -> list[list[list[int]]]:
+        return [[row for batch in step for row in batch.inputs["input_ids"].tolist()] for step in steps]
+
+    loader = trainer(bases["llava"], conversations, tmp_path, global_batch=2).get_train_dataloader()
+    loader.set_epoch(epoch)
+    whole = texts(loader)
+    loader.set_epoch(7)
+    entered = skip_first_batches(loader, 1)
+    entered.batch_sampler.batch_sampler.set_epoch(epoch)  # where the trainer looks for it in a loader that skips
+    assert len(whole) == 3 and texts(entered) == whole[1:]
 
 
 @pytest.mark.parametrize("trains", ["projector", "lora", "full"])
