@@ -77,7 +77,7 @@ def test_hub_processor_is_completed(base: Path) -> None:
 
 
 class TestNF4:
-    @pytest.mark.parametrize(("kind", "language", "tower", "layers"), [COMBINATIONS[0], *COMBINATIONS[-4:-1]])
+    @pytest.mark.parametrize(("kind", "language", "tower", "layers"), [COMBINATIONS[0], COMBINATIONS[3], *COMBINATIONS[-4:-1]])
     def test_only_the_language_models_linears(
         self, kind: str, language: str, tower: str, layers: int | list[int], tmp_path: Path
     ) -> None:

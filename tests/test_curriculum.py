@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -37,6 +38,7 @@ from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, Dat
 from llavamed_peft.evaluation.answer import answer_questions
 from llavamed_peft.hashing import file_sha256
 from llavamed_peft.packing import PackedCollator
+from llavamed_peft.report import progress_line, read_metrics
 
 KINDS = {
     "llava": ("llama", "clip", -2),
@@ -160,6 +162,31 @@ class TestEveryClass:
         torch.testing.assert_close(logits(merged, processor, conversations), logits(model, processor, conversations))
         with pytest.raises(AdapterError, match="is there already; wanted a new folder"):
             adapter.merge(bases[kind], tmp_path / "merged")
+
+    @pytest.mark.parametrize(("quantization", "dtype"), [(None, "bfloat16"), ("nf4", "bfloat16")])
+    def test_trains_in_bfloat16_and_over_four_bits(
+        self,
+        kind: str,
+        quantization: str | None,
+        dtype: str,
+        bases: dict[str, Path],
+        conversations: list[Conversation],
+        tmp_path: Path,
+    ) -> None:
+        data, curriculum = {"vqa": conversations}, Curriculum((THREE["vqa"],))
+        adapter = curriculum_finetune(
+            bases[kind],
+            data,
+            tmp_path,
+            curriculum=curriculum,
+            eval_data=data,
+            eval_steps=9,
+            quantization=quantization,
+            dtype=dtype,
+        )["vqa"]
+        assert adapter.metrics["eval_loss_after"] < adapter.metrics["eval_loss_before"]
+        assert {tensor.dtype for tensor in adapter.tensors().values()} == {torch.float32}
+        load_stage(bases[kind], adapter)
 
     def test_only_the_scope_moved(
         self, kind: str, bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation]
@@ -320,10 +347,14 @@ def test_bfloat16_base_trains_in_fp32_and_rounds_only_what_is_loaded(
     assert {tensor.dtype for tensor in tensors.values()} == {torch.float32}
     projector = [name for name in tensors if "multi_modal_projector" in name]
     assert any(not torch.equal(tensors[name], tensors[name].bfloat16().float()) for name in projector)
-    model, _ = load_stage(base, adapter)
+    model, processor = load_stage(base, adapter)
     assert model.get_base_model().dtype == torch.bfloat16
     merged = AutoModelForImageTextToText.from_pretrained(adapter.merge(base, tmp_path / "merged"))
     assert merged.dtype == torch.bfloat16
+    batch = PackedCollator(processor)(conversations)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        unmerged_loss, merged_loss = model.eval()(**batch).loss.item(), merged.eval()(**batch).loss.item()
+    assert merged_loss == pytest.approx(unmerged_loss, abs=0.05)  # bf16 has eight bits
     loaded = load_stage(base, adapter, dtype="float32")[0]
     name = "base_model.model.model.multi_modal_projector.linear_1.weight"
     kept = loaded.get_base_model().model.multi_modal_projector.modules_to_save["default"].linear_1.weight
@@ -620,6 +651,16 @@ def test_rows_that_would_fill_the_memory_or_break_the_labels_are_rejected(
     lines = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert "60000 × 1 pixels" in json.loads(lines[0])["detail"]
     assert "Turn 2 holds '</s>', which the tokenizer reads as a special token" in json.loads(lines[1])["detail"]
+
+
+def test_progress_line_says_loss_rates_speed_and_time_left(runs: dict[str, dict[str, StageAdapter]]) -> None:
+    records = read_metrics(runs["llava"]["vqa"].path.parent)
+    (first,) = [record for record in records if (record["stage"], record["step"]) == ("instruct", 1)]
+    assert re.fullmatch(
+        r"instruct   1/3  loss \d+\.\d{4}  learning rate projector 0\.0e\+00, language model 0\.0e\+00  "
+        r"[\d.]+ conversations/s  \d+ supervised tokens/s  \d+:\d\d left",
+        progress_line(first),
+    )
 
 
 class TestWriting:
