@@ -35,7 +35,7 @@ from .card import write_card
 from .datasets.rejects import RejectLog
 from .datasets.sources import Data, open_sources
 from .errors import AdapterError, ConfigError, TrainingError, did_you_mean
-from .modeling.load import Quantization, load_checkpoint, read_config, resolve_dtype
+from .modeling.load import Quantization, check_quantization, load_checkpoint, read_config, resolve_dtype
 from .modeling.parts import NO_TARGET, adapter_config, attach, bare, load_tensors, set_dtypes, unfreeze_full
 from .modeling.processor import load_processor, make_stage_processor
 from .packing.collator import LAYOUTS, PackedCollator
@@ -371,6 +371,7 @@ def _check_files(output_dir: Path, data: Sequence[Data]) -> None:
 
 
 def _check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantization: Quantization) -> None:
+    check_quantization(quantization)
     for stage in curriculum.stages:
         if stage.trains == "full" and quantization is not None:
             raise ConfigError(

@@ -55,8 +55,7 @@ def load_checkpoint(
         CheckpointError: not a LLaVA checkpoint, not complete, or its processor does not fit it.
         ConfigError: an unknown `quantization` or `dtype`.
     """
-    if quantization not in (None, "nf4"):
-        raise ConfigError(f"quantization is {quantization!r}; wanted None or 'nf4'.")
+    check_quantization(quantization)
     config = read_config(model)
     wanted = resolve_dtype(dtype)
     extra: dict[str, Any] = {}
@@ -80,6 +79,12 @@ def load_checkpoint(
         _make_nf4_safe_on_cpu(loaded)
         _check_quantized(loaded)
     return loaded, load_processor(model, config)
+
+
+def check_quantization(quantization: object) -> None:
+    """Raise `ConfigError` for anything but `None` and `"nf4"`."""
+    if quantization not in (None, "nf4"):
+        raise ConfigError(f"quantization is {quantization!r}; wanted None or 'nf4'.")
 
 
 def read_config(model: str | Path) -> PreTrainedConfig:
