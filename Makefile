@@ -13,16 +13,20 @@ export TOKENIZERS_PARALLELISM ?= false
 # Idle OpenMP threads sleep instead of spinning: several times faster wherever something else runs too.
 export OMP_WAIT_POLICY ?= PASSIVE
 
-.PHONY: help demo test check venv install
+.PHONY: help demo demo-seeds test check venv install
 
 help:
 	@echo "make demo    the whole curriculum on a tiny checkpoint, then load, swap and ask its stages"
+	@echo "make demo-seeds  the same with three seeds, about 16 minutes"
 	@echo "make test    every test"
 	@echo "make check   format, lint, types of the value layers, layers"
 	@echo "make venv    only build .venv"
 
 demo: venv
 	$(IN_VENV) recipes/demo/demo.py
+
+demo-seeds: venv
+	$(IN_VENV) recipes/demo/demo.py --seeds 0 1 2 --output_dir runs/demo-seeds
 
 test: venv
 	$(IN_VENV) -m pytest $(ARGS)

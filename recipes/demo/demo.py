@@ -1,6 +1,7 @@
 """The whole curriculum on a laptop: draw a clinic, train three stages on the tiny base, ask each of them, show what changed.
 
     make demo
+    make demo-seeds                    three seeds: three clinics, three orders, three first values of LoRA
     python recipes/demo/demo.py --output_dir runs/demo
 
 Training is `curriculum_finetune` as anyone calls it, on files in the formats anyone has; the base is `recipes/demo/tiny-llava`
@@ -64,27 +65,50 @@ class Exam:
     general_open: float
 
 
+@dataclass(frozen=True, slots=True)
+class Demo:
+    """One seed's run: every stage's exam and what it took."""
+
+    exams: dict[str, Exam]
+    training_seconds: float
+    asking_seconds: float
+
+
 def main() -> int:
-    """Draw, train, ask, show; 1 where a bound is missed."""
+    """Draw, train, ask, show, for each seed; 1 where a bound is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="emptied first; default runs/demo")
     parser.add_argument("--curriculum", type=Path, default=HERE / "curriculum.yaml", help="default: the demo's")
-    parser.add_argument("--seed", type=int, help="instead of the curriculum's")
+    parser.add_argument(
+        "--seeds", type=int, nargs="+", default=[0], help="of the clinic drawn, the order of its rows, LoRA; default 0"
+    )
     arguments = parser.parse_args()
     shutil.rmtree(arguments.output_dir, ignore_errors=True)
     curriculum = Curriculum.from_yaml(arguments.curriculum)
-    if arguments.seed is not None:
-        curriculum = replace(curriculum, seed=arguments.seed)
+    if len(arguments.seeds) == 1:
+        demo = run(replace(curriculum, seed=arguments.seeds[0]), arguments.output_dir)
+        demos = {arguments.seeds[0]: demo}
+    else:
+        demos = {seed: run(replace(curriculum, seed=seed), arguments.output_dir / f"seed-{seed}") for seed in arguments.seeds}
+        table = seeds_table(demos)
+        (arguments.output_dir / "seeds.md").write_text(table, encoding="utf-8")
+        print(table)
+    missed = [f"seed {seed}: {bound}" for seed, demo in demos.items() for bound in missed_bounds(demo.exams)]
+    print("\n".join(f"MISSED: {bound}" for bound in missed), file=sys.stderr)
+    return 1 if missed else 0
 
+
+def run(curriculum: Curriculum, folder: Path) -> Demo:
+    """The whole demo on one clinic, with its table and picture in `folder`."""
     began = time.monotonic()
-    print(f"Drawing the clinic into {arguments.output_dir / 'data'} ...")
-    files = write_dataset(arguments.output_dir / "data")
+    print(f"Drawing the clinic into {folder / 'data'} ...")
+    files = write_dataset(folder / "data", curriculum.seed)
     disable_progress_bar()
     adapters = curriculum_finetune(
         BASE,
         data={stage.name: files[stage.name] for stage in curriculum.stages},
         eval_data={stage.name: files[f"{stage.name}_heldout"] for stage in curriculum.stages},
-        output_dir=arguments.output_dir / "stages",
+        output_dir=folder / "stages",
         curriculum=curriculum,
         eval_steps=10_000,  # before and after
         dtype="float32",  # also where there is a GPU: the bounds were found in it
@@ -93,18 +117,17 @@ def main() -> int:
     print(f"Asking {QUESTIONS} held-out questions of the base and of each stage, swapped on one model ...")
     questions = read_questions(files["vqa_heldout"])[:QUESTIONS]
     exams = examine(adapters, questions, files)
+    demo = Demo(exams, trained - began, time.monotonic() - trained)
     table = exam_table(exams)
-    (arguments.output_dir / "table.md").write_text(table, encoding="utf-8")
-    draw_answers(questions, exams, arguments.output_dir / "answers.png")
+    (folder / "table.md").write_text(table, encoding="utf-8")
+    draw_answers(questions, exams, folder / "answers.png")
     print(f"\n{table}")
-    print(f"Training took {trained - began:.0f} s, asking {time.monotonic() - trained:.0f} s. Closed questions come in pairs of")
+    print(f"Training took {demo.training_seconds:.0f} s, asking {demo.asking_seconds:.0f} s. Closed questions come in pairs of")
     print("opposite answers: guessing scores .50. 'shuffled' is the last stage shown other images. General scenes are what the")
     print("base came with: the curriculum forgets some of them. The images are drawings and the base had read the clinic's")
     print("sentences: nothing here says anything about medicine.")
-    print(f"Stages: {arguments.output_dir}/stages/  Picture: {arguments.output_dir}/answers.png")
-    missed = missed_bounds(exams)
-    print("\n".join(f"MISSED: {bound}" for bound in missed), file=sys.stderr)
-    return 1 if missed else 0
+    print(f"Stages and their loss curves: {folder}/stages/  Picture: {folder}/answers.png\n")
+    return demo
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -183,6 +206,36 @@ def exam_table(exams: Mapping[str, Exam]) -> str:
     for name, exam in exams.items():
         numbers = (exam.closed, exam.open, exam.caption_loss, exam.dialogue_loss, exam.general_closed, exam.general_open)
         rows.append(f"| {name} | " + " | ".join("–" if n != n else f"{n:.3f}" for n in numbers) + " |")
+    return "\n".join(rows) + "\n"
+
+
+def seeds_table(demos: Mapping[int, Demo]) -> str:
+    """What the bounds are about, one row each seed."""
+    columns = (
+        "seed",
+        "base closed",
+        "closed",
+        "open",
+        "shuffled closed",
+        "open",
+        "caption loss",
+        "dialogue loss",
+        "training s",
+        "asking s",
+    )
+    rows = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for seed, demo in demos.items():
+        base, align, instruct, vqa, shuffled = demo.exams.values()
+        numbers = (base.closed, vqa.closed, vqa.open, shuffled.closed, shuffled.open)
+        losses = ((base.caption_loss, align.caption_loss), (align.dialogue_loss, instruct.dialogue_loss))
+        cells = [
+            str(seed),
+            *(f"{number:.3f}" for number in numbers),
+            *(f"{before:.3f} → {after:.3f}" for before, after in losses),
+            f"{demo.training_seconds:.0f}",
+            f"{demo.asking_seconds:.0f}",
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows) + "\n"
 
 

@@ -34,6 +34,7 @@ INSTRUCTIONS = ("Describe the image.", "Please describe the image.", "Give a sho
 
 # First seed of each set. The sets are disjoint: each may take 100,000 seeds, the base's training all from 1,000,000 on.
 FIRST_SEED = {"align": 0, "instruct": 100_000, "vqa": 200_000, "heldout": 300_000, "general_heldout": 400_000, "base": 1_000_000}
+SEEDS_OF_A_CLINIC = 100_000_000
 
 Color = tuple[int, int, int]
 Turns = tuple[tuple[str, str], ...]
@@ -543,12 +544,13 @@ def _lesion_pair(rng: random.Random, lesion: bool) -> list[SceneQuestion]:
 
 
 def write_dataset(
-    folder: str | Path, align: int = 1_500, instruct: int = 1_000, vqa: int = 1_500, heldout: int = 250
+    folder: str | Path, seed: int = 0, *, align: int = 1_500, instruct: int = 1_000, vqa: int = 1_500, heldout: int = 250
 ) -> dict[str, Path]:
     """Draw the curriculum's data: PNG files under `images/` and LLaVA JSON files.
 
     Args:
         folder: where to; made if it is not there.
+        seed: which clinic; two seeds have no scene in common, nor has any with those that the base was trained on.
         align: clinic images with one caption each, asked for by an instruction.
         instruct: clinic images with one dialogue of two turns each.
         vqa: clinic images with all their questions, one row for each question.
@@ -565,7 +567,7 @@ def write_dataset(
 
     def draw(set_name: str, count: int, scene_of: Callable[[int], Scene]) -> Iterable[tuple[str, Scene]]:
         for number in range(count):
-            scene = scene_of(FIRST_SEED[set_name] + number)
+            scene = scene_of(seed * SEEDS_OF_A_CLINIC + FIRST_SEED[set_name] + number)
             name = f"{set_name}-{number:05d}"
             scene.image.save(folder / "images" / f"{name}.png")
             yield name, scene
