@@ -40,6 +40,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import yaml
+
 from llavamed_peft import LLAVA_MED, Curriculum, curriculum_finetune
 from llavamed_peft.arguments import RunArguments, start
 from llavamed_peft.errors import ConfigError
@@ -58,7 +60,9 @@ class CurriculumArguments:
         default=None, metadata={"help": "where image paths start: one folder, or stage=folder; None: each data file's folder"}
     )
     eval_data: PerStage | None = field(default=None, metadata={"help": "LLaVA JSON to measure held-out losses on, stage=file"})
-    curriculum: str | None = field(default=None, metadata={"help": "YAML file of the stages; None: LLAVA_MED"})
+    curriculum: str | None = field(
+        default=None, metadata={"help": "YAML file of the stages, or in --config the stages themselves; None: LLAVA_MED"}
+    )
     start_from: str | None = field(default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"})
 
 
@@ -84,13 +88,22 @@ def folders_of(given: PerStage | dict[str, str] | str | None) -> str | dict[str,
     return {stage: folders[-1] for stage, folders in files_of("image_folder", given).items()}
 
 
+def curriculum_of(given: str | dict[str, object] | None) -> Curriculum:
+    """The paper's, that of a file, or that which stands in the file of options."""
+    if given is None:
+        return LLAVA_MED
+    if isinstance(given, str):
+        return Curriculum.from_yaml(Path(given))
+    return Curriculum.from_yaml(yaml.safe_dump(given))  # as text again: the options' reader takes 2e-3 for a word
+
+
 def main(arguments: CurriculumArguments, run: RunArguments) -> None:
     curriculum_finetune(
         arguments.model,
         files_of("data", arguments.data),
         arguments.output_dir,
         image_folder=folders_of(arguments.image_folder),
-        curriculum=LLAVA_MED if arguments.curriculum is None else Curriculum.from_yaml(Path(arguments.curriculum)),
+        curriculum=curriculum_of(arguments.curriculum),
         eval_data=files_of("eval_data", arguments.eval_data),
         start_from=arguments.start_from,
         **asdict(run),
