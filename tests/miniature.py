@@ -27,7 +27,7 @@ def commands(text):
     """The commands in a docstring or in the comments of a YAML file, continuation lines joined."""
     joined = re.sub(r"\\\n[#\s]*", "", text)
     lines = [line.lstrip("# ") for line in joined.splitlines()]
-    return [shlex.split(line) for line in lines if line.startswith(("python ", "accelerate "))]
+    return [shlex.split(line) for line in lines if line.startswith(("python ", "accelerate ", "llavamed-peft "))]
 
 
 def option(words, name):

@@ -1,4 +1,4 @@
-"""`recipes/`: every command that a recipe's docstring prints is run as it stands, in a folder that holds what it names.
+"""Every command that the docstring of a recipe or of the CLI prints is run as it stands, in a folder that holds what it names.
 
 The first command of each recipe runs in a process of its own, the others in this one. What they name is in `miniature.py`.
 """
@@ -6,15 +6,18 @@ The first command of each recipe runs in a process of its own, the others in thi
 import ast
 import json
 import re
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 import pytest
 from miniature import HELD_OUT_ROWS, TRAIN_ROWS, account, build, commands, link, option, run_here, run_in_a_process
+from PIL import Image
 
-from llavamed_peft import LLAVA_MED
+from llavamed_peft import LLAVA_MED, cli
 from llavamed_peft.arguments import RunArguments, parse
+from llavamed_peft.modeling.load import load_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]
 RECIPES = ("align", "instruct", "vqa", "curriculum")
@@ -28,8 +31,11 @@ def workspace(tmp_path_factory):
 
 
 def commands_of(recipe):
-    source = (REPOSITORY / "recipes" / f"{recipe}.py").read_text(encoding="utf-8")
-    return commands(ast.get_docstring(ast.parse(source)))
+    return commands_in(f"recipes/{recipe}.py")
+
+
+def commands_in(file):
+    return commands(ast.get_docstring(ast.parse((REPOSITORY / file).read_text(encoding="utf-8"))))
 
 
 def produce(recipe, folder):
@@ -119,6 +125,34 @@ def test_curriculum(workspace):
     run_in_a_process(write_stages, workspace)
     run_here(third, workspace)
     assert (workspace / option(third, "output_dir") / "vqa" / "model.safetensors").is_file()
+
+
+def test_verbs_of_the_command_line(workspace, capsys):
+    """On the run that `recipes/curriculum.py` leaves."""
+    stage = produce("curriculum", workspace) / "vqa"
+    Image.new("RGB", (70, 90), "gray").save(workspace / "chest.png")
+    shutil.copytree(stage, workspace / "adapters" / "llava-1.5-7b-hf--vqa")
+    lines = commands_in("llavamed_peft/cli.py")
+    assert [words[1] for words in lines] == ["ask", "inspect", "show", "merge", "catalogue"]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(workspace)
+        for words in lines:
+            assert cli.main(words[1:]) == 0, capsys.readouterr().err
+    assert (workspace / "merged" / "config.json").is_file()
+    assert "llava-1.5-7b-hf--vqa" in (workspace / "adapters" / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_the_base_is_built_by_its_command(workspace, tmp_path):
+    """With a few steps instead of thousands: the checkpoint it leaves is whole, and one that a stage can begin on."""
+    (words,) = commands_in("recipes/demo/build_base.py")
+    words[words.index("--out") + 1] = str(tmp_path / "base")
+    run_in_a_process([*words, "--steps", "2", "--tower-steps", "2"], workspace)
+    model, _ = load_checkpoint(tmp_path / "base")
+    shipped, _ = load_checkpoint(REPOSITORY / "recipes" / "demo" / "tiny-llava")
+    assert {name: tensor.shape for name, tensor in model.state_dict().items()} == {
+        name: tensor.shape for name, tensor in shipped.state_dict().items()
+    }
 
 
 def test_curriculum_from_a_file_of_options(workspace, tmp_path):
