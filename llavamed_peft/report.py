@@ -7,7 +7,10 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 METRICS, CURVE, TABLE = "metrics.jsonl", "loss.png", "stages.md"
 _SECONDS_BETWEEN_LINES = 5.0
@@ -67,10 +70,17 @@ def draw_losses(history: Sequence[dict[str, Any]], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    stages = list(dict.fromkeys(record["stage"] for record in history))
+    stages = dict.fromkeys(record["stage"] for record in history)
     figure = Figure(figsize=(4 * len(stages), 3.2), layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
+    plot_losses(figure.subplots(1, len(stages), squeeze=False)[0], history)
+    figure.savefig(path, dpi=120)
+
+
+def plot_losses(panels: Sequence[Axes], history: Sequence[dict[str, Any]]) -> None:
+    """The same on panels of a figure of one's own, as many as there are stages."""
+    stages = dict.fromkeys(record["stage"] for record in history)
+    for panel, stage in zip(panels, stages, strict=True):
         for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "held out")):
             points = [(record["step"], record[key]) for record in history if record["stage"] == stage and key in record]
             if points:
@@ -78,7 +88,6 @@ def draw_losses(history: Sequence[dict[str, Any]], path: Path) -> None:
         panel.set(title=stage.replace("$", r"\$"), xlabel="optimizer step", ylabel="loss per supervised token")
         panel.set_ylim(bottom=0)
         panel.legend()
-    figure.savefig(path, dpi=120)
 
 
 def stage_table(records: Sequence[dict[str, Any]]) -> str:

@@ -43,6 +43,7 @@ from llavamed_peft.evaluation.exact_match import normalise
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.processor import load_processor
 from llavamed_peft.packing import PackedCollator
+from llavamed_peft.report import plot_losses, read_metrics
 
 HERE = Path(__file__).parent
 BASE = HERE / "tiny-llava"
@@ -120,13 +121,13 @@ def run(curriculum: Curriculum, folder: Path) -> Demo:
     demo = Demo(exams, trained - began, time.monotonic() - trained)
     table = exam_table(exams)
     (folder / "table.md").write_text(table, encoding="utf-8")
-    draw_answers(questions, exams, folder / "answers.png")
+    draw(questions, exams, read_metrics(folder / "stages"), folder / "answers.png")
     print(f"\n{table}")
     print(f"Training took {demo.training_seconds:.0f} s, asking {demo.asking_seconds:.0f} s. Closed questions come in pairs of")
     print("opposite answers: guessing scores .50. 'shuffled' is the last stage shown other images. General scenes are what the")
     print("base came with: the curriculum forgets some of them. The images are drawings and the base had read the clinic's")
     print("sentences: nothing here says anything about medicine.")
-    print(f"Stages and their loss curves: {folder}/stages/  Picture: {folder}/answers.png\n")
+    print(f"Stages: {folder}/stages/  Picture: {folder}/answers.png\n")
     return demo
 
 
@@ -239,16 +240,16 @@ def seeds_table(demos: Mapping[int, Demo]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def draw_answers(questions: Sequence[Question], exams: Mapping[str, Exam], path: Path) -> None:
-    """Six held-out images of different kinds with a question, the truth and every stage's answer."""
+def draw(questions: Sequence[Question], exams: Mapping[str, Exam], losses: Sequence[dict[str, object]], path: Path) -> None:
+    """Six held-out images with a question, the truth and every stage's answer, and below them each stage's losses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image
 
-    chosen = list(range(0, len(questions), len(questions) // 6))[:6]
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
+    figure = Figure(figsize=(12, 10.5), layout="constrained")
     FigureCanvasAgg(figure)
-    for panel, number in zip(figure.subplots(2, 3).flat, chosen, strict=True):
+    above, below = figure.subfigures(2, 1, height_ratios=(7, 3))
+    for panel, number in zip(above.subplots(2, 3).flat, shown(questions), strict=True):
         question = questions[number]
         with Image.open(question.image) as image:
             panel.imshow(image)
@@ -265,8 +266,20 @@ def draw_answers(questions: Sequence[Question], exams: Mapping[str, Exam], path:
                 transform=panel.transAxes,
                 va="top",
             )
-    figure.suptitle("held-out images: green answers are right, red ones wrong", fontsize=11)
+    above.suptitle("held-out images: green answers are right, red ones wrong", fontsize=11)
+    plot_losses(below.subplots(1, 3), losses)
     figure.savefig(path, dpi=110)
+
+
+def shown(questions: Sequence[Question]) -> list[int]:
+    """Six different questions from all over the held-out images, open and closed in turn."""
+    chosen: list[int] = []
+    for panel in range(6):
+        asked = {questions[number].question for number in chosen}
+        rest = range(len(questions) * panel // 6, len(questions))
+        kind = ("open", "closed")[panel % 2]
+        chosen.append(next(n for n in rest if questions[n].answer_type == kind and questions[n].question not in asked))
+    return chosen
 
 
 def missed_bounds(exams: Mapping[str, Exam]) -> list[str]:
