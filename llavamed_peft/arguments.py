@@ -42,6 +42,9 @@ class RunArguments:
     eval_steps: int | None = field(
         default=None, metadata={"help": "optimizer steps between two held-out losses; None: ten of them a stage"}
     )
+    save_steps: int | None = field(
+        default=None, metadata={"help": "optimizer steps between two checkpoints; None: ten of them a stage"}
+    )
     workers: int | None = field(
         default=None, metadata={"help": "processes that decode images ahead; None: up to 8 with a GPU, none on a CPU"}
     )

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import platform
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
@@ -14,13 +16,13 @@ from typing import Any
 
 import torch
 from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
 from transformers.integrations import get_available_reporting_integrations
 
 from . import __version__
 from .adapters import (
-    RECORD,
     StageAdapter,
     base_record,
     check_arrived,
@@ -32,8 +34,9 @@ from .adapters import (
     write_checkpoint,
 )
 from .card import write_card
+from .checkpoints import Checkpoint, newest_checkpoint, standing
 from .datasets.rejects import RejectLog
-from .datasets.sources import Data, open_sources
+from .datasets.sources import Data, Source, open_sources
 from .errors import AdapterError, ConfigError, TrainingError, did_you_mean
 from .modeling.load import Quantization, check_quantization, load_checkpoint, read_config, resolve_dtype
 from .modeling.parts import NO_TARGET, adapter_config, attach, bare, load_tensors, set_dtypes, unfreeze_full
@@ -41,11 +44,12 @@ from .modeling.processor import load_processor, make_stage_processor
 from .packing.collator import LAYOUTS, PackedCollator
 from .packing.index import Index, build_index
 from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, read_metrics, stage_table
+from .runs import LOCK, RUN, check_same_run, disk_faults, locked, remove_partial, write_run
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Stage
 from .training import Computing, Trained, train_stage
 
-REJECTED, INDEX, LOGS = "rejected.jsonl", "index", "logs"
-_OWN_NAMES = (INDEX, LOGS, METRICS, REJECTED, CURVE, TABLE)
+REJECTED, INDEX, LOGS, CHECKPOINTS = "rejected.jsonl", "index", "logs", "checkpoints"
+_OWN_NAMES = (INDEX, LOGS, CHECKPOINTS, METRICS, REJECTED, CURVE, TABLE, RUN, LOCK)
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "safetensors")
 
 
@@ -64,17 +68,23 @@ def curriculum_finetune(
     max_row_tokens: int | None = None,
     max_rejected: float = 0.05,
     eval_steps: int | None = None,
+    save_steps: int | None = None,
     workers: int | None = None,
     report_to: str | list[str] = "none",
     gradient_checkpointing: bool | None = None,
 ) -> dict[str, StageAdapter]:
     """Take a LLaVA checkpoint through a curriculum; every stage leaves a self-contained folder in `output_dir`.
 
+    A run that was interrupted, however it was, is gone on with by the same call: finished stages are not trained again, the
+    one that was training goes on from its last whole checkpoint, and what comes out is what would have come out without the
+    interruption, bit for bit on the same machine. SIGTERM and Ctrl-C save first. A finished run is only read.
+
     Args:
         model: Hub id or folder of any LLaVA checkpoint (LLaVA, LLaVA-NeXT, ViP-LLaVA, LLaVA-OneVision).
         data: stage name → a LLaVA JSON file, several, or `Conversation` and `Question` values. Every stage has an entry.
         output_dir: holds `<stage>/` for each stage; beside them `metrics.jsonl`, `rejected.jsonl` (if rows were), `loss.png`,
-            `stages.md`, `index/` (the checked rows) and `logs/` (the trackers').
+            `stages.md`, `index/` (the checked rows), `logs/` (the trackers'), `run.json` (what decides the result) and, while a
+            stage trains, `checkpoints/`.
         image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data file's own.
         curriculum: what to train, how. Default: the paper's stages, the later two as LoRA.
         eval_data: as `data`; stages with an entry report the held-out loss before, during and after.
@@ -85,6 +95,7 @@ def curriculum_finetune(
         max_row_tokens: bound of a device batch (rows × longest); `None`: 4,096 on a CPU, 16,384 on CUDA (not yet measured there).
         max_rejected: share of unusable rows above which a data set is refused as a whole.
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
+        save_steps: optimizer steps between two checkpoints; `None`: ten of them a stage. What one costs is shown at the first.
         workers: processes that decode images ahead; `None`: up to 8 with a GPU, none on a CPU, where they would take the
             model's cores.
         report_to: further trackers, such as `"tensorboard"` or `"trackio"`.
@@ -94,9 +105,12 @@ def curriculum_finetune(
         Stage name → `StageAdapter`, in order.
 
     Raises:
-        ConfigError: arguments that do not fit together; nothing was done.
+        ConfigError: arguments that do not fit together, or `output_dir` holds a run of another curriculum, base or data (the
+            message lists the difference); nothing was done.
         CheckpointError, DataError, AdapterError: the base, the data or `start_from` cannot be used; the message says why.
-        TrainingError: a stage cannot begin or go on. Finished stages stay.
+        TrainingError: a stage cannot begin or go on: a loss that is not finite, a full disk, another run at work in
+            `output_dir`. Finished stages and the last checkpoint stay.
+        interruption.Interrupted: SIGTERM or Ctrl-C while a stage trained; a `KeyboardInterrupt`. The last step was saved.
 
     Example:
         >>> adapters = curriculum_finetune(
@@ -114,7 +128,7 @@ def curriculum_finetune(
         raise ConfigError(f"max_rejected is {max_rejected!r}; wanted a share between 0 and 1.")
     parent = start_from if isinstance(start_from, StageAdapter) or start_from is None else StageAdapter.load(start_from)
     _check_lineage(curriculum, parent, quantization)
-    computing = _computing(dtype, layout, max_row_tokens, gradient_checkpointing, workers, eval_steps, report_to)
+    computing = _computing(dtype, layout, max_row_tokens, gradient_checkpointing, workers, eval_steps, save_steps, report_to)
     config = read_config(model)
     base = base_record(model, config)
     if parent is not None:
@@ -123,31 +137,38 @@ def curriculum_finetune(
     processor = load_processor(model if parent is None else parent.path, config)
     stage_processor = make_stage_processor(processor, curriculum.image_aspect_ratio)
     processes = PartialState(cpu=not torch.cuda.is_available())
+    sources = {
+        use: {
+            stage.name: open_sources(given[stage.name], _folder_of(image_folder, stage), f"{use}[{stage.name!r}]")
+            for stage in curriculum.stages
+            if stage.name in given
+        }
+        for use, given in (("data", data), ("eval_data", eval_data))
+    }
     run = Run(Path(output_dir), curriculum, quantization, computing, stage_processor, processes)
-    if run.writes:
-        run.claim()
-    run.processes.wait_for_everyone()
-    with RejectLog(run.folder / REJECTED if run.writes else os.devnull, keep=run.goes_on or not run.writes) as rejects:
+    identity = run.identity(base, parent, sources)
+    if run.is_finished(identity):
+        return {stage.name: StageAdapter.load(run.folder / stage.name) for stage in curriculum.stages}
+    adapters: dict[str, StageAdapter] = {}
+    with run.claimed(identity) as rejects:
         indexes = {
             stage.name: [
-                None if given is None else run.index(stage, given, _folder_of(image_folder, stage), rejects, max_rejected, use)
-                for use, given in (("train", data[stage.name]), ("eval", eval_data.get(stage.name)))
+                None if found is None else run.index(stage, found, rejects, max_rejected, use)
+                for use, found in (("train", sources["data"][stage.name]), ("eval", sources["eval_data"].get(stage.name)))
             ]
             for stage in curriculum.stages
+            if not run.has(stage)
         }
-        adapters: dict[str, StageAdapter] = {}
+        run.begin(identity)
         for stage in curriculum.stages:
-            train_index, eval_index = indexes[stage.name]
-            assert train_index is not None
-            try:
-                adapters[stage.name] = run.stage(stage, lineage, train_index, eval_index)
-            finally:
-                for index in (train_index, eval_index):
-                    if index is not None and run.writes:
-                        index.report_failures(rejects)
+            if run.has(stage):
+                adapters[stage.name] = run.finished_stage(stage, lineage)
+            else:
+                train_index, eval_index = indexes[stage.name]
+                assert train_index is not None
+                adapters[stage.name] = run.stage(stage, lineage, train_index, eval_index, rejects)
+            run.settle(stage)
             lineage = lineage.behind(adapters[stage.name])
-            if run.writes:
-                run.report()
     return adapters
 
 
@@ -204,41 +225,81 @@ class Run:
         """One process writes; the others read what it wrote. If it fails, the launcher ends them."""
         return self.processes.is_main_process
 
-    @property
-    def goes_on(self) -> bool:
-        """The folder holds finished stages of an earlier call, whose records are kept and added to."""
-        return any(self.folder.glob(f"*/{RECORD}"))
+    def identity(
+        self, base: Mapping[str, Any], parent: StageAdapter | None, sources: Mapping[str, Mapping[str, Sequence[Source]]]
+    ) -> dict[str, Any]:
+        """What decides the run's result, for `run.json`: how it is computed is no part of it, but for the dtype."""
+        curriculum = self.curriculum.to_dict()
+        return {
+            "base": base,
+            "start_from": None if parent is None else {"stage": parent.stage.name, "sha256": parent.record["sha256"]},
+            "quantization": self.quantization,
+            "dtype": str(self.computing.dtype).removeprefix("torch."),
+            **curriculum,
+            "stages": {stage.pop("name"): stage for stage in curriculum["stages"]},
+            **{
+                use: {
+                    stage: [{"file": source.name, "sha256": source.sha256} for source in found]
+                    for stage, found in per_stage.items()
+                }
+                for use, per_stage in sources.items()
+            },
+        }
 
-    def claim(self) -> None:
-        """Make the run's folder, which must not hold one of its stages yet.
+    def is_finished(self, identity: Mapping[str, Any]) -> bool:
+        """Whether the folder holds this run with all its stages, and nothing is left to do.
 
         Raises:
-            ConfigError: a stage has the name of one of the run's own files.
-            TrainingError: it does, or cannot be made.
+            ConfigError: it holds another run, or a stage has the name of one of the run's own files.
+            TrainingError: it holds a stage of nobody knows which run.
         """
         taken = [stage.name for stage in self.curriculum.stages if stage.name in _OWN_NAMES]
         if taken:
             raise ConfigError(
                 f"Stage.name is {taken[0]!r}, which the run needs for itself (as {', '.join(_OWN_NAMES)}); wanted another name."
             )
+        goes_on = check_same_run(self.folder, identity)
         there = [stage.name for stage in self.curriculum.stages if os.path.lexists(self.folder / stage.name)]
-        if there:
+        if there and not goes_on:
             raise TrainingError(
-                f"{self.folder}: holds {', '.join(there)} already; wanted a folder without these stages. Choose another "
-                "output_dir, or go on behind a finished stage with start_from= and a curriculum of the stages that are left."
+                f"{self.folder}: holds {', '.join(there)} already, but no {RUN} that says of which run; wanted a folder without "
+                "these stages. Choose another output_dir; there, start_from= builds on a finished stage."
             )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if not self.goes_on:
-                (self.folder / METRICS).write_text("", encoding="utf-8")
-        except OSError as error:
-            raise TrainingError(f"{self.folder}: cannot be written ({error}); wanted a folder to write to.") from error
+        finished = goes_on and all(self.has(stage) for stage in self.curriculum.stages)
+        finished = finished and not (self.folder / CHECKPOINTS).exists()
+        self.processes.wait_for_everyone()  # nothing changes before all have seen it
+        return finished
 
-    def index(
-        self, stage: Stage, data: Data, image_folder: str | Path | None, rejects: RejectLog, max_rejected: float, use: str
-    ) -> Index:
+    @contextlib.contextmanager
+    def claimed(self, identity: Mapping[str, Any]) -> Iterator[RejectLog]:
+        """Be the one run at work in the folder, which is made; yields the log of rows that cannot be used.
+
+        Raises:
+            TrainingError: another one is, or the folder cannot be written.
+        """
+        if not self.writes:
+            self.processes.wait_for_everyone()
+            yield RejectLog(os.devnull, keep=True)
+            return
+        with disk_faults(self.folder), locked(self.folder):
+            goes_on = check_same_run(self.folder, identity)  # as it is now that nobody else writes
+            for folder in (self.folder, *self.folder.glob(f"{CHECKPOINTS}/*/")):
+                remove_partial(folder)
+            with RejectLog(self.folder / REJECTED, keep=goes_on) as rejects:
+                self.processes.wait_for_everyone()
+                yield rejects
+
+    def begin(self, identity: Mapping[str, Any]) -> None:
+        """From here on the folder is this run's and no other's."""
+        if self.writes and not (self.folder / RUN).exists():
+            write_run(self.folder, identity)
+
+    def has(self, stage: Stage) -> bool:
+        """The stage is finished."""
+        return (self.folder / stage.name).exists()
+
+    def index(self, stage: Stage, sources: list[Source], rejects: RejectLog, max_rejected: float, use: str) -> Index:
         """Check a stage's training or held-out data and keep what was found beside the run."""
-        sources = open_sources(data, image_folder, f"{'eval_data' if use == 'eval' else 'data'}[{stage.name!r}]")
         path = self.folder / INDEX / f"{stage.name}-{use}.arrow"
         index = None
         if self.writes:
@@ -247,8 +308,29 @@ class Run:
         self.processes.wait_for_everyone()
         return Index.open(path) if index is None else index
 
-    def stage(self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None) -> StageAdapter:
-        """Train one stage behind its lineage and write its folder."""
+    def finished_stage(self, stage: Stage, lineage: Lineage) -> StageAdapter:
+        """A stage that an earlier call finished.
+
+        Raises:
+            TrainingError: the stage before it was trained anew and came out otherwise.
+        """
+        adapter = StageAdapter.load(self.folder / stage.name)
+        if adapter.parent != _parent(lineage):
+            raise TrainingError(
+                f"{adapter.path}: was trained behind {adapter.parent}, what stands before it now is {_parent(lineage)}. Remove "
+                f"{adapter.path.name} to train it again, or choose another output_dir."
+            )
+        return adapter
+
+    def stage(
+        self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None, rejects: RejectLog
+    ) -> StageAdapter:
+        """Train one stage behind its lineage, from its last checkpoint on, and write its folder."""
+        checkpoints = self.folder / CHECKPOINTS / stage.name
+        checkpoint = self._newest_checkpoint(checkpoints)
+        run_log = RunLog(self.folder)
+        if self.writes:
+            run_log.rewind(stage.name, [] if checkpoint is None else checkpoint.state["history"])
         model, _ = load_checkpoint(lineage.base, self.quantization)  # in the stored dtype: what trains begins unrounded
         set_seed(self.curriculum.seed)
         if stage.trains == "full":
@@ -260,41 +342,61 @@ class Run:
         if config is not None and lineage.adapter is not None:
             warn_of_another_base(lineage.record, lineage.adapter)
             load_tensors(model, lineage.adapter.tensors())
-        trained = train_stage(
-            model,
-            self.processor,
-            stage,
-            train_index,
-            eval_index,
-            self.computing,
-            self.curriculum.seed,
-            self.folder / LOGS / stage.name,
-            RunLog(self.folder),
-        )
+        try:
+            trained = train_stage(
+                model,
+                self.processor,
+                stage,
+                train_index,
+                eval_index,
+                self.computing,
+                self.curriculum.seed,
+                self.folder / LOGS / stage.name,
+                checkpoints,
+                checkpoint,
+                run_log,
+            )
+        finally:
+            for index in (train_index, eval_index):
+                if index is not None and self.writes:
+                    index.report_failures(rejects)
         base_class = type(bare(model))
         del model  # a full stage's folder needs the base once more
         folder = self.folder / stage.name
         if self.writes:
             record = self._record(stage, lineage, train_index, eval_index, trained)
             card = functools.partial(write_card, base_name=public_name(lineage.record))
-            if config is None:
-                write_checkpoint(folder, lineage.base, trained.tensors, self.processor, record, card)
-            else:
-                write_adapter(folder, trained.tensors, config, base_class, self.processor, record, card)
+            try:
+                if config is None:
+                    write_checkpoint(folder, lineage.base, trained.tensors, self.processor, record, card)
+                else:
+                    write_adapter(folder, trained.tensors, config, base_class, self.processor, record, card)
+            except AdapterError as error:
+                raise TrainingError(f"{error} {standing(checkpoints)}") from error
         self.processes.wait_for_everyone()
         return StageAdapter.load(folder)
 
-    def report(self) -> None:
-        """The table and the loss curves of the folder's stages so far."""
-        records = [read_record(path.parent) for path in self.folder.glob(f"*/{RECORD}")]
-        records.sort(key=lambda record: record["finished"])
+    def _newest_checkpoint(self, folder: Path) -> Checkpoint | None:
+        """The one that all processes go on from."""
+        found = [newest_checkpoint(folder) if self.writes else None]
+        broadcast_object_list(found)
+        return found[0]
+
+    def settle(self, stage: Stage) -> None:
+        """Behind a finished stage: the table and the loss curves so far, then its checkpoints go; what is there was not done."""
+        checkpoints = self.folder / CHECKPOINTS / stage.name
+        if not self.writes or not checkpoints.exists():
+            return
+        records = [read_record(self.folder / done.name) for done in self.curriculum.stages if self.has(done)]
         (self.folder / TABLE).write_text(stage_table(records), encoding="utf-8")
         draw_losses(read_metrics(self.folder), self.folder / CURVE)
+        shutil.rmtree(checkpoints)
+        with contextlib.suppress(OSError):  # where another stage's are left
+            checkpoints.parent.rmdir()
 
     def _record(
         self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None, trained: Trained
     ) -> dict[str, Any]:
-        parent = lineage.parent
         computing = asdict(self.computing)
         return {
             "stage": stage.to_dict(),
@@ -302,7 +404,7 @@ class Run:
             "seed": self.curriculum.seed,
             "base": lineage.record,
             "root": lineage.root,
-            "parent": None if parent is None else {"stage": parent.stage.name, "sha256": parent.record["sha256"]},
+            "parent": _parent(lineage),
             "data": train_index.account(),
             "eval_data": [] if eval_index is None else eval_index.account(),
             "metrics": trained.metrics,
@@ -316,6 +418,11 @@ class Run:
             "versions": _versions(),
             "finished": datetime.now(timezone.utc).isoformat(timespec="milliseconds"),
         }
+
+
+def _parent(lineage: Lineage) -> dict[str, str] | None:
+    parent = lineage.parent
+    return None if parent is None else {"stage": parent.stage.name, "sha256": parent.record["sha256"]}
 
 
 def _full_model(model: PreTrainedModel, lineage: Lineage) -> torch.nn.Module:
@@ -410,6 +517,7 @@ def _computing(
     gradient_checkpointing: bool | None,
     workers: int | None,
     eval_steps: int | None,
+    save_steps: int | None,
     report_to: str | list[str],
 ) -> Computing:
     on_gpu = torch.cuda.is_available()
@@ -418,7 +526,8 @@ def _computing(
             f"{torch.cuda.device_count()} GPUs are visible to one process; wanted one process per GPU (torchrun --nproc_per_node "
             f"{torch.cuda.device_count()} script.py), or one visible GPU (CUDA_VISIBLE_DEVICES=0)."
         )
-    for name, number, least in (("max_row_tokens", max_row_tokens, 1), ("workers", workers, 0), ("eval_steps", eval_steps, 1)):
+    steps = [("eval_steps", eval_steps, 1), ("save_steps", save_steps, 1)]
+    for name, number, least in (("max_row_tokens", max_row_tokens, 1), ("workers", workers, 0), *steps):
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
             raise ConfigError(f"{name} is {number!r}; wanted None or a whole number of at least {least}.")
     for tracker in [report_to] if isinstance(report_to, str) else report_to or []:
@@ -439,6 +548,7 @@ def _computing(
         gradient_checkpointing=on_gpu if gradient_checkpointing is None else gradient_checkpointing,
         workers=(min(8, os.cpu_count() or 1) if on_gpu else 0) if workers is None else workers,
         eval_steps=eval_steps,
+        save_steps=save_steps,
         report_to=report_to or "none",
     )
 

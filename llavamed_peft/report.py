@@ -39,6 +39,18 @@ class RunLog:
         elif finished or self.stream.isatty() or time.monotonic() - self.shown > _SECONDS_BETWEEN_LINES:
             self._show(progress_line(record), finished)
 
+    def rewind(self, stage: str, records: Sequence[dict[str, Any]]) -> None:
+        """Let the file hold these records of a stage and no later ones, before it goes on from a checkpoint or begins."""
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        kept = [line for line in lines if (record := _record(line)) is not None and record["stage"] != stage]
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(line + "\n" for line in [*kept, *map(json.dumps, records)]), encoding="utf-8")
+        partial.replace(self.path)
+
+    def note(self, line: str) -> None:
+        """Show a line that stays."""
+        self._show(line, True)
+
     def _show(self, line: str, keep: bool) -> None:
         self.shown = time.monotonic()
         if self.stream.isatty():
@@ -46,6 +58,14 @@ class RunLog:
         else:
             self.stream.write(line + "\n")
         self.stream.flush()
+
+
+def _record(line: str) -> dict[str, Any] | None:
+    """What a line says; `None` for the last one of a run that was killed or whose disk was full."""
+    try:
+        return json.loads(line)
+    except ValueError:
+        return None
 
 
 def progress_line(record: dict[str, Any]) -> str:

@@ -4,7 +4,7 @@ Four things are ours and everything else is the trainer's: the data loader (one 
 step, a list of device batches, so `gradient_accumulation_steps` is 1 and accelerate does not re-shard it), the step (the mean
 over all of the step's supervised tokens, however they are cut), the held-out loss (the same mean), and the optimizer's groups
 (two learning rates). Logits are computed at supervised positions only. What is trained is `modeling/parts.py`'s business, what
-the stage leaves `adapters.py`'s.
+the stage leaves `adapters.py`'s, and that a killed stage goes on bit for bit `resumption.py`'s.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ import contextlib
 import gc
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,16 +22,21 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
-from trl import SFTConfig, SFTTrainer
+from trl import SFTConfig
 
+from .checkpoints import Checkpoint, rng_state, standing
 from .errors import TrainingError
+from .interruption import leave_signals_to_the_trainer
 from .modeling.parts import PROJECTOR, Tensors, bare, freeze_tower, load_tensors, set_dtypes, trainable_tensors
 from .packing import PackedCollator
 from .packing.index import DeviceBatches, DeviceInputs, Index
 from .packing.steps import StepSampler, learns_nothing
+from .report import RunLog
+from .resumption import ResumableTrainer
 from .stages import Schedule, Stage
 
 _EVALUATIONS_PER_STAGE = 10
+_CHECKPOINTS_PER_STAGE = 10
 MAX_GRAD_NORM = 1.0  # the Hugging Face trainer's default, with which LLaVA and LLaVA-Med were trained
 
 
@@ -47,6 +51,7 @@ class Computing:
         gradient_checkpointing: recompute activations in the backward pass.
         workers: processes that decode images ahead; 0 decodes in the training process.
         eval_steps: optimizer steps between two held-out losses; `None`: a tenth of the stage's.
+        save_steps: optimizer steps between two checkpoints; `None`: a tenth of the stage's.
         report_to: `"none"`, or trackers that the trainer knows, such as `"tensorboard"` or `"trackio"`.
     """
 
@@ -56,6 +61,7 @@ class Computing:
     gradient_checkpointing: bool
     workers: int = 0
     eval_steps: int | None = None
+    save_steps: int | None = None
     report_to: str | list[str] = "none"
 
 
@@ -81,7 +87,9 @@ def train_stage(
     computing: Computing,
     seed: int,
     work_folder: Path,
-    on_record: Callable[[dict[str, Any]], None],
+    checkpoint_folder: Path,
+    checkpoint: Checkpoint | None,
+    run_log: RunLog,
 ) -> Trained:
     """Train what requires grad in the model over the stage's schedule.
 
@@ -90,10 +98,13 @@ def train_stage(
         processor: the stage's.
         train_index, eval_index: what to learn, and what to measure the held-out loss on before, every `eval_steps` and after.
         work_folder: where the trainer may write.
-        on_record: called with each record of the training, as `metrics.jsonl` holds them, as it comes.
+        checkpoint_folder: where it saves itself.
+        checkpoint: of the same stage, to go on from; `None`: begin.
+        run_log: takes each record of the training as it comes.
 
     Raises:
-        TrainingError: the loss or a trained tensor is not finite.
+        TrainingError: the loss or a trained tensor is not finite, a data-loader worker died, a checkpoint cannot be written.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
     """
     schedule = stage.schedule
     on_gpu = torch.cuda.is_available()
@@ -119,10 +130,10 @@ def train_stage(
         logging_steps=1,
         logging_nan_inf_filter=False,
         disable_tqdm=True,
-        save_strategy="no",
+        save_strategy="steps",
+        save_steps=computing.save_steps or 1 / _CHECKPOINTS_PER_STAGE,
         eval_strategy="no" if eval_index is None else "steps",
         eval_steps=computing.eval_steps or 1 / _EVALUATIONS_PER_STAGE,
-        eval_on_start=eval_index is not None,
         report_to=computing.report_to,
         run_name=stage.name,
     )
@@ -131,8 +142,8 @@ def train_stage(
     collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout)
     trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator)
     trainer.remove_callback(PrinterCallback)
-    watch = _Watch(trainer, on_record)
-    trainer.add_callback(watch)
+    trainer.add_callback(_Watch(trainer, run_log))
+    trainer.begin_from(checkpoint_folder, checkpoint, run_log)
     if start is not None:
         # The trainer rounds a quantised model's trainables to bf16 while it is built; what the stage starts from is put back.
         set_dtypes(model, computing.dtype)
@@ -147,9 +158,19 @@ def train_stage(
             "more data or epochs, a smaller global_batch, or warmup_ratio=0.",
             stacklevel=2,
         )
-    trainer.train()
-    if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
-        trainer.evaluate()
+    try:
+        with trainer.stop:
+            trainer.train()
+            if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
+                trainer.evaluate()
+            trainer.agree_on_stopping()
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker (pid"):  # torch has no class for it
+            raise
+        raise TrainingError(
+            f"Stage {stage.name!r}: {error} Most often the memory of the machine ran out: give fewer workers (now "
+            f"{computing.workers}), or make its images smaller. {standing(checkpoint_folder)}"
+        ) from error
     for index in (train_index, eval_index):
         if index is not None:
             index.failed.update(gather_object(list(index.failed.items())))
@@ -162,13 +183,13 @@ def train_stage(
             f"After the last step {len(broken)} of {len(tensors)} tensors are not finite ({broken[0]}). Lower learning_rate; "
             "nothing of this stage was written, the stages before it are untouched."
         )
-    trained = Trained(tensors, watch.summary())
-    del trainer, watch  # they hold one another, the model and the optimizer; the next stage loads its own
+    trained = Trained(tensors, summary(trainer))
+    del trainer  # it and its callbacks hold one another, the model and the optimizer; the next stage loads its own
     gc.collect()
     return trained
 
 
-class StageTrainer(SFTTrainer):
+class StageTrainer(ResumableTrainer):
     """TRL's trainer over exact steps of conversations.
 
     Args:
@@ -190,15 +211,12 @@ class StageTrainer(SFTTrainer):
         eval_index: Index | None,
         collator: PackedCollator,
     ):
-        self.stage, self.schedule = stage, stage.schedule
         self.collator = collator
-        self.train_index, self.eval_index = train_index, eval_index
-        self.evaluated_at = -1
-        self.seen_conversations = 0
-        self.seen_supervised_tokens = 0
-        self.evaluation_seconds = 0.0
         self.rates: dict[str, float] = {}  # of the step just taken, by part
         super().__init__(
+            stage,
+            train_index,
+            eval_index,
             model=model,
             args=config,
             data_collator=_as_is,
@@ -226,21 +244,23 @@ class StageTrainer(SFTTrainer):
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.args.dataloader_num_workers,
+            worker_init_fn=leave_signals_to_the_trainer,
             generator=torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
         )
 
     def training_step(self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None) -> torch.Tensor:
         """One optimizer step's gradient: each device batch in turn, scaled by the step's supervised tokens over all processes."""
         model.train()
+        before = rng_state()
         self._note_failures(self.train_index, inputs)
         conversations, supervised = self._total(inputs)
-        self.seen_conversations += conversations
-        self.seen_supervised_tokens += supervised
         self.rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         # DDP averages gradients over processes; the step's loss is a mean over tokens, wherever they are
         scale = self.accelerator.num_processes / max(supervised, 1)
         total = torch.zeros((), device=self.args.device)
         for position, batch in enumerate(inputs):
+            if self.stop.received and self.accelerator.num_processes == 1:  # several agree between steps
+                self.save_and_stop(before)
             last = position == len(inputs) - 1
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
@@ -249,10 +269,9 @@ class StageTrainer(SFTTrainer):
             total += loss.detach()
             del loss  # or its graph's memory would still be held while the next batch runs forward
         if not torch.isfinite(total):
-            raise TrainingError(
-                f"The loss of step {self.state.global_step + 1} is {total.item()}. Lower learning_rate, or look for odd data; "
-                "nothing of this stage was written, the stages before it are untouched."
-            )
+            raise TrainingError(f"The loss of step {self.state.global_step + 1} is {total.item()}. {self.would_recur()}")
+        self.seen_conversations += conversations
+        self.seen_supervised_tokens += supervised
         return total
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
@@ -274,7 +293,7 @@ class StageTrainer(SFTTrainer):
         if supervised == 0:
             raise TrainingError(f"No held-out conversation of stage {self.stage.name!r} could be decoded; wanted its images.")
         loss = self.accelerator.reduce(summed, "sum").item() / supervised
-        self.evaluated_at = self.state.global_step
+        self.evaluated_at, self.evaluation_due = self.state.global_step, False
         self.evaluation_seconds += time.monotonic() - began
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
@@ -326,11 +345,9 @@ class StageTrainer(SFTTrainer):
         return sum(parameter.sum() for parameter in projector.parameters() if parameter.requires_grad) * 0.0
 
     def _total(self, inputs: list[DeviceInputs]) -> tuple[int, int]:
-        """Conversations and supervised tokens of a step, over all processes."""
+        """Conversations and supervised tokens of a step, over all processes; here they also agree on stopping before it."""
         local = [sum(batch.conversations for batch in inputs), sum(batch.supervised_tokens for batch in inputs)]
-        if self.accelerator.num_processes == 1:
-            return local[0], local[1]
-        conversations, supervised = self.accelerator.reduce(torch.tensor(local, device=self.args.device), "sum").tolist()
+        conversations, supervised = self.agree_on_stopping(*local)
         return conversations, supervised
 
     def _note_failures(self, index: Index, inputs: list[DeviceInputs]) -> None:
@@ -349,21 +366,16 @@ class StepLoader(DataLoader[list[DeviceInputs]]):
 class _Watch(TrainerCallback):
     """Turns the trainer's logs into records: losses, rates, conversations and tokens per second, time left."""
 
-    def __init__(self, trainer: StageTrainer, on_record: Callable[[dict[str, Any]], None]):
+    def __init__(self, trainer: StageTrainer, run_log: RunLog):
         self.trainer = trainer
-        self.on_record = on_record
-        self.history: list[dict[str, Any]] = []
-        self.began = time.monotonic()
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.began = time.monotonic()
+        self.run_log = run_log
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
         record: dict[str, Any] = {"stage": self.trainer.stage.name, "step": state.global_step, "steps": state.max_steps}
         if "eval_loss" in logs:
             record["eval_loss"] = logs["eval_loss"]
         elif "loss" in logs:
-            seconds = self._training_seconds()
+            seconds = self.trainer.training_seconds()
             record["epoch"] = round(state.epoch, 4)
             record["loss"] = logs["loss"]
             record["grad_norm"] = logs.get("grad_norm")
@@ -374,33 +386,31 @@ class _Watch(TrainerCallback):
             record["seconds_left"] = round(seconds / state.global_step * (state.max_steps - state.global_step), 1)
         else:
             return
-        self.history.append(record)
+        self.trainer.history.append(record)
         if self.trainer.is_world_process_zero():
-            self.on_record(record)
+            self.run_log(record)
 
-    def _training_seconds(self) -> float:
-        """Wall time since training began, held-out evaluation left out."""
-        return time.monotonic() - self.began - self.trainer.evaluation_seconds
 
-    def summary(self) -> dict[str, Any]:
-        """What `stage.json` says of the training."""
-        losses = [record["loss"] for record in self.history if "loss" in record]
-        held_out = [record["eval_loss"] for record in self.history if "eval_loss" in record]
-        seconds = self._training_seconds()
-        trainable = sum(parameter.numel() for parameter in self.trainer.model.parameters() if parameter.requires_grad)
-        return {
-            "steps": self.trainer.state.global_step,
-            "conversations": self.trainer.seen_conversations,
-            "supervised_tokens": self.trainer.seen_supervised_tokens,
-            "seconds": round(seconds, 2),
-            "evaluation_seconds": round(self.trainer.evaluation_seconds, 2),
-            "conversations_per_second": round(self.trainer.seen_conversations / seconds, 3),
-            "trainable_parameters": trainable,
-            "loss_first": losses[0] if losses else None,
-            "loss_last": losses[-1] if losses else None,
-            "eval_loss_before": held_out[0] if held_out else None,
-            "eval_loss_after": held_out[-1] if held_out else None,
-        }
+def summary(trainer: StageTrainer) -> dict[str, Any]:
+    """What `stage.json` says of the training, of all calls that it took."""
+    losses = [record["loss"] for record in trainer.history if "loss" in record]
+    held_out = [record["eval_loss"] for record in trainer.history if "eval_loss" in record]
+    seconds = trainer.training_seconds()
+    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
+    return {
+        "steps": trainer.state.global_step,
+        "conversations": trainer.seen_conversations,
+        "supervised_tokens": trainer.seen_supervised_tokens,
+        "seconds": round(seconds, 2),
+        "evaluation_seconds": round(trainer.evaluation_seconds, 2),
+        "checkpoint_seconds": round(trainer.checkpoint_seconds, 2),
+        "conversations_per_second": round(trainer.seen_conversations / seconds, 3),
+        "trainable_parameters": trainable,
+        "loss_first": losses[0] if losses else None,
+        "loss_last": losses[-1] if losses else None,
+        "eval_loss_before": held_out[0] if held_out else None,
+        "eval_loss_after": held_out[-1] if held_out else None,
+    }
 
 
 def _as_is(batches: Any) -> Any:

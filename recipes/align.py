@@ -41,7 +41,9 @@ class AlignArguments:
 
     model: str = field(metadata={"help": "Hub id or folder of a LLaVA checkpoint"})
     data: list[str] = field(metadata={"help": "LLaVA JSON, one file or several"})
-    output_dir: str = field(metadata={"help": "holds the stage's folder, the losses and rejected.jsonl; no align/ yet"})
+    output_dir: str = field(
+        metadata={"help": "holds the stage's folder, the losses and rejected.jsonl; the same command goes on"}
+    )
     image_folder: str | None = field(default=None, metadata={"help": "where image paths start; None: each data file's folder"})
     eval_data: list[str] | None = field(default=None, metadata={"help": "LLaVA JSON to measure the held-out loss on"})
     start_from: str | None = field(default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"})

@@ -55,7 +55,9 @@ class CurriculumArguments:
 
     model: str = field(metadata={"help": "Hub id or folder of a LLaVA checkpoint"})
     data: PerStage = field(metadata={"help": "LLaVA JSON of each stage, stage=file"})
-    output_dir: str = field(metadata={"help": "holds the stages' folders, the losses and rejected.jsonl; none of the stages yet"})
+    output_dir: str = field(
+        metadata={"help": "holds the stages' folders, the losses and rejected.jsonl; the same command goes on"}
+    )
     image_folder: PerStage | None = field(
         default=None, metadata={"help": "where image paths start: one folder, or stage=folder; None: each data file's folder"}
     )

@@ -74,7 +74,7 @@ class VqaArguments:
 
     model: str = field(metadata={"help": "Hub id or folder of a LLaVA checkpoint"})
     data: str = field(metadata={"help": "file of the training questions"})
-    output_dir: str = field(metadata={"help": "holds the stage's folder, answers.jsonl, scores.md, the losses; no vqa/ yet"})
+    output_dir: str = field(metadata={"help": "holds the stage's folder, answers.jsonl, scores.md; the same command goes on"})
     dataset: Literal["vqa_rad", "llava"] = field(default="vqa_rad", metadata={"help": "format of the files"})
     split: str = field(default="train", metadata={"help": "vqa_rad: what to train on"})
     eval_split: str = field(default="test", metadata={"help": "vqa_rad: what to answer and score"})

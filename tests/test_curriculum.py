@@ -478,6 +478,7 @@ class TestRefusals:
             ({"data": ["x"]}, ConfigError, "data is ['x']; wanted a dictionary of stage name → data."),
             ({"curriculum": 3}, ConfigError, "curriculum is 3; wanted a Curriculum"),
             ({"report_to": "nonsense"}, ConfigError, "report_to names 'nonsense'; installed here: none"),
+            ({"save_steps": 0}, ConfigError, "save_steps is 0; wanted None or a whole number of at least 1."),
             ({"workers": -1}, ConfigError, "workers is -1; wanted None or a whole number of at least 0."),
             ({"start_from": "/nowhere"}, AdapterError, "/nowhere: neither a folder nor a Hub repository that can be reached."),
         ],
@@ -502,16 +503,17 @@ class TestRefusals:
         with pytest.raises(ConfigError, match="Stage 'vqa' has LoRA rank 8 and alpha 8, start_from rank 4 and alpha 8"):
             call(curriculum=other, data={"vqa": conversations}, start_from=runs["llava"]["instruct"])
 
-    @pytest.mark.parametrize("name", ["index", "logs", "metrics.jsonl", "loss.png"])
+    @pytest.mark.parametrize("name", ["index", "logs", "checkpoints", "run.json", "metrics.jsonl", "loss.png"])
     def test_a_stage_named_like_a_file_of_the_run(self, name: str, call, conversations: list[Conversation]) -> None:
         curriculum = Curriculum((Stage(name, "projector", schedule()),))
         with pytest.raises(ConfigError, match=f"Stage.name is '{name}', which the run needs for itself"):
             call(curriculum=curriculum, data={name: conversations})
 
-    def test_a_stage_that_is_there(self, call) -> None:
-        call()
-        with pytest.raises(TrainingError, match="holds align already; wanted a folder without these stages"):
+    def test_a_stage_of_nobody_knows_which_run(self, call, tmp_path: Path) -> None:
+        (tmp_path / "run" / "align").mkdir(parents=True)
+        with pytest.raises(TrainingError, match=r"holds align already, but no run\.json that says of which run; wanted a folder"):
             call()
+        assert [path.name for path in (tmp_path / "run").iterdir()] == ["align"], "nothing was done"
 
     def test_too_many_rejected_rows(self, call, images: Path, tmp_path: Path) -> None:
         row = {"image": "0.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "yes"}]}
@@ -537,18 +539,6 @@ class TestRefusals:
         with pytest.raises(TrainingError, match=r"The loss of step \d+ is (nan|inf). Lower learning_rate"):
             call(curriculum=wild)
         assert not (tmp_path / "run" / "align").exists()
-
-
-def test_stage_behind_a_finished_one_in_the_same_folder_keeps_its_records(
-    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
-) -> None:
-    first, second = (Curriculum((THREE[name],)) for name in ("align", "instruct"))
-    curriculum_finetune(bases["llava"], {"align": conversations}, tmp_path, curriculum=first)
-    curriculum_finetune(bases["llava"], {"instruct": conversations}, tmp_path, curriculum=second, start_from=tmp_path / "align")
-    stages = [json.loads(line)["stage"] for line in (tmp_path / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    assert stages == ["align"] * 3 + ["instruct"] * 3
-    table = (tmp_path / "stages.md").read_text(encoding="utf-8")
-    assert table.index("| align |") < table.index("| instruct |")
 
 
 def test_start_from_another_architecture_or_padding_is_refused_at_once(

@@ -102,7 +102,7 @@ class RejectLog:
     """A JSON-lines file of rejects (`rejected.jsonl`) that counts them by reason; a context manager.
 
     The file comes into being with the first reject; one left there by an earlier run is removed at the start, so a file at
-    `path` always speaks of this run.
+    `path` always speaks of this run. A row that two stages share stands in it once, though it counts twice.
 
     >>> with RejectLog(folder / "rejected.jsonl") as log:
     ...     conversations = list(llava_json.read(path, rejects=log))
@@ -111,15 +111,22 @@ class RejectLog:
 
     Args:
         path: where to write.
-        keep: add to the file that is there instead of removing it.
+        keep: go on with the file that is there, of a run that was interrupted, instead of removing it.
     """
 
     def __init__(self, path: str | os.PathLike[str], keep: bool = False) -> None:
         self.path = Path(path)
         self.counts: Counter[str] = Counter()
         self._file: TextIO | None = None
+        self._written: set[str] = set()
         if not keep:
             self.path.unlink(missing_ok=True)
+        elif self.path.is_file():
+            text = self.path.read_text(encoding="utf-8")
+            whole = text[: text.rfind("\n") + 1]  # a full disk cuts the last line short
+            if whole != text:
+                self.path.write_text(whole, encoding="utf-8")
+            self._written.update(whole.splitlines())
 
     def append(self, reject: Reject, /) -> None:
         """Write one reject as a line, at once, and count it."""
@@ -127,7 +134,10 @@ class RejectLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Line-buffered: the log of a run that was killed is whole. Appending: one that was closed goes on.
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        self._file.write(json.dumps(reject.to_dict()) + "\n")
+        line = json.dumps(reject.to_dict())
+        if line not in self._written:
+            self._written.add(line)
+            self._file.write(line + "\n")
         self.counts[reject.reason] += 1
 
     @property

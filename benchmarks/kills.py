@@ -1,0 +1,311 @@
+"""Runs that are killed at random moments and gone on with: do they end with the tensors of a run that was left alone?
+
+    python benchmarks/kills.py --kills 200          # half an hour on 2 cores
+    python benchmarks/kills.py --kills 200 --log    # the same, and adds what it found to LOG.md and results/
+    python benchmarks/kills.py --kills 20 --seed 7  # other moments; a seed gives the same ones again
+
+Two curricula of two stages train on the demo's tiny LLaVA, each once without interruption: projector then LoRA with dropout, and
+projector then full. Then calls are killed with SIGKILL and made again until they come to their end. Half of the moments are
+drawn from the time a call takes. The other half are file operations in the run's folder (an open for writing, a rename, a new
+folder, a removal), drawn from all that a call makes: the process kills itself just before that one, so that checkpoints, stage
+folders and logs are hit in the middle of their writing, which by the clock would be rare. After every kill, what stands under a
+final name must be whole. At its end a run must have the same tensors bit for bit, the same losses, the same counts, and each
+unusable row listed once.
+
+Calls are forked from a process that has imported everything, so that one takes seconds. What is left out: several processes
+(`tests/test_interruptions.py`), GPUs, power failures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import gc
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shlex
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from datetime import date
+from importlib.metadata import version
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+BASE = HERE.parent / "recipes" / "demo" / "tiny-llava"
+LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
+KINDS = ("lora", "full")  # what the second stage trains
+PRELOADED = ["llavamed_peft.curriculum", "transformers.models.llava.modeling_llava", "transformers.models.clip.modeling_clip"]
+PRELOADED += [
+    "transformers.models.llama.modeling_llama",
+    "matplotlib.figure",
+    "matplotlib.backends.backend_agg",
+    "PIL.PngImagePlugin",
+]
+# By the clock, or by how it is computed: not the same after an interruption.
+OF_THE_CLOCK = {"seconds", "seconds_left", "evaluation_seconds", "checkpoint_seconds"}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=200, help="in all")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    began = time.monotonic()
+    with tempfile.TemporaryDirectory() as folder:
+        place = Path(folder)
+        write_data(place)
+        generator = random.Random(options.seed)
+        kills: Counter[str] = Counter()
+        runs, calls = 0, 0
+        undisturbed = {kind: measure(place, kind) for kind in KINDS}
+        while kills.total() < options.kills:
+            kind = KINDS[runs % len(KINDS)]
+            out = place / f"{kind}-{runs}"
+            found, made = run_with_kills(place, out, kind, undisturbed[kind], generator, options.kills - kills.total())
+            kills += found
+            runs, calls = runs + 1, calls + made
+            check_same(place / kind, out)
+            print(f"{kills.total()} kills, {runs} runs, {calls} calls: all as if nothing had happened", file=sys.stderr)
+    result = {
+        "benchmark": "kills",
+        "date": date.today().isoformat(),
+        "machine": f"{len(os.sched_getaffinity(0))} cores {platform.machine().replace('_', '-')}",
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "command": shlex.join(["python", "benchmarks/kills.py", *sys.argv[1:]]),
+        "kills": dict(kills),
+        "runs": runs,
+        "calls": calls,
+        "seconds": round(time.monotonic() - began),
+    }
+    entry = log_entry(result)
+    print(entry)
+    if options.log:
+        with (HERE / "LOG.md").open("a", encoding="utf-8") as log:
+            log.write(f"\n{entry}")
+        path = HERE / "results" / f"kills-{result['date']}-seed-{options.seed}.json"
+        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def write_data(place: Path) -> None:
+    """Twelve rows about six images, one whose image breaks off in its pixels, and one that cannot be used."""
+    from PIL import Image
+
+    generator = random.Random(0)
+    rows: list[dict[str, Any]] = []
+    for number in range(6):
+        color = tuple(generator.randrange(256) for _ in range(3))
+        Image.new("RGB", (60 + 4 * number, 80), color).save(place / f"{number}.png")
+    Image.effect_noise((90, 60), 50).save(place / "cut.png")
+    (place / "cut.png").write_bytes((place / "cut.png").read_bytes()[:2000])
+    for number in range(14):
+        image = {12: "cut.png", 13: "missing.png"}.get(number, f"{number % 6}.png")
+        answer = " ".join(["the left lung"] * (1 + number % 4))
+        turns = [{"from": "human", "value": "<image>\nWhat is it?"}, {"from": "gpt", "value": answer}]
+        rows.append({"id": str(number), "image": image, "conversations": turns})
+    (place / "data.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+def finetune(place: Path, out: Path, kind: str, **changes: Any) -> None:
+    """The call that is killed and repeated: two stages, held-out losses, a checkpoint every 2 steps, half an epoch."""
+    from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune
+
+    first = Stage("align", "projector", Schedule(epochs=1.5, learning_rate=2e-3, global_batch=4))
+    schedule = Schedule(epochs=2, learning_rate=1e-3, projector_learning_rate=1e-4, global_batch=4, shuffle="conversations")
+    lora = LoraSpec(rank=8, alpha=16, dropout=0.1) if kind == "lora" else None
+    arguments = {
+        "model": BASE,
+        "data": {"align": place / "data.json", "vqa": place / "data.json"},
+        "output_dir": out,
+        "curriculum": Curriculum((first, Stage("vqa", kind, schedule, lora))),
+        "eval_data": {"vqa": place / "data.json"},
+        "max_rejected": 0.5,
+        "eval_steps": 4,
+        "save_steps": 2,
+        "max_row_tokens": 300,
+    }
+    curriculum_finetune(**{**arguments, **changes})
+
+
+def start(
+    place: Path, out: Path, kind: str, before: Callable[..., object] | None = None, *how: Any, **changes: Any
+) -> BaseProcess:
+    """Make the call in a process of its own, forked from one that has imported everything; its output is `<out>.log`.
+
+    Args:
+        before: called with `how` in that process before the call, such as `kill_at_operation`.
+        changes: of the call's arguments.
+    """
+    # sleeping threads, and one of them only: a fork while others run would leave their locks held for ever
+    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    process = context.Process(target=_call, args=(place, out, kind, before, how, changes))
+    process.start()
+    return process
+
+
+def _call(place: Path, out: Path, kind: str, before: Callable[..., object] | None, how: Any, changes: dict[str, Any]) -> None:
+    log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
+    for stream in (1, 2):
+        os.dup2(log, stream)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+    gc.freeze()  # or the trainer's collections would go through, and so copy, all that was imported before the fork
+    if before is not None:
+        before(*how)
+    finetune(place, out, kind, **changes)
+
+
+def operations(out: Path, then: Callable[[int], object]) -> None:
+    """Call `then` with a running number before each operation that changes a file in the run's folder."""
+    inside, number = f"{out}/", 0
+
+    def watch(event: str, arguments: tuple[Any, ...]) -> None:
+        nonlocal number
+        if event == "open":
+            flags = arguments[2]
+            if not isinstance(flags, int) or not flags & (os.O_WRONLY | os.O_RDWR | os.O_CREAT):
+                return
+        elif event not in ("os.rename", "os.mkdir", "os.rmdir", "os.remove"):
+            return
+        if isinstance(arguments[0], (str, os.PathLike)) and os.fspath(arguments[0]).startswith(inside):
+            number += 1
+            then(number)
+
+    sys.addaudithook(watch)
+
+
+def kill_at_operation(out: Path, moment: int) -> None:
+    """Let this process die just before one of its file operations."""
+    operations(out, lambda number: os.kill(os.getpid(), signal.SIGKILL) if number == moment else None)
+
+
+def count_operations(out: Path, total: Path) -> None:
+    """Keep the number of this process's file operations in a file."""
+    operations(out, lambda number: total.write_text(str(number)))
+
+
+def measure(place: Path, kind: str) -> tuple[float, int]:
+    """Seconds and file operations of a call that is left alone, the second of two; its folder `<place>/<kind>` stays."""
+    for name in ("warm", kind):
+        out = place / name if name == kind else place / f"{kind}-warm"
+        began = time.monotonic()
+        finish(start(place, out, kind, count_operations, out, place / "operations"), out)
+        seconds = time.monotonic() - began
+    return seconds, int((place / "operations").read_text())
+
+
+def finish(process: BaseProcess, out: Path) -> None:
+    """Wait for a call that should succeed."""
+    process.join(300)
+    if process.exitcode != 0:
+        raise RuntimeError(f"exit code {process.exitcode}: {Path(f'{out}.log').read_text(encoding='utf-8')[-3000:]}")
+
+
+def run_with_kills(
+    place: Path, out: Path, kind: str, undisturbed: tuple[float, int], generator: random.Random, most: int
+) -> tuple[Counter[str], int]:
+    """Make the call until it comes to its end, killing it at most `most` times; returns what the kills hit, and the calls."""
+    kills: Counter[str] = Counter()
+    for calls in range(1, 1000):
+        by_the_clock = generator.random() < 0.5
+        share = generator.random() if kills.total() < most else 2.0
+        if by_the_clock:
+            process = start(place, out, kind)
+            process.join(share * undisturbed[0])
+            if process.exitcode is None and share < 1:
+                process.kill()
+        else:
+            process = start(place, out, kind, kill_at_operation, out, round(share * undisturbed[1]))
+        process.join(300)
+        if process.exitcode == 0:
+            return kills, calls
+        if process.exitcode != -signal.SIGKILL:
+            finish(process, out)
+        kills[what_was_hit(out)] += 1
+        check_whole(out)
+    raise RuntimeError(f"{out}: comes to no end")
+
+
+def what_was_hit(out: Path) -> str:
+    """What a killed call was about, from what it left."""
+    if not (out / "run.json").exists():
+        return "before training"
+    if any(out.glob("checkpoints/*/.*.partial")):
+        return "writing or removing a checkpoint"
+    if any(out.glob(".*.partial")):
+        return "writing a stage's folder or a log"
+    if any((out / path.name / "stage.json").exists() for path in out.glob("checkpoints/*")):
+        return "behind a stage"
+    return "training, evaluating or loading"
+
+
+def check_whole(out: Path) -> None:
+    """What has a final name is whole: stages and checkpoints."""
+    from llavamed_peft.adapters import StageAdapter
+    from llavamed_peft.checkpoints import fault
+
+    for stage in out.glob("[!.]*/stage.json"):
+        StageAdapter.load(stage.parent)
+    for checkpoint in out.glob("checkpoints/*/step-*"):
+        if found := fault(checkpoint):
+            raise AssertionError(found)
+
+
+def check_same(undisturbed: Path, out: Path) -> None:
+    """Two finished runs agree in everything but the time they took."""
+    from llavamed_peft.adapters import StageAdapter
+
+    left = {path.name for path in out.iterdir()}
+    assert left == {path.name for path in undisturbed.iterdir()}, left
+    for stage in ("align", "vqa"):
+        one, other = StageAdapter.load(undisturbed / stage), StageAdapter.load(out / stage)
+        assert one.record["sha256"] == other.record["sha256"], f"{out}: {stage} has other tensors"
+        assert without_clock(one.metrics) == without_clock(other.metrics), (one.metrics, other.metrics)
+        assert one.record["data"] == other.record["data"]
+    for name in ("metrics.jsonl", "rejected.jsonl"):
+        texts = [(run / name).read_text(encoding="utf-8").splitlines() for run in (undisturbed, out)]
+        one, other = ([without_clock(json.loads(line)) for line in text] for text in texts)
+        assert one == other, f"{out / name} differs"
+
+
+def without_clock(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in record.items() if key not in OF_THE_CLOCK and not key.endswith("_per_second")}
+
+
+def log_entry(result: dict[str, Any]) -> str:
+    """The result as a section of `LOG.md`."""
+    hit = ", ".join(f"{what} {count}" for what, count in sorted(result["kills"].items()))
+    return "\n".join(
+        [
+            f"## {result['date']} · kills: runs killed at random moments and gone on with",
+            "",
+            f"- Machine: {result['machine']}",
+            f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
+            f"- Command: `{result['command']}`, {result['seconds']} s",
+            "- What: two curricula of two stages on the demo's tiny LLaVA (projector then LoRA with dropout .1; projector then "
+            "full), fp32, a checkpoint every 2 steps",
+            "- Expected: every run ends as the one that was left alone: tensors bit for bit, losses, counts, rejected rows",
+            f"- Result: as expected. {sum(result['kills'].values())} kills ({hit}), {result['calls']} calls, {result['runs']} "
+            "runs that came to their end, none differing",
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    with contextlib.suppress(BrokenPipeError):
+        main()

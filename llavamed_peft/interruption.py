@@ -1,0 +1,74 @@
+"""SIGTERM and Ctrl-C while a stage trains: noted at once, obeyed where the run can be gone on with.
+
+A scheduler that stops a job sends SIGTERM and kills half a minute later; a person presses Ctrl-C, which the terminal sends to
+every process it started. Neither may tear a step apart: the trainer asks `StopSignals` between device batches, saves, and
+raises `Interrupted`. What it saves is `resumption.py`'s business.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from types import FrameType, TracebackType
+from typing import Any
+
+_SECONDS_TO_REPEAT = 1.0  # a launcher hands a terminal's Ctrl-C on, so one keystroke may arrive twice
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, has saved, and can be gone on with; the message says from where.
+
+    Like Ctrl-C's own `KeyboardInterrupt` it is no `Exception`: what catches errors lets it pass.
+
+    Args:
+        signal_number: `signal.SIGTERM` or `signal.SIGINT`; a script's exit code is by custom 128 + this.
+        message: what was done until now and how to go on.
+    """
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class StopSignals:
+    """A context in which SIGTERM and SIGINT do not end the process but set `received`; a second Ctrl-C does end it.
+
+    Signals that the process ignores stay ignored, as the shell means it for jobs in the background. Outside the main thread,
+    where Python allows no handlers, it does nothing. A signal that nobody has obeyed is delivered again at the end.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._at = 0.0
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGTERM, signal.SIGINT):
+                if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                    self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if number == signal.SIGINT and self.received == signal.SIGINT and now - self._at > _SECONDS_TO_REPEAT:
+            raise KeyboardInterrupt
+        if self.received is None:
+            self.received, self._at = number, now
+            # print() may not be entered twice, and the signal may have come in the middle of one
+            os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping. Ctrl-C again stops at once.\n".encode())
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        if kind is None and self.received is not None:
+            signal.raise_signal(self.received)
+
+
+def leave_signals_to_the_trainer(worker: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: a terminal and a scheduler signal every process, but the trainer needs its workers
+    until it has saved. Should it die, torch's workers notice by themselves and end."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

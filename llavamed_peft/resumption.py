@@ -1,0 +1,257 @@
+"""`ResumableTrainer`: a trainer that saves itself whole, goes on bit for bit, and stops when it is asked to.
+
+The Hugging Face trainer can resume too, but saves the model's state dict instead of what a stage trains, takes the newest
+checkpoint without looking whether it is whole, evaluates before it saves, and begins an evaluation that was cut off nowhere.
+Its loop is used as it is; what it would load and save is ours. An epoch is entered in its middle by passing over the sampler's
+steps, so that no image is decoded for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import signal
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import nn
+from transformers import set_seed
+from trl import SFTTrainer
+
+from .checkpoints import (
+    Checkpoint,
+    load_optimizer_tensors,
+    optimizer_tensors,
+    rng_state,
+    save_checkpoint,
+    set_rng_state,
+    standing,
+)
+from .errors import TrainingError
+from .interruption import Interrupted, StopSignals
+from .modeling.parts import Tensors, load_tensors, trainable_tensors
+from .packing.index import Index
+from .report import RunLog
+from .stages import Stage
+
+# What a checkpoint keeps of the trainer's own counting, beside the trainer's state.
+_COUNTED = (
+    "seen_conversations",
+    "seen_supervised_tokens",
+    "evaluated_at",
+    "evaluation_due",
+    "evaluation_seconds",
+    "checkpoint_seconds",
+)
+
+
+class ResumableTrainer(SFTTrainer):
+    """TRL's trainer with checkpoints of ours. How a step is taken and the held-out loss measured is the subclass's.
+
+    Args:
+        stage: what trains.
+        train_index, eval_index: the data.
+        settings: of the trainer.
+    """
+
+    def __init__(self, stage: Stage, train_index: Index, eval_index: Index | None, **settings: Any):
+        self.stage, self.schedule = stage, stage.schedule
+        self.train_index, self.eval_index = train_index, eval_index
+        self.stop = StopSignals()
+        self.checkpoint: Checkpoint | None = None  # where training begins
+        self.checkpoint_folder: Path | None = None
+        self.run_log: RunLog | None = None
+        self.history: list[dict[str, Any]] = []  # the records of the stage so far
+        self.seen_conversations = 0
+        self.seen_supervised_tokens = 0
+        self.evaluated_at = -1
+        self.evaluation_due = False  # behind the step just taken
+        self.evaluation_seconds = 0.0
+        self.checkpoint_seconds = 0.0
+        self._began = time.monotonic()
+        self._saved_at = 0
+        self._cost_shown = False
+        super().__init__(**settings)
+
+    def begin_from(self, folder: Path, checkpoint: Checkpoint | None, run_log: RunLog) -> None:
+        """Save into `folder`, and begin at the checkpoint, where there is one.
+
+        Raises:
+            TrainingError: the rows that can be used are not those it was trained on.
+        """
+        self.checkpoint_folder, self.checkpoint, self.run_log = folder, checkpoint, run_log
+        self.args.eval_on_start = self.eval_index is not None
+        if checkpoint is None:
+            return
+        state = checkpoint.state
+        if state["order"] != self._order():
+            raise TrainingError(
+                f"{checkpoint.path}: was trained on other rows than can be used now. Have images been moved or changed? Put them "
+                "back and make the same call again, or choose another output_dir."
+            )
+        for name in _COUNTED:
+            setattr(self, name, state["counted"][name])
+        self.history = list(state["history"])
+        self._saved_at = checkpoint.step
+        self.args.eval_on_start = self.evaluation_due
+        for index, failed in ((self.train_index, state["failed"]["train"]), (self.eval_index, state["failed"]["eval"])):
+            if index is not None:
+                index.failed.update({row: reason for row, reason in failed})
+
+    def training_seconds(self) -> float:
+        """Wall time since training began, without evaluation and checkpoints, and without pauses between calls."""
+        return time.monotonic() - self._began - self.evaluation_seconds - self.checkpoint_seconds
+
+    def agree_on_stopping(self, *numbers: int) -> list[int]:
+        """Sum numbers over the processes and learn whether any of them was asked to stop; then all save and stop, here.
+
+        Raises:
+            Interrupted: one was asked.
+        """
+        local = [*numbers, int(self.stop.received is not None)]
+        if self.accelerator.num_processes > 1:
+            local = self.accelerator.reduce(torch.tensor(local, device=self.args.device), "sum").tolist()
+        *sums, asked = local
+        if asked:
+            self.save_and_stop(rng_state())
+        return sums
+
+    def save_and_stop(self, rng: dict[str, Any]) -> None:
+        """Save the step that was finished last, at whose end the random numbers stood at `rng`. All processes call it.
+
+        Raises:
+            Interrupted: always.
+        """
+        step = self.state.global_step
+        if step > self._saved_at:
+            self._save(rng)
+        number = self.stop.received or signal.SIGTERM  # another process's, which they all obey
+        assert self.checkpoint_folder is not None
+        raise Interrupted(
+            number,
+            f"Stopped by {signal.Signals(number).name} behind step {step} of {self.state.max_steps} of stage "
+            f"{self.stage.name!r}. {standing(self.checkpoint_folder)}",
+        )
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        if self.state.global_step == self._saved_at:
+            return
+        began = time.monotonic()
+        size = self._save(rng_state())
+        seconds = time.monotonic() - began
+        if self.run_log is not None and not self._cost_shown and self.is_world_process_zero():
+            every = self.state.save_steps
+            share = seconds / (seconds + every * self.training_seconds() / self.state.global_step)
+            self.run_log.note(
+                f"{self.stage.name:<10} a checkpoint every {every} steps costs {size / 1e6:,.1f} MB (two are kept), "
+                f"{seconds:.2f} s, {share:.1%} of the time (save_steps)"
+            )
+        self._cost_shown = True
+
+    def _save(self, rng: dict[str, Any]) -> int:
+        """Save the step that was finished last; returns the size in bytes, 0 where another process writes."""
+        assert self.checkpoint_folder is not None
+        began, training_seconds, size = time.monotonic(), self.training_seconds(), 0
+        tensors, optimizer = self._whole_tensors()
+        rngs = gather_object([rng])
+        failed = {
+            name: sorted(gather_object(list(index.failed.items()))) if index is not None else []
+            for name, index in (("train", self.train_index), ("eval", self.eval_index))
+        }
+        if self.is_world_process_zero():
+            self._refuse_broken(tensors)
+            state = {
+                "order": self._order(),
+                "counted": {name: getattr(self, name) for name in _COUNTED},
+                "training_seconds": training_seconds,
+                "history": self.history,
+                "failed": failed,
+                "scheduler": self.lr_scheduler.state_dict(),
+                "rng": rngs,
+            }
+            size = save_checkpoint(self.checkpoint_folder, self.state.global_step, tensors, optimizer, state)
+        self.accelerator.wait_for_everyone()
+        self._saved_at = self.state.global_step
+        self.checkpoint_seconds += time.monotonic() - began
+        return size
+
+    def _whole_tensors(self) -> tuple[Tensors, Tensors]:
+        """What trains and the optimizer's state, on the process that writes. Every process calls it; where tensors are sharded,
+        all have to take part."""
+        if not self.is_world_process_zero():
+            return {}, {}
+        return trainable_tensors(self.model), optimizer_tensors(self.model, self.optimizer)
+
+    def _refuse_broken(self, tensors: Tensors) -> None:
+        assert self.checkpoint_folder is not None
+        if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
+            raise TrainingError(
+                f"After step {self.state.global_step} {len(broken)} of {len(tensors)} tensors are not finite ({broken[0]}). "
+                f"{self.would_recur()}"
+            )
+
+    def would_recur(self) -> str:
+        """What to do about a fault that the same call would meet again."""
+        assert self.checkpoint_folder is not None
+        return (
+            f"Lower learning_rate, or look for odd data, in another output_dir. {standing(self.checkpoint_folder)} It would meet "
+            "this again. Nothing of this stage was written under its name, the stages before it are untouched."
+        )
+
+    def _order(self) -> str:
+        """A hash of what decides the order of the data beside seed, epoch and step."""
+        digest = hashlib.sha256()
+        for column in ("length", "group"):
+            digest.update(np.ascontiguousarray(self.train_index.column(column), dtype=np.int64).tobytes())
+        return digest.hexdigest()
+
+    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, resume: Any, trial: Any) -> tuple[int, int]:
+        beginning = super()._init_training_state(max_steps, steps_per_epoch, epochs, None, trial)
+        if self.checkpoint is None:
+            return beginning
+        step = self.checkpoint.step
+        self.state.global_step, self.state.epoch = step, step / steps_per_epoch
+        epoch, within = divmod(step, steps_per_epoch)
+        return (epoch, within) if step < max_steps else (epochs, 0)  # a part of an epoch would be taken up again
+
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume: Any) -> tuple[nn.Module, Any]:
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self._began = time.monotonic()
+        if self.checkpoint is not None:
+            load_tensors(self.model, self.checkpoint.tensors())
+            load_optimizer_tensors(self.model, self.optimizer, self.checkpoint.optimizer())
+            self.lr_scheduler.load_state_dict(self.checkpoint.state["scheduler"])
+            for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+                group["lr"] = rate
+            self._began -= self.checkpoint.state["training_seconds"] + self.evaluation_seconds + self.checkpoint_seconds
+        return prepared
+
+    def _run_epoch(self, **settings: Any) -> None:
+        # passes over the steps of an epoch that are done, fetches the next, and asks for the random numbers as they stood
+        super()._run_epoch(**settings | {"resume_from_checkpoint": self.checkpoint})
+
+    def _load_rng_state(self, checkpoint: Checkpoint | None) -> None:
+        if checkpoint is None:
+            return
+        rngs, rank, processes = checkpoint.state["rng"], self.args.process_index, self.args.world_size
+        if len(rngs) == processes:
+            set_rng_state(rngs[rank])
+            return
+        if self.stage.lora is not None and self.stage.lora.dropout > 0:
+            warnings.warn(
+                f"{checkpoint.path} was saved by {len(rngs)} process(es), {processes} go on: dropout draws other numbers than it "
+                "would have.",
+                stacklevel=2,
+            )
+        set_seed(int(np.random.SeedSequence([self.args.seed, checkpoint.step, rank]).generate_state(1)[0]))
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **settings: Any) -> None:
+        """Log, save, and only then evaluate: what is cut off while it evaluates begins with the evaluation again."""
+        self.evaluation_due, self.control.should_evaluate = self.control.should_evaluate, False
+        super()._maybe_log_save_evaluate(*arguments, **settings)
+        if self.evaluation_due:
+            self.evaluate()
