@@ -23,10 +23,22 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig, SFTTrainer
 
 from .errors import TrainingError
-from .modeling.parts import PROJECTOR, Tensors, bare, freeze_tower, load_tensors, set_dtypes, trainable_tensors
+from .modeling.parts import (
+    PROJECTOR,
+    Tensors,
+    always_look,
+    bare,
+    freeze_tower,
+    load_tensors,
+    set_dtypes,
+    sharding_units,
+    trainable_tensors,
+)
+from .modeling.sharding import Sharding, shard
 from .packing import PackedCollator
 from .packing.index import DeviceBatches, DeviceInputs, Index
 from .packing.steps import StepSampler, learns_nothing
@@ -48,6 +60,7 @@ class Computing:
         workers: processes that decode images ahead; 0 decodes in the training process.
         eval_steps: optimizer steps between two held-out losses; `None`: a tenth of the stage's.
         report_to: `"none"`, or trackers that the trainer knows, such as `"tensorboard"` or `"trackio"`.
+        sharding: how the model is spread over processes; `None`: each has a whole one.
     """
 
     dtype: torch.dtype
@@ -57,6 +70,7 @@ class Computing:
     workers: int = 0
     eval_steps: int | None = None
     report_to: str | list[str] = "none"
+    sharding: Sharding | None = None
 
 
 @dataclass(slots=True)
@@ -97,7 +111,9 @@ def train_stage(
     """
     schedule = stage.schedule
     on_gpu = torch.cuda.is_available()
-    config = SFTConfig(
+    sharding = computing.sharding
+    by_us = sharding is not None and sharding.deepspeed is None
+    config = (_LeftWhereItIs if by_us else SFTConfig)(
         output_dir=str(work_folder),
         num_train_epochs=schedule.epochs,
         learning_rate=schedule.learning_rate,
@@ -125,11 +141,13 @@ def train_stage(
         eval_on_start=eval_index is not None,
         report_to=computing.report_to,
         run_name=stage.name,
+        deepspeed=None if sharding is None else sharding.deepspeed,
     )
     quantized = getattr(bare(model), "is_loaded_in_4bit", False)
     start = trainable_tensors(model) if quantized else None
     collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout)
     trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator)
+    unset_hf_deepspeed_config()  # or the next stage's model would be loaded in pieces
     trainer.remove_callback(PrinterCallback)
     watch = _Watch(trainer, on_record)
     trainer.add_callback(watch)
@@ -139,6 +157,12 @@ def train_stage(
         load_tensors(model, start)
         del start
     freeze_tower(model)
+    always_look(model)
+    if by_us:
+        shard(model, sharding_units(model), sharding, computing.dtype)
+        trainer.is_distributed_loading_by_transformers = (
+            True  # the trainer's word for: leave placement and gradients to the model
+        )
     steps_per_epoch = len(trainer.get_train_dataloader())
     if learns_nothing(steps_per_epoch, schedule):
         steps = steps_per_epoch * schedule.epochs
@@ -242,6 +266,7 @@ class StageTrainer(SFTTrainer):
         total = torch.zeros((), device=self.args.device)
         for position, batch in enumerate(inputs):
             last = position == len(inputs) - 1
+            self.accelerator.sync_gradients = last  # DeepSpeed takes its step where this is true
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = self._summed_loss(model, batch) * scale
@@ -259,7 +284,7 @@ class StageTrainer(SFTTrainer):
         """The held-out loss: the mean over all supervised tokens of the held-out data."""
         assert self.eval_index is not None
         began = time.monotonic()
-        model = self.model_wrapped if self.is_in_train else self.model
+        model = self.model_wrapped
         model.eval()
         once = Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
         summed = torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -304,11 +329,7 @@ class StageTrainer(SFTTrainer):
         return list(groups.values())
 
     def _summed_loss(self, model: nn.Module, batch: DeviceInputs) -> torch.Tensor:
-        """Cross-entropy summed over a device batch's supervised tokens.
-
-        A batch without images, or without conversations, gives every trainable tensor a gradient all the same (zero), so that
-        processes which wait for one another's gradients all have one.
-        """
+        """Cross-entropy summed over a device batch's supervised tokens; zero, with a graph, for a batch without any."""
         inputs: dict[str, torch.Tensor] = self._prepare_input(dict(batch.inputs))
         labels = inputs.pop("labels")[:, 1:]
         learnt = labels != -100
@@ -317,13 +338,8 @@ class StageTrainer(SFTTrainer):
             asked[0, 0] = True
         logits = model(**inputs, logits_to_keep=asked, use_cache=False).logits.float()
         if batch.supervised_tokens == 0:
-            return logits.sum() * 0.0 + self._projector_zero()
-        loss = nn.functional.cross_entropy(logits, labels[learnt], reduction="sum")
-        return loss if "pixel_values" in inputs else loss + self._projector_zero()
-
-    def _projector_zero(self) -> torch.Tensor:
-        projector = bare(self.model).get_submodule(PROJECTOR)
-        return sum(parameter.sum() for parameter in projector.parameters() if parameter.requires_grad) * 0.0
+            return logits.sum() * 0.0
+        return nn.functional.cross_entropy(logits, labels[learnt], reduction="sum")
 
     def _total(self, inputs: list[DeviceInputs]) -> tuple[int, int]:
         """Conversations and supervised tokens of a step, over all processes."""
@@ -336,6 +352,12 @@ class StageTrainer(SFTTrainer):
     def _note_failures(self, index: Index, inputs: list[DeviceInputs]) -> None:
         for batch in inputs:
             index.failed.update(batch.failed)
+
+
+class _LeftWhereItIs(SFTConfig):
+    """Of a model that is sharded later: whole, it may not fit on a GPU."""
+
+    place_model_on_device = False
 
 
 class StepLoader(DataLoader[list[DeviceInputs]]):
@@ -353,6 +375,8 @@ class _Watch(TrainerCallback):
         self.trainer = trainer
         self.on_record = on_record
         self.history: list[dict[str, Any]] = []
+        # now, while each process holds them whole
+        self.trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
         self.began = time.monotonic()
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -387,7 +411,6 @@ class _Watch(TrainerCallback):
         losses = [record["loss"] for record in self.history if "loss" in record]
         held_out = [record["eval_loss"] for record in self.history if "eval_loss" in record]
         seconds = self._training_seconds()
-        trainable = sum(parameter.numel() for parameter in self.trainer.model.parameters() if parameter.requires_grad)
         return {
             "steps": self.trainer.state.global_step,
             "conversations": self.trainer.seen_conversations,
@@ -395,7 +418,7 @@ class _Watch(TrainerCallback):
             "seconds": round(seconds, 2),
             "evaluation_seconds": round(self.trainer.evaluation_seconds, 2),
             "conversations_per_second": round(self.trainer.seen_conversations / seconds, 3),
-            "trainable_parameters": trainable,
+            "trainable_parameters": self.trainable,
             "loss_first": losses[0] if losses else None,
             "loss_last": losses[-1] if losses else None,
             "eval_loss_before": held_out[0] if held_out else None,
