@@ -29,6 +29,7 @@ from .adapters import write_folder
 from .errors import AdapterError, TrainingError
 from .hashing import file_sha256
 from .modeling.parts import Tensors
+from .modeling.sharding import as_sharded, whole
 
 SCHEMA_VERSION = 1
 KEPT = 2
@@ -146,13 +147,18 @@ def fault(path: Path) -> str | None:
 
 
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
-    """The optimizer's state on the CPU, as `<parameter>/<entry>`, such as `lm_head.weight/exp_avg`."""
-    names = {parameter: name for name, parameter in model.named_parameters()}
-    return {
-        f"{names[parameter]}/{entry}": tensor.detach().cpu().contiguous()
-        for parameter, state in optimizer.state.items()
-        for entry, tensor in state.items()
-    }
+    """The optimizer's state on the CPU, as `<parameter>/<entry>`, such as `lm_head.weight/exp_avg`.
+
+    Where the model is sharded, every process has to call this, and the main one gets the tensors, the others an empty mapping.
+    """
+    keeps = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    tensors: Tensors = {}
+    for name, parameter in model.named_parameters():
+        for entry, tensor in optimizer.state.get(parameter, {}).items():
+            full = whole(tensor)
+            if keeps:
+                tensors[f"{name}/{entry}"] = full.detach().cpu().contiguous()
+    return tensors
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -174,7 +180,12 @@ def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, t
             f"The checkpoint holds optimizer state of {len(homeless)} parameter(s) that do not train ({homeless[0]}). The "
             "installed peft or transformers names modules otherwise; use the versions it was saved with."
         )
-    state = {number: states[name] for number, name in enumerate(order) if name in states}
+    parameters = dict(model.named_parameters())
+    state = {
+        number: {entry: as_sharded(tensor, parameters[name]) for entry, tensor in states[name].items()}
+        for number, name in enumerate(order)
+        if name in states
+    }
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -9,7 +9,7 @@ import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime, timezone
+from datetime import datetime, timedelta, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,15 +41,17 @@ from .errors import AdapterError, ConfigError, TrainingError, did_you_mean
 from .modeling.load import Quantization, check_quantization, load_checkpoint, read_config, resolve_dtype
 from .modeling.parts import NO_TARGET, adapter_config, attach, bare, load_tensors, set_dtypes, unfreeze_full
 from .modeling.processor import load_processor, make_stage_processor
+from .modeling.sharding import asked_sharding, launcher_aside
 from .packing.collator import LAYOUTS, PackedCollator
 from .packing.index import Index, build_index
 from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, read_metrics, stage_table
 from .runs import LOCK, RUN, check_same_run, disk_faults, locked, remove_partial, write_run
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Stage
-from .training import Computing, Trained, train_stage
+from .training import MAX_GRAD_NORM, Computing, Trained, train_stage
 
 REJECTED, INDEX, LOGS, CHECKPOINTS = "rejected.jsonl", "index", "logs", "checkpoints"
 _OWN_NAMES = (INDEX, LOGS, CHECKPOINTS, METRICS, REJECTED, CURVE, TABLE, RUN, LOCK)
+_LONGEST_WAIT = timedelta(minutes=30)
 _LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "safetensors")
 
 
@@ -129,6 +131,11 @@ def curriculum_finetune(
     parent = start_from if isinstance(start_from, StageAdapter) or start_from is None else StageAdapter.load(start_from)
     _check_lineage(curriculum, parent, quantization)
     computing = _computing(dtype, layout, max_row_tokens, gradient_checkpointing, workers, eval_steps, save_steps, report_to)
+    if computing.sharding is not None and quantization is not None:
+        raise ConfigError(
+            f"quantization is {quantization!r} and the launch configuration shards ({computing.sharding.method}); wanted one of "
+            "the two: 4-bit weights cannot be cut. Launch without FSDP and DeepSpeed: each GPU then holds the small model whole."
+        )
     config = read_config(model)
     base = base_record(model, config)
     if parent is not None:
@@ -136,7 +143,8 @@ def curriculum_finetune(
     lineage = Lineage(str(model), base, root=base).behind(parent)
     processor = load_processor(model if parent is None else parent.path, config)
     stage_processor = make_stage_processor(processor, curriculum.image_aspect_ratio)
-    processes = PartialState(cpu=not torch.cuda.is_available())
+    # the others wait while one checks data or writes a checkpoint
+    processes = PartialState(cpu=not torch.cuda.is_available(), timeout=_LONGEST_WAIT)
     sources = {
         use: {
             stage.name: open_sources(given[stage.name], _folder_of(image_folder, stage), f"{use}[{stage.name!r}]")
@@ -166,7 +174,8 @@ def curriculum_finetune(
             else:
                 train_index, eval_index = indexes[stage.name]
                 assert train_index is not None
-                adapters[stage.name] = run.stage(stage, lineage, train_index, eval_index, rejects)
+                with launcher_aside():
+                    adapters[stage.name] = run.stage(stage, lineage, train_index, eval_index, rejects)
             run.settle(stage)
             lineage = lineage.behind(adapters[stage.name])
     return adapters
@@ -411,6 +420,7 @@ class Run:
             "computing": {
                 **computing,
                 "dtype": str(self.computing.dtype).removeprefix("torch."),
+                "sharding": None if self.computing.sharding is None else self.computing.sharding.method,
                 "quantization": self.quantization,
             },
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
@@ -541,15 +551,18 @@ def _computing(
         raise ConfigError(f"dtype is {dtype!r}; training computes in 'bfloat16' or 'float32' (float16 would need loss scaling).")
     if compute_dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
         raise ConfigError(f"{torch.cuda.get_device_name()} has no bfloat16; wanted dtype='float32' on it.")
+    sharding = asked_sharding(compute_dtype, MAX_GRAD_NORM)
+    checkpoints = on_gpu or (sharding is not None and sharding.gradient_checkpointing)
     return Computing(
         dtype=compute_dtype,
         layout=layout,
         max_row_tokens=max_row_tokens or (16384 if on_gpu else 4096),
-        gradient_checkpointing=on_gpu if gradient_checkpointing is None else gradient_checkpointing,
+        gradient_checkpointing=checkpoints if gradient_checkpointing is None else gradient_checkpointing,
         workers=(min(8, os.cpu_count() or 1) if on_gpu else 0) if workers is None else workers,
         eval_steps=eval_steps,
         save_steps=save_steps,
         report_to=report_to or "none",
+        sharding=sharding,
     )
 
 

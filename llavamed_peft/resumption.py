@@ -33,7 +33,7 @@ from .checkpoints import (
 )
 from .errors import TrainingError
 from .interruption import Interrupted, StopSignals
-from .modeling.parts import Tensors, load_tensors, trainable_tensors
+from .modeling.parts import Tensors, trainable_tensors
 from .packing.index import Index
 from .report import RunLog
 from .stages import Stage
@@ -180,10 +180,7 @@ class ResumableTrainer(SFTTrainer):
         return size
 
     def _whole_tensors(self) -> tuple[Tensors, Tensors]:
-        """What trains and the optimizer's state, on the process that writes. Every process calls it; where tensors are sharded,
-        all have to take part."""
-        if not self.is_world_process_zero():
-            return {}, {}
+        """What trains and the optimizer's state, on the process that writes. All call it: sharded tensors are gathered."""
         return trainable_tensors(self.model), optimizer_tensors(self.model, self.optimizer)
 
     def _refuse_broken(self, tensors: Tensors) -> None:
@@ -222,7 +219,6 @@ class ResumableTrainer(SFTTrainer):
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._began = time.monotonic()
         if self.checkpoint is not None:
-            load_tensors(self.model, self.checkpoint.tensors())
             load_optimizer_tensors(self.model, self.optimizer, self.checkpoint.optimizer())
             self.lr_scheduler.load_state_dict(self.checkpoint.state["scheduler"])
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):

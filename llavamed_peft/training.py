@@ -22,12 +22,24 @@ from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig
 
 from .checkpoints import Checkpoint, rng_state, standing
 from .errors import TrainingError
 from .interruption import leave_signals_to_the_trainer
-from .modeling.parts import PROJECTOR, Tensors, bare, freeze_tower, load_tensors, set_dtypes, trainable_tensors
+from .modeling.parts import (
+    PROJECTOR,
+    Tensors,
+    always_look,
+    bare,
+    freeze_tower,
+    load_tensors,
+    set_dtypes,
+    sharding_units,
+    trainable_tensors,
+)
+from .modeling.sharding import Sharding, shard
 from .packing import PackedCollator
 from .packing.index import DeviceBatches, DeviceInputs, Index
 from .packing.steps import StepSampler, learns_nothing
@@ -53,6 +65,7 @@ class Computing:
         eval_steps: optimizer steps between two held-out losses; `None`: a tenth of the stage's.
         save_steps: optimizer steps between two checkpoints; `None`: a tenth of the stage's.
         report_to: `"none"`, or trackers that the trainer knows, such as `"tensorboard"` or `"trackio"`.
+        sharding: how the model is spread over processes; `None`: each has a whole one.
     """
 
     dtype: torch.dtype
@@ -63,6 +76,7 @@ class Computing:
     eval_steps: int | None = None
     save_steps: int | None = None
     report_to: str | list[str] = "none"
+    sharding: Sharding | None = None
 
 
 @dataclass(slots=True)
@@ -108,7 +122,9 @@ def train_stage(
     """
     schedule = stage.schedule
     on_gpu = torch.cuda.is_available()
-    config = SFTConfig(
+    sharding = computing.sharding
+    by_us = sharding is not None and sharding.deepspeed is None
+    config = (_LeftWhereItIs if by_us else SFTConfig)(
         output_dir=str(work_folder),
         num_train_epochs=schedule.epochs,
         learning_rate=schedule.learning_rate,
@@ -136,11 +152,13 @@ def train_stage(
         eval_steps=computing.eval_steps or 1 / _EVALUATIONS_PER_STAGE,
         report_to=computing.report_to,
         run_name=stage.name,
+        deepspeed=None if sharding is None else sharding.deepspeed,
     )
     quantized = getattr(bare(model), "is_loaded_in_4bit", False)
     start = trainable_tensors(model) if quantized else None
     collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout)
     trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator)
+    unset_hf_deepspeed_config()  # or the next stage's model would be loaded in pieces
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Watch(trainer, run_log))
     trainer.begin_from(checkpoint_folder, checkpoint, run_log)
@@ -150,6 +168,15 @@ def train_stage(
         load_tensors(model, start)
         del start
     freeze_tower(model)
+    always_look(model)
+    if checkpoint is not None:
+        load_tensors(model, checkpoint.tensors())
+    trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    if by_us:
+        shard(model, sharding_units(model), sharding, computing.dtype)
+        trainer.is_distributed_loading_by_transformers = (
+            True  # the trainer's word for: leave placement and gradients to the model
+        )
     steps_per_epoch = len(trainer.get_train_dataloader())
     if learns_nothing(steps_per_epoch, schedule):
         steps = steps_per_epoch * schedule.epochs
@@ -183,7 +210,7 @@ def train_stage(
             f"After the last step {len(broken)} of {len(tensors)} tensors are not finite ({broken[0]}). Lower learning_rate; "
             "nothing of this stage was written, the stages before it are untouched."
         )
-    trained = Trained(tensors, summary(trainer))
+    trained = Trained(tensors, summary(trainer, trainable))
     del trainer  # it and its callbacks hold one another, the model and the optimizer; the next stage loads its own
     gc.collect()
     return trained
@@ -262,6 +289,7 @@ class StageTrainer(ResumableTrainer):
             if self.stop.received and self.accelerator.num_processes == 1:  # several agree between steps
                 self.save_and_stop(before)
             last = position == len(inputs) - 1
+            self.accelerator.sync_gradients = last  # DeepSpeed takes its step where this is true
             with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
                 with self.compute_loss_context_manager():
                     loss = self._summed_loss(model, batch) * scale
@@ -278,7 +306,7 @@ class StageTrainer(ResumableTrainer):
         """The held-out loss: the mean over all supervised tokens of the held-out data."""
         assert self.eval_index is not None
         began = time.monotonic()
-        model = self.model_wrapped if self.is_in_train else self.model
+        model = self.model_wrapped
         model.eval()
         once = Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
         summed = torch.zeros((), dtype=torch.float64, device=self.args.device)
@@ -323,11 +351,7 @@ class StageTrainer(ResumableTrainer):
         return list(groups.values())
 
     def _summed_loss(self, model: nn.Module, batch: DeviceInputs) -> torch.Tensor:
-        """Cross-entropy summed over a device batch's supervised tokens.
-
-        A batch without images, or without conversations, gives every trainable tensor a gradient all the same (zero), so that
-        processes which wait for one another's gradients all have one.
-        """
+        """Cross-entropy summed over a device batch's supervised tokens; zero, with a graph, for a batch without any."""
         inputs: dict[str, torch.Tensor] = self._prepare_input(dict(batch.inputs))
         labels = inputs.pop("labels")[:, 1:]
         learnt = labels != -100
@@ -336,13 +360,8 @@ class StageTrainer(ResumableTrainer):
             asked[0, 0] = True
         logits = model(**inputs, logits_to_keep=asked, use_cache=False).logits.float()
         if batch.supervised_tokens == 0:
-            return logits.sum() * 0.0 + self._projector_zero()
-        loss = nn.functional.cross_entropy(logits, labels[learnt], reduction="sum")
-        return loss if "pixel_values" in inputs else loss + self._projector_zero()
-
-    def _projector_zero(self) -> torch.Tensor:
-        projector = bare(self.model).get_submodule(PROJECTOR)
-        return sum(parameter.sum() for parameter in projector.parameters() if parameter.requires_grad) * 0.0
+            return logits.sum() * 0.0
+        return nn.functional.cross_entropy(logits, labels[learnt], reduction="sum")
 
     def _total(self, inputs: list[DeviceInputs]) -> tuple[int, int]:
         """Conversations and supervised tokens of a step, over all processes; here they also agree on stopping before it."""
@@ -353,6 +372,12 @@ class StageTrainer(ResumableTrainer):
     def _note_failures(self, index: Index, inputs: list[DeviceInputs]) -> None:
         for batch in inputs:
             index.failed.update(batch.failed)
+
+
+class _LeftWhereItIs(SFTConfig):
+    """Of a model that is sharded later: whole, it may not fit on a GPU."""
+
+    place_model_on_device = False
 
 
 class StepLoader(DataLoader[list[DeviceInputs]]):
@@ -391,12 +416,11 @@ class _Watch(TrainerCallback):
             self.run_log(record)
 
 
-def summary(trainer: StageTrainer) -> dict[str, Any]:
+def summary(trainer: StageTrainer, trainable: int) -> dict[str, Any]:
     """What `stage.json` says of the training, of all calls that it took."""
     losses = [record["loss"] for record in trainer.history if "loss" in record]
     held_out = [record["eval_loss"] for record in trainer.history if "eval_loss" in record]
     seconds = trainer.training_seconds()
-    trainable = sum(parameter.numel() for parameter in trainer.model.parameters() if parameter.requires_grad)
     return {
         "steps": trainer.state.global_step,
         "conversations": trainer.seen_conversations,

@@ -19,6 +19,7 @@ from llavamed_peft.errors import TrainingError
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.parts import (
     adapter_config,
+    always_look,
     attach,
     bare,
     check_trainable,
@@ -72,6 +73,7 @@ def trainer(
     model, processor = prepared(base, trains)
     set_dtypes(model, torch.float32)
     freeze_tower(model)
+    always_look(model)
     stage = Stage("s", trains, Schedule(**{"epochs": 1, "learning_rate": 1e-3, "global_batch": 6, **schedule}))
     collator = PackedCollator(processor, 2048, max_row_tokens)
     index = indexed(conversations, collator, folder)

@@ -10,13 +10,17 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import AdapterError, TrainingError
 from ..stages import LoraSpec, Scope
+from .sharding import whole
 
 TOWER, PROJECTOR, LANGUAGE, HEAD = "model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"
 # Matches no module. PEFT has no documented way to say "modules_to_save only"; a test pins that this one works.
@@ -125,6 +129,49 @@ def _stay_in_eval(tower: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
     return tower
 
 
+def always_look(model: torch.nn.Module) -> None:
+    """Run vision tower and projector in every forward: one without an image looks at a blank one, which counts nothing.
+
+    So every trainable tensor has a gradient in every step (perhaps zero), and processes that gather a sharded model's weights
+    part by part, each when it runs, all gather the same parts in the same order; otherwise one would wait for ever.
+    """
+    inner = bare(model).model
+    inner.forward = functools.partial(_forward_with_an_image, inner, inner.forward)
+
+
+def _forward_with_an_image(inner: PreTrainedModel, forward: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
+    if inputs.get("pixel_values") is None:
+        embeddings = inner.get_input_embeddings()(input_ids)
+        size = inner.config.vision_config.image_size
+        seen = inner.vision_tower(torch.zeros(1, 3, size, size, device=embeddings.device)).last_hidden_state[:, :1]
+        projector = inner.multi_modal_projector
+        layers = projector.linear_1.in_features // seen.shape[-1]  # the features of several may be joined
+        inputs["inputs_embeds"] = embeddings + projector(seen.repeat(1, 1, layers)).sum() * 0.0
+        input_ids = None
+    return forward(input_ids=input_ids, **inputs)
+
+
+def sharding_units(model: torch.nn.Module) -> list[torch.nn.Module]:
+    """What is gathered by itself where a model is sharded: each layer of the language model and of the vision tower.
+
+    Whole models inside the model are no such unit: FSDP2 gives a unit another class, and transformers looks up by the class what
+    a model hands out, the tower's hidden states for one.
+
+    Raises:
+        TrainingError: the language model's layers cannot be told.
+    """
+    units = {
+        part: [m for m in bare(model).get_submodule(part).modules() if isinstance(m, GradientCheckpointingLayer)]
+        for part in (LANGUAGE, TOWER)
+    }
+    if not units[LANGUAGE]:
+        raise TrainingError(
+            f"{type(bare(model).get_submodule(LANGUAGE)).__name__} has no layers that transformers can checkpoint, so it cannot "
+            "be sharded layer by layer; launch without FSDP."
+        )
+    return units[LANGUAGE] + units[TOWER]
+
+
 def bare(model: torch.nn.Module) -> PreTrainedModel:
     """The LLaVA model inside a PEFT model, or the model itself."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
@@ -145,13 +192,21 @@ def set_dtypes(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
 def trainable_tensors(model: torch.nn.Module) -> Tensors:
     """What a stage leaves, whole, on the CPU: an adapter's tensors under PEFT's names, or a full stage's trained weights.
 
-    A frozen LoRA that a projector stage carries is part of it. Every writer and reader of stages goes through this mapping.
+    A frozen LoRA that a projector stage carries is part of it. Every writer and reader of stages goes through this mapping. Where
+    the model is sharded, every process has to call this, and the main one gets the tensors, the others an empty mapping.
     """
-    if isinstance(model, PeftModel):
-        tensors = get_peft_model_state_dict(model, save_embedding_layers=False)
-    else:
-        tensors = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+    if isinstance(model, FSDPModule):
+        model.reshard()  # evaluation, a forward without a backward, leaves a part gathered
+    keeps = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    tensors: Tensors = {}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad or ".lora_" in name:
+            full = whole(parameter)
+            if full is parameter or keeps:
+                tensors[name] = full.detach().to("cpu", copy=True).contiguous()
+    if not tensors or not isinstance(model, PeftModel):
+        return tensors
+    return get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
 
 
 def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
