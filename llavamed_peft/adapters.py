@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
-from .errors import AdapterError
+from .errors import AdapterError, ConfigError
 from .hashing import file_sha256, weights_sha256
 from .modeling.load import Quantization, load_checkpoint
 from .modeling.parts import LANGUAGE, PROJECTOR, Tensors, check_places, load_tensors
@@ -33,7 +33,21 @@ from .stages import Stage
 
 SCHEMA_VERSION = 1
 RECORD, WEIGHTS, CONFIG, CARD = "stage.json", "adapter_model.safetensors", "adapter_config.json", "README.md"
-_RECORD_KEYS = ("stage", "kind", "base", "parent", "data", "metrics", "versions", "device", "sha256")
+_BASE = {"name": str, "model_type": str, "language_model": str, "vision_tower": str}
+_FILE = {"file": str, "sha256": str, "rows": int, "used": int, "rejected": dict, "failed": int}
+# What must be in a record, and of which kind; in a tuple: or nothing.
+_SHAPE = {
+    "stage": dict,
+    "kind": str,
+    "base": _BASE,
+    "parent": ({"stage": str, "sha256": str},),
+    "data": [_FILE],
+    "eval_data": [_FILE],
+    "metrics": dict,
+    "versions": dict,
+    "device": str,
+    "sha256": str,
+}
 _PEFT_PREFIX = "base_model.model."
 
 
@@ -141,13 +155,38 @@ def read_record(folder: Path) -> dict[str, Any]:
         record = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise AdapterError(f"{path}: is not JSON ({error}); the folder is damaged.") from error
-    version = record.get("schema_version") if isinstance(record, dict) else None
+    version = record.get("schema_version", SCHEMA_VERSION) if isinstance(record, dict) else SCHEMA_VERSION
     if version != SCHEMA_VERSION:
-        raise AdapterError(f"{path}: schema_version is {version!r}; this version reads {SCHEMA_VERSION}.")
-    missing = [key for key in _RECORD_KEYS if key not in record]
-    if missing:
-        raise AdapterError(f"{path}: lacks {', '.join(missing)}; the folder is damaged. Copy or download it again.")
+        raise AdapterError(
+            f"{path}: schema_version is {version!r}; this version of llavamed-peft reads {SCHEMA_VERSION}. Try another one."
+        )
+    fault = _misfit(record, _SHAPE, "the record")
+    if fault is None:
+        try:
+            Stage.from_dict(record["stage"], "stage")
+        except ConfigError as error:
+            fault = str(error)
+        if record["kind"] not in ("adapter", "checkpoint"):
+            fault = f"kind is {record['kind']!r}"
+    if fault is not None:
+        raise AdapterError(f"{path}: {fault}; the folder is damaged. Copy or download it again.")
     return record
+
+
+def _misfit(value: Any, shape: Any, name: str) -> str | None:
+    """How a value does not fit a shape of `_SHAPE`, or `None`."""
+    if isinstance(shape, tuple):
+        return None if value is None else _misfit(value, shape[0], name)
+    if not isinstance(value, shape if isinstance(shape, type) else type(shape)):
+        return f"{name} is {value!r}"
+    inner: Iterable[tuple[str, Any, Any]] = ()
+    if isinstance(shape, dict):
+        if missing := [key for key in shape if key not in value]:
+            return f"{name} lacks {', '.join(missing)}"
+        inner = ((key, value[key], shape[key]) for key in shape)
+    elif isinstance(shape, list):
+        inner = ((f"{name}[{place}]", item, shape[0]) for place, item in enumerate(value))
+    return next((fault for key, item, wanted in inner if (fault := _misfit(item, wanted, key)) is not None), None)
 
 
 def load_stage(

@@ -281,11 +281,19 @@ class Curriculum:
             text = str(source) if is_text else Path(source).read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"{where}: cannot be read ({error}); wanted a YAML file of stages.") from error
-        try:
-            plain = yaml.load(text, Loader=_Yaml12Loader)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"{where} is not YAML: {error}") from error
-        return cls.from_dict(plain, where)
+        return cls.from_dict(read_yaml(text, where), where)
+
+
+def read_yaml(text: str, where: str) -> Any:
+    """What YAML text says; `2e-3` is a number, as YAML 1.2 has it, and no key stands twice in one mapping.
+
+    Raises:
+        ConfigError: it is not YAML.
+    """
+    try:
+        return yaml.load(text, Loader=_Yaml12Loader)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where} is not YAML: {error}") from error
 
 
 def require_same_lora(earlier: Stage, later: Stage) -> None:

@@ -4,7 +4,6 @@ Commands of `python` run in this process; those of `accelerate launch` under the
 processes where it names more (over gloo, one for each machine where it names two). What that cannot show is whatever needs a GPU.
 """
 
-import importlib.util
 import json
 import os
 import socket
@@ -15,7 +14,7 @@ import pytest
 from miniature import REPOSITORY, account, build, commands, option, run_here
 
 from llavamed_peft import LLAVA_MED, LLAVA_MED_FULL, Curriculum
-from llavamed_peft.arguments import RunArguments, parse
+from llavamed_peft.arguments import CurriculumArguments, RunArguments, parse
 
 CONFIGS = REPOSITORY / "recipes" / "configs"
 LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))
@@ -29,16 +28,6 @@ MAX_LENGTH = {"llava": 2048, "llava_next": 4096, "llava_onevision": 8192}
 ALIGN_ROWS = 130  # more than one step of 128: warm-up's first step learns nothing
 
 
-def load_recipe():
-    spec = importlib.util.spec_from_file_location("recipes_curriculum", REPOSITORY / "recipes" / "curriculum.py")
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)  # where the parser looks annotations up
-    spec.loader.exec_module(module)
-    return module
-
-
-recipe = load_recipe()
-
-
 def name_of(path):
     return f"{path.parent.name}/{path.stem}"
 
@@ -50,7 +39,7 @@ def printed(start):
 
 
 def options_of(cookbook):
-    return parse(recipe.CurriculumArguments, RunArguments, command_line=["--config", str(cookbook)])
+    return parse(CurriculumArguments, RunArguments, command_line=["--config", str(cookbook)])
 
 
 @pytest.fixture(scope="module")
@@ -83,7 +72,7 @@ def test_no_two_commands_write_to_one_folder():
 def test_stages_are_the_papers(cookbook):
     """But for max_length, which follows the architecture, and for what a cookbook is named after."""
     arguments, run = options_of(cookbook)
-    found = recipe.curriculum_of(arguments.curriculum)
+    found = arguments.stages()
     wanted = (LLAVA_MED_FULL if cookbook.stem.startswith("full") else LLAVA_MED).to_dict()
     for stage in wanted["stages"]:
         stage["schedule"]["max_length"] = MAX_LENGTH[BASES[arguments.model]]
