@@ -2,6 +2,7 @@
 
     llavamed-peft ask llava-hf/llava-1.5-7b-hf runs/llava-med/vqa chest.png "Is the heart enlarged?"
     llavamed-peft inspect llava-hf/llava-1.5-7b-hf align=pmc_align.json vqa=vqa_rad/train.json --image_folder images/
+    llavamed-peft inspect --config recipes/configs/llava-1.5-7b/nf4-24gb.yaml
     llavamed-peft show runs/llava-med/vqa
     llavamed-peft merge llava-hf/llava-1.5-7b-hf runs/llava-med/vqa merged/
     llavamed-peft catalogue adapters
@@ -73,18 +74,28 @@ def _parser() -> argparse.ArgumentParser:
         help="show what would train, on which tokens, and what would be rejected; needs no weights",
         description="Show what a run would do, without running it. Of BASE only configuration and processor are read.",
     )
-    inspect.add_argument("base", metavar="BASE", help="Hub id or folder of a LLaVA checkpoint")
+    inspect.add_argument("base", metavar="BASE", nargs="?", help="Hub id or folder of a LLaVA checkpoint")
     inspect.add_argument(
-        "data", metavar="DATA", nargs="+", help="LLaVA JSON: a file for every stage, or stage=file, such as vqa=train.json"
+        "data", metavar="DATA", nargs="*", help="LLaVA JSON: a file for every stage, or stage=file, such as vqa=train.json"
     )
-    inspect.add_argument("--image_folder", metavar="DIR", help="where image paths start (default: each data file's folder)")
+    inspect.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="options of recipes/curriculum.py instead of BASE, DATA, --image_folder, --curriculum",
+    )
+    inspect.add_argument(
+        "--image_folder",
+        metavar="DIR",
+        action="append",
+        help="where image paths start, or stage=DIR, as often as needed (default: each data file's folder)",
+    )
     inspect.add_argument("--curriculum", metavar="FILE.yaml", help="the stages (default: LLAVA_MED, the paper's)")
     inspect.add_argument("--stage", metavar="NAME", help="this stage of the curriculum alone")
     inspect.add_argument("--rows", type=_count, default=3, metavar="N", help="rows to show (default: %(default)s)")
     inspect.add_argument(
-        "--max_rejected", type=_share, default=0.05, metavar="SHARE", help="as the run would have it (default: %(default)s)"
+        "--max_rejected", type=_share, metavar="SHARE", help="as the run would have it (default: 0.05, or what --config says)"
     )
-    inspect.set_defaults(verb=_inspect)
+    inspect.set_defaults(verb=_inspect, usage_error=inspect.error)
 
     show = verbs.add_parser("show", help="show a stage's lineage, schedule, data and metrics as a tree")
     show.add_argument("adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one; needs no weights")
@@ -130,23 +141,42 @@ def _ask(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     """Print what is found out, line by line; checking a large data set takes minutes."""
-    from .inspection import files_by_stage, inspect
+    from .inspection import files_by_stage, folders_by_stage, inspect
     from .stages import LLAVA_MED, Curriculum
 
-    curriculum = LLAVA_MED if options.curriculum is None else Curriculum.from_yaml(Path(options.curriculum))
-    data = files_by_stage(options.data, curriculum)
+    words = {
+        "BASE": options.base,
+        "DATA": options.data,
+        "--image_folder": options.image_folder,
+        "--curriculum": options.curriculum,
+    }
+    max_rejected = 0.05
+    if options.config is not None:
+        if twice := [name for name, value in words.items() if value]:
+            options.usage_error(f"--config says {', '.join(twice)}; give one or the other")
+        from .arguments import CurriculumArguments, RunArguments, parse
+
+        arguments, run = parse(CurriculumArguments, RunArguments, command_line=["--config", options.config])
+        base, curriculum, max_rejected = arguments.model, arguments.stages(), run.max_rejected
+        data, image_folder = arguments.files("data"), arguments.folders()
+    else:
+        if missing := [name for name in ("BASE", "DATA") if not words[name]]:
+            options.usage_error(f"the following arguments are required: {', '.join(missing)}")
+        base = options.base
+        curriculum = LLAVA_MED if options.curriculum is None else Curriculum.from_yaml(Path(options.curriculum))
+        data, image_folder = files_by_stage(options.data, curriculum), folders_by_stage(options.image_folder)
     if options.stage is not None:
         names = [stage.name for stage in curriculum.stages]
         if options.stage not in names:
             raise ConfigError(f"--stage is {options.stage!r}, no stage of the curriculum.{did_you_mean(options.stage, names)}")
         curriculum = replace(curriculum, stages=(curriculum[options.stage],))
     for line in inspect(
-        options.base,
+        base,
         data,
-        options.image_folder,
+        image_folder,
         curriculum,
         rows=options.rows,
-        max_rejected=options.max_rejected,
+        max_rejected=max_rejected if options.max_rejected is None else options.max_rejected,
         width=_width(options),
         colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     ):

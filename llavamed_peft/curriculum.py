@@ -466,7 +466,9 @@ def _check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Ma
         if not isinstance(given, Mapping):
             raise ConfigError(f"{argument} is {given!r}; wanted a dictionary of stage name → data.")
         for name in given:
-            if name not in names or given[name] is None:
+            if given[name] is None:
+                raise ConfigError(f"{argument}[{name!r}] is None; wanted data, or no such entry.")
+            if name not in names:
                 raise ConfigError(
                     f"{argument} has the key {name!r}, which is no stage of the curriculum.{did_you_mean(name, names)}"
                 )
@@ -474,7 +476,7 @@ def _check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Ma
     if missing:
         raise ConfigError(
             f"data has nothing for stage {missing[0]!r}; wanted an entry for each of {', '.join(names)}. To train fewer "
-            f"stages, give a curriculum of them: Curriculum(stages=(LLAVA_MED[{missing[0]!r}],))."
+            f"stages, give a curriculum without {missing[0]!r}."
         )
 
 

@@ -64,7 +64,7 @@ class DataCheck:
 def inspect(
     base: str | Path,
     data: Mapping[str, Sequence[str | Path]],
-    image_folder: str | Path | None = None,
+    image_folder: str | Path | Mapping[str, str | Path] | None = None,
     curriculum: Curriculum = LLAVA_MED,
     *,
     rows: int = 3,
@@ -77,7 +77,7 @@ def inspect(
     Args:
         base: Hub id or folder of a LLaVA checkpoint; its weights are not read and need not be there.
         data: stage name → LLaVA JSON files; a stage without an entry is shown without data.
-        image_folder: that image paths are relative to; `None`: each data file's own folder.
+        image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data file's own folder.
         curriculum: what would be trained.
         rows: how many usable rows of each data set are shown, supervised tokens marked.
         max_rejected: share of unusable rows above which training would refuse a data set.
@@ -93,20 +93,21 @@ def inspect(
     """
     config = read_config(base)
     processor = make_stage_processor(load_processor(base, config), curriculum.image_aspect_ratio)
-    # Stages that share files and max_length share one check.
-    sharing: dict[tuple[tuple[str, ...], int], list[Stage]] = defaultdict(list)
+    # Stages that share files, image folder and max_length share one check.
+    sharing: dict[tuple[tuple[str, ...], str | Path | None, int], list[Stage]] = defaultdict(list)
     for stage in curriculum.stages:
         if stage.name in data:
-            sharing[tuple(map(str, data[stage.name])), stage.schedule.max_length].append(stage)
-    opened = {key: open_sources(key[0], image_folder, f"data[{stages[0].name!r}]") for key, stages in sharing.items()}
+            folder = image_folder.get(stage.name) if isinstance(image_folder, Mapping) else image_folder
+            sharing[tuple(map(str, data[stage.name])), folder, stage.schedule.max_length].append(stage)
+    opened = {key: open_sources(key[0], key[1], f"data[{stages[0].name!r}]") for key, stages in sharing.items()}
     yield from _what_trains(str(base), config, curriculum.stages)
     indexes: dict[str, Index] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for number, (key, stages) in enumerate(sharing.items()):
-            collator = PackedCollator(processor, max_length=key[1], layout="padded")
+            collator = PackedCollator(processor, max_length=key[2], layout="padded")
             check = check_data(opened[key], collator, Path(folder, str(number)))
             indexes |= {stage.name: check.index for stage in stages}
-            yield f"\ndata of {', '.join(stage.name for stage in stages)} (max_length {key[1]:,})"
+            yield f"\ndata of {', '.join(stage.name for stage in stages)} (max_length {key[2]:,})"
             yield from _indented(2, _accounts(check, max_rejected, width - 2))
             yield from _indented(2, _lengths(check.index, width - 2))
             yield from _indented(2, _first_rows(check.index, collator, rows, width - 2, colour))
@@ -132,6 +133,23 @@ def files_by_stage(words: Iterable[str], curriculum: Curriculum) -> dict[str, li
         else:
             raise ConfigError(f"{word!r} is no file, and {stage!r} no stage of the curriculum.{did_you_mean(stage, names)}")
     return dict(files)
+
+
+def folders_by_stage(words: Sequence[str] | None) -> str | dict[str, str] | None:
+    """`["images/"]` → one folder for all stages; `["align=a/", "vqa=b/"]` → stage name → folder.
+
+    Raises:
+        ConfigError: several folders, and not each with the name of a stage.
+    """
+    if not words:
+        return None
+    if len(words) == 1 and ("=" not in words[0] or Path(words[0]).is_dir()):
+        return words[0]
+    parts = [word.partition("=") for word in words]
+    for word, (stage, equals, folder) in zip(words, parts, strict=True):
+        if not (stage and equals and folder):
+            raise ConfigError(f"--image_folder is {word!r}; wanted one folder, or stage=folder for each.")
+    return {stage: folder for stage, _, folder in parts}
 
 
 # What trains

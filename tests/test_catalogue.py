@@ -140,18 +140,18 @@ def not_json(shelf):
 
 def not_an_object(shelf):
     (shelf / "tiny-llava--ask" / RECORD).write_text("[]")
-    return "tiny-llava--ask/stage.json", ": schema_version is None; this version reads 1."
+    return "tiny-llava--ask/stage.json", ": the record is []; the folder is damaged. Copy or download it again."
 
 
 def lost_key(shelf):
     path = shelf / "tiny-llava--ask" / RECORD
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}))
-    return "tiny-llava--ask/stage.json", ": lacks sha256; the folder is damaged. Copy or download it again."
+    return "tiny-llava--ask/stage.json", ": the record lacks sha256; the folder is damaged. Copy or download it again."
 
 
 def later_version(shelf):
     change(shelf / "tiny-llava--ask" / RECORD, schema_version=99, kind="shard")
-    return "tiny-llava--ask/stage.json", ": schema_version is 99; this version reads 1."
+    return "tiny-llava--ask/stage.json", ": schema_version is 99; this version of llavamed-peft reads 1. Try another one."
 
 
 def full_stage(shelf):

@@ -13,7 +13,7 @@ import sys
 import pytest
 from miniature import REPOSITORY, account, build, commands, option, run_here
 
-from llavamed_peft import LLAVA_MED, LLAVA_MED_FULL, Curriculum
+from llavamed_peft import LLAVA_MED, LLAVA_MED_FULL, Curriculum, cli
 from llavamed_peft.arguments import CurriculumArguments, RunArguments, parse
 
 CONFIGS = REPOSITORY / "recipes" / "configs"
@@ -125,3 +125,12 @@ def test_a_launched_command_runs(words, workspace):
         assert code == 0, said[-4000:]
     config = options_of(workspace / option(words[script:], "config"))[0]
     check_run(workspace / (option(words, "output_dir") if "--output_dir" in words else config.output_dir), processes)
+
+
+@pytest.mark.parametrize("words", printed("llavamed-peft"), ids=lambda words: name_of(REPOSITORY / option(words, "config")))
+def test_an_inspecting_command_runs(words, workspace, monkeypatch, capsys):
+    monkeypatch.chdir(workspace)
+    assert cli.main(words[1:]) == 0
+    shown = capsys.readouterr().out
+    assert f"pmc_align.json: {ALIGN_ROWS} rows, {ALIGN_ROWS} used, 0 rejected" in shown
+    assert "vqa: lora (rank 128, alpha 256, dropout 0.05)" in shown

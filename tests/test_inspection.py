@@ -359,3 +359,29 @@ def test_show_of_a_stage_that_training_left(place, tmp_path):
 def test_show_refuses_what_is_no_stage(tmp_path):
     with pytest.raises(AdapterError, match=r"has no stage\.json; wanted a folder that a finished stage left"):
         show(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "fault"),
+    [
+        ({"stage": "x"}, "stage is 'x'"),
+        ({"stage": {"name": "a", "trains": "projector"}}, "stage lacks schedule; Stage has no default there."),
+        ({"kind": "x"}, "kind is 'x'"),
+        ({"data": 5}, "data is 5"),
+        ({"data": [{"file": "a.json"}]}, "data[0] lacks sha256, rows, used, rejected, failed"),
+        ({"metrics": []}, "metrics is []"),
+        ({"parent": "x"}, "parent is 'x'"),
+        ({"parent": {"stage": "x"}}, "parent lacks sha256"),
+        ({"base": None}, "base is None"),
+        ({"base": {"name": "x"}}, "base lacks model_type, language_model, vision_tower"),
+        ({"sha256": 5}, "sha256 is 5"),
+        ({"versions": None}, "versions is None"),
+    ],
+)
+def test_a_damaged_record_is_an_error(changes: dict[str, object], fault: str, tmp_path: Path) -> None:
+    shipped = Path(__file__).parents[1] / "adapters" / "tiny-llava--align" / RECORD
+    record = json.loads(shipped.read_text(encoding="utf-8"))
+    (tmp_path / RECORD).write_text(json.dumps(record | changes), encoding="utf-8")
+    with pytest.raises(AdapterError) as caught:
+        show(tmp_path)
+    assert str(caught.value) == f"{tmp_path / RECORD}: {fault}; the folder is damaged. Copy or download it again."

@@ -15,6 +15,7 @@ from ..conversations import Conversation, Question
 from ..errors import ConfigError, DataError
 from ..hashing import file_sha256
 from . import llava_json
+from .image_folder import ImageFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +54,7 @@ def question_source(
     """
     path = Path(path)
     if not path.is_file():
-        raise DataError(f"{path}: no such file; wanted a file of questions.")
+        raise DataError(f"{path}: {_instead(path)}; wanted a file of questions.")
 
     def conversations(rejects: Any) -> Iterator[Conversation]:
         return (question.conversation() for question in read(path, image_folder, split, rejects))
@@ -71,7 +72,7 @@ def open_sources(data: Data, image_folder: str | Path | None, where: str) -> lis
 
     Raises:
         ConfigError: another kind of value.
-        DataError: a file is not there.
+        DataError: a file or the image folder is not there.
     """
     if isinstance(data, (str, Path, Source)):
         data = [data]
@@ -92,8 +93,14 @@ def open_sources(data: Data, image_folder: str | Path | None, where: str) -> lis
 
 def _file(path: Path, image_folder: str | Path | None) -> Source:
     if not path.is_file():
-        raise DataError(f"{path}: no such file; wanted a LLaVA JSON file.")
+        raise DataError(f"{path}: {_instead(path)}; wanted a LLaVA JSON file.")
+    if image_folder is not None:
+        ImageFolder(image_folder)  # known to be missing before the first row is read, perhaps after another stage's 500,000
     return Source(path.name, str(path), file_sha256(path), lambda rejects: llava_json.read(path, image_folder, rejects))
+
+
+def _instead(path: Path) -> str:
+    return "is a folder" if path.is_dir() else "no such file"
 
 
 def _in_memory(values: Sequence[Conversation | Question]) -> Source:

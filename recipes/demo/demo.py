@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import logging
+import re
 import shutil
 import sys
 import time
@@ -38,6 +39,7 @@ from transformers.utils.logging import disable_progress_bar
 
 from llavamed_peft import Curriculum, Question, StageAdapter, curriculum_finetune
 from llavamed_peft.datasets import llava_json
+from llavamed_peft.errors import ConfigError, LlavaMedError
 from llavamed_peft.evaluation.answer import answer_questions
 from llavamed_peft.evaluation.exact_match import normalise
 from llavamed_peft.modeling.load import load_checkpoint
@@ -50,6 +52,7 @@ BASE = HERE / "tiny-llava"
 # Held-out exact match that the last stage must reach, and by how much it must beat itself on other images' pixels.
 BOUNDS = {"closed": 0.85, "open": 0.85, "closed above shuffled": 0.30, "open above shuffled": 0.40}
 BASE_CLOSED_AT_MOST = 0.60
+LEFT = r"data|stages|table\.md|answers\.png|seeds\.md|seed-\d+"  # in the output folder
 QUESTIONS = 600  # held-out questions asked of every stage, and as many about general scenes
 
 
@@ -78,25 +81,38 @@ class Demo:
 def main() -> int:
     """Draw, train, ask, show, for each seed; 1 where a bound is missed."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--output_dir", type=Path, default=Path("runs/demo"), help="emptied first; default runs/demo")
+    parser.add_argument(
+        "--output_dir", type=Path, default=Path("runs/demo"), help="emptied of an earlier demo first; default runs/demo"
+    )
     parser.add_argument("--curriculum", type=Path, default=HERE / "curriculum.yaml", help="default: the demo's")
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="of the clinic drawn, the order of its rows, LoRA; default 0"
     )
     arguments = parser.parse_args()
-    shutil.rmtree(arguments.output_dir, ignore_errors=True)
     curriculum = Curriculum.from_yaml(arguments.curriculum)
-    if len(arguments.seeds) == 1:
-        demo = run(replace(curriculum, seed=arguments.seeds[0]), arguments.output_dir)
-        demos = {arguments.seeds[0]: demo}
+    curricula = {seed: replace(curriculum, seed=seed) for seed in arguments.seeds}
+    empty(arguments.output_dir)
+    if len(curricula) == 1:
+        demos = {seed: run(curriculum, arguments.output_dir) for seed, curriculum in curricula.items()}
     else:
-        demos = {seed: run(replace(curriculum, seed=seed), arguments.output_dir / f"seed-{seed}") for seed in arguments.seeds}
+        demos = {seed: run(curriculum, arguments.output_dir / f"seed-{seed}") for seed, curriculum in curricula.items()}
         table = seeds_table(demos)
         (arguments.output_dir / "seeds.md").write_text(table, encoding="utf-8")
         print(table)
     missed = [f"seed {seed}: {bound}" for seed, demo in demos.items() for bound in missed_bounds(demo.exams)]
     print("\n".join(f"MISSED: {bound}" for bound in missed), file=sys.stderr)
     return 1 if missed else 0
+
+
+def empty(folder: Path) -> None:
+    """Remove what an earlier demo left in the folder; where something else lies in it, nothing is removed."""
+    if folder.exists() and not folder.is_dir():
+        raise ConfigError(f"output_dir {folder} is a file; wanted a folder.")
+    there = sorted(folder.iterdir()) if folder.is_dir() else []
+    if foreign := [path.name for path in there if not re.fullmatch(LEFT, path.name)]:
+        raise ConfigError(f"output_dir {folder} holds {', '.join(foreign[:3])}, which no demo left; wanted another folder.")
+    for path in there:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def run(curriculum: Curriculum, folder: Path) -> Demo:
@@ -304,4 +320,7 @@ def missed_bounds(exams: Mapping[str, Exam]) -> list[str]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        sys.exit(main())
+    except LlavaMedError as error:
+        sys.exit(f"{type(error).__name__}: {error}")
