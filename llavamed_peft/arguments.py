@@ -7,13 +7,17 @@ counts. An option that nobody knows is an error, wherever it stands.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import yaml
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
@@ -51,14 +55,33 @@ class RunArguments:
 
 
 def start(main: Callable[..., object], *arguments: type) -> None:
-    """Parse the options, call `main` with them, and end with one line on stderr and exit code 1 where the package refuses."""
+    """Parse the options, call `main` with them, and end with one line on stderr and exit code 1 where the package refuses.
+
+    Of several processes under torchrun the one that fails is named, with its error, in torchrun's last lines.
+    """
     parsed = parse(*arguments)
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, to programmers
     disable_progress_bar()
     try:
-        main(*parsed)
+        with _head_start():
+            record(main)(*parsed)
     except LlavaMedError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def _head_start() -> Iterator[None]:
+    """Where one of several processes fails, let it stay until its error is the oldest.
+
+    The others fail as soon as it leaves, and torchrun, which counts in whole seconds, names the first.
+    """
+    whole = False
+    try:
+        yield
+        whole = True
+    finally:
+        if not whole and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            time.sleep(2)
 
 
 def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[Any, ...]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -76,8 +78,42 @@ LAUNCH = {
         },
     },
     "zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "gradient_clipping": 1.0}},
-    "zero3": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 3, "zero3_init_flag": True}},
+    "zero3": {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"deepspeed_config_file": "zero3.json", "zero3_init_flag": True},
+    },
 }
+# Without the threshold DeepSpeed keeps weights as small as the tiny model's whole.
+ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "gradient_clipping": "auto"}
+FAILS = """
+import os, sys, time
+from dataclasses import dataclass
+from llavamed_peft import Conversation, Curriculum, Schedule, Stage, Turn, curriculum_finetune
+from llavamed_peft.arguments import start
+from llavamed_peft.errors import TrainingError
+from llavamed_peft.training import StageTrainer
+
+@dataclass
+class Words:
+    base: str
+    image: str
+    out: str
+    fault: str
+
+def main(words):
+    def training_step(self, *inputs):
+        if self.state.global_step == 1 and os.environ["RANK"] == "1":
+            print("fails at", time.time(), file=sys.stderr, flush=True)
+            raise {"said": TrainingError, "odd": OSError}[words.fault]("the disk is on fire")
+        return step(self, *inputs)
+
+    step, StageTrainer.training_step = StageTrainer.training_step, training_step
+    row = Conversation("0", (Turn("user", "<image> what?"), Turn("assistant", "a heart")), (words.image,))
+    stage = Stage("more", "full", Schedule(epochs=1, learning_rate=0.01, global_batch=2))
+    curriculum_finetune(words.base, {"more": [row] * 6}, words.out, curriculum=Curriculum((stage,)))
+
+start(main, Words)
+"""
 STAGES = ("align", "vqa", "more")
 WITHOUT_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (extra distributed)")
 
@@ -92,6 +128,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     Image.effect_noise((90, 60), 50).save(folder / "cut.png")
     whole = (folder / "cut.png").read_bytes()
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
+    (folder / "zero3.json").write_text(json.dumps(ZERO3), encoding="utf-8")
     for how, settings in LAUNCH.items():
         (folder / f"{how}.yaml").write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", **settings}), "utf-8")
     return folder
@@ -107,7 +144,7 @@ def launch(place: Path, processes: int, how: str) -> Path:
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
     words = [str(place / "script.py"), str(place / "base"), str(place), str(out), str(processes), how]
-    done = subprocess.run([*program, *words], env=environment, capture_output=True, text=True, check=False)
+    done = subprocess.run([*program, *words], env=environment, cwd=place, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     return out
 
@@ -145,3 +182,30 @@ def test_losses_tensors_and_counts_are_one_processes(how: str, processes: int, p
     _, info = AutoModelForImageTextToText.from_pretrained(together / "more", output_loading_info=True)
     assert not any(info.values()), info
     assert (alone / "rejected.jsonl").read_text() == (together / "rejected.jsonl").read_text()
+
+
+@pytest.mark.parametrize(("fault", "how"), [("said", {}), ("odd", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})])
+def test_one_process_that_fails_ends_all_of_them_and_is_named(
+    fault: str, how: dict[str, str], place: Path, tmp_path: Path
+) -> None:
+    """The other waits for it in a collective that would last half an hour."""
+    script = tmp_path / "fails.py"
+    script.write_text(FAILS, encoding="utf-8")
+    words = ["--base", place / "base", "--image", place / "0.png", "--out", tmp_path / "out", "--fault", fault]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *map(str, words)],
+        env={**os.environ, **how, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    ended = time.time()
+    assert done.returncode == 1
+    (failed,) = re.findall("fails at ([0-9.]+)", done.stderr)
+    assert ended - float(failed) < 60
+    error = f"{'TrainingError' if fault == 'said' else 'OSError'}: the disk is on fire"
+    first = next(line for line in done.stderr.splitlines() if "Error" in line)
+    assert error in first or (fault == "odd" and first.startswith("[rank1]:"))
+    cause = done.stderr.rpartition("Root Cause (first observed failure)")[2]
+    assert "rank      : 1" in cause and error in cause
+    assert not (tmp_path / "out" / "more").exists()
