@@ -2,7 +2,7 @@
 # Another Python: make demo PYTHON=python3.12. Options for pytest: make test ARGS="-k stages -x".
 
 PYTHON ?= python3
-EXTRAS := quantization,tracking,dev
+EXTRAS := distributed,quantization,tracking,dev
 IN_VENV := .venv/bin/python
 # What .venv is made from. After a successful install .venv/installed holds a copy; as long as the two agree, nothing is installed.
 INGREDIENTS := pwd; echo "$(EXTRAS)"; cat pyproject.toml constraints.txt
@@ -12,6 +12,10 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 # Idle OpenMP threads sleep instead of spinning: several times faster wherever something else runs too.
 export OMP_WAIT_POLICY ?= PASSIVE
+ifeq ($(wildcard /dev/nvidia0),)
+# DeepSpeed, once installed, otherwise says on stdout of every training that it found no GPU.
+export DS_ACCELERATOR ?= cpu
+endif
 
 .PHONY: help demo demo-seeds test check venv install
 

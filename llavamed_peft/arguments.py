@@ -8,14 +8,18 @@ stands, and so is a value of another kind.
 
 from __future__ import annotations
 
+import contextlib
+import os
 import sys
+import time
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, NoReturn, Union, get_args, get_origin, get_type_hints
 
+from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
@@ -125,14 +129,33 @@ def _by_stage(option: str, given: Mapping[str, Any] | list[str] | None) -> dict[
 
 
 def start(main: Callable[..., object], *arguments: type) -> None:
-    """Parse the options, call `main` with them, and end with one line on stderr and exit code 1 where the package refuses."""
+    """Parse the options, call `main` with them, and end with one line on stderr and exit code 1 where the package refuses.
+
+    Of several processes under torchrun the one that fails is named, with its error, in torchrun's last lines.
+    """
     parsed = parse(*arguments)
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, to programmers
     disable_progress_bar()
     try:
-        main(*parsed)
+        with _head_start():
+            record(main)(*parsed)
     except LlavaMedError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+
+
+@contextlib.contextmanager
+def _head_start() -> Iterator[None]:
+    """Where one of several processes fails, let it stay until its error is the oldest.
+
+    The others fail as soon as it leaves, and torchrun, which counts in whole seconds, names the first.
+    """
+    whole = False
+    try:
+        yield
+        whole = True
+    finally:
+        if not whole and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            time.sleep(2)
 
 
 def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[Any, ...]:

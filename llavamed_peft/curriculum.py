@@ -103,6 +103,9 @@ def curriculum_finetune(
         report_to: further trackers, such as `"tensorboard"` or `"trackio"`.
         gradient_checkpointing: `None`: on for CUDA, off for a CPU.
 
+    Launched by `torchrun` or `accelerate launch`, the processes share the work; where the launch configuration asks for FSDP
+    (version 2) or DeepSpeed (ZeRO-2, ZeRO-3), each holds a part of every stage's model. What is learnt stays the same.
+
     Returns:
         Stage name → `StageAdapter`, in order.
 

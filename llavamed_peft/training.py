@@ -39,7 +39,7 @@ from .modeling.parts import (
     sharding_units,
     trainable_tensors,
 )
-from .modeling.sharding import Sharding, shard
+from .modeling.sharding import Sharding, set_masters, shard, unrounded
 from .packing import PackedCollator
 from .packing.index import DeviceBatches, DeviceInputs, Index
 from .packing.steps import StepSampler, learns_nothing
@@ -172,11 +172,16 @@ def train_stage(
     if checkpoint is not None:
         load_tensors(model, checkpoint.tensors())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+    carried: Tensors = {}
     if by_us:
         shard(model, sharding_units(model), sharding, computing.dtype)
         trainer.is_distributed_loading_by_transformers = (
             True  # the trainer's word for: leave placement and gradients to the model
         )
+    elif sharding is not None:
+        trainer.add_callback(_Masters(unrounded(model, computing.dtype)))
+        if stage.trains == "projector":  # what it carries frozen, DeepSpeed would hand on rounded
+            carried = {name: tensor for name, tensor in trainable_tensors(model).items() if ".lora_" in name}
     steps_per_epoch = len(trainer.get_train_dataloader())
     if learns_nothing(steps_per_epoch, schedule):
         steps = steps_per_epoch * schedule.epochs
@@ -204,7 +209,7 @@ def train_stage(
     if trainer.seen_conversations == 0:
         why = next(iter(train_index.failed.values()), "")
         raise TrainingError(f"Not one conversation of stage {stage.name!r} could be decoded; nothing was written. {why}")
-    tensors = trainable_tensors(model)
+    tensors = trainable_tensors(model) | carried
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise TrainingError(
             f"After the last step {len(broken)} of {len(tensors)} tensors are not finite ({broken[0]}). Lower learning_rate; "
@@ -435,6 +440,17 @@ def summary(trainer: StageTrainer, trainable: int) -> dict[str, Any]:
         "eval_loss_before": held_out[0] if held_out else None,
         "eval_loss_after": held_out[-1] if held_out else None,
     }
+
+
+class _Masters(TrainerCallback):
+    """Gives DeepSpeed, once it has the model, the trainable tensors as they were before it rounded them."""
+
+    def __init__(self, tensors: Tensors):
+        self.tensors = tensors
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: nn.Module, **kwargs: Any) -> None:
+        set_masters(model, self.tensors)
+        self.tensors = {}
 
 
 def _as_is(batches: Any) -> Any:

@@ -11,6 +11,7 @@ from PIL import Image
 from tiny import build
 
 from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, StageAdapter, curriculum_finetune
+from llavamed_peft.adapters import RECORD
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError
 from llavamed_peft.inspection import files_by_stage, histogram, inspect, marked_text, show, trainable_parameters
 from llavamed_peft.modeling.load import read_config

@@ -197,16 +197,18 @@ def trainable_tensors(model: torch.nn.Module) -> Tensors:
     """
     if isinstance(model, FSDPModule):
         model.reshard()  # evaluation, a forward without a backward, leaves a part gathered
-    keeps = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    is_sharded = False
     tensors: Tensors = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad or ".lora_" in name:
             full = whole(parameter)
-            if full is parameter or keeps:
+            is_sharded |= full is not parameter
+            if is_main or not is_sharded:
                 tensors[name] = full.detach().to("cpu", copy=True).contiguous()
-    if not tensors or not isinstance(model, PeftModel):
-        return tensors
-    return get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+    if is_sharded and not is_main:
+        return {}
+    return get_peft_model_state_dict(model, tensors, save_embedding_layers=False) if isinstance(model, PeftModel) else tensors
 
 
 def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:

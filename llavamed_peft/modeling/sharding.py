@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
 from typing import Any, Literal
@@ -169,9 +169,9 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
         return safe_get_full_fp32_param(parameter)
     if in_zero3:
-        from deepspeed.zero import GatheredParameters
+        from deepspeed import zero
 
-        with GatheredParameters([parameter]):
+        with zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter
 
@@ -181,3 +181,21 @@ def as_sharded(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
     return tensor
+
+
+def unrounded(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Copies of the trainable tensors that `dtype` cannot hold as they are."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad and not torch.equal(parameter, parameter.to(dtype).to(parameter.dtype))
+    }
+
+
+def set_masters(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
+    """Give DeepSpeed's fp32 copies of the trainable tensors these values; it made them of a model it had rounded to bf16."""
+    from deepspeed.utils import safe_set_full_fp32_param
+
+    for name, parameter in model.named_parameters():
+        if name in tensors:
+            safe_set_full_fp32_param(parameter, tensors[name])

@@ -1,0 +1,126 @@
+"""What the launch configuration may ask for, and what is refused before anything is done; what it does is in `test_processes`."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from llavamed_peft import Conversation, Curriculum, Schedule, Stage, Turn, curriculum_finetune
+from llavamed_peft.errors import ConfigError
+from llavamed_peft.modeling import sharding
+from llavamed_peft.modeling.sharding import Sharding, asked_sharding, launcher_aside
+
+FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
+ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+
+
+@pytest.fixture(autouse=True)
+def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in list(os.environ):
+        if name.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.delenv(name)
+
+
+def asked(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], dtype: torch.dtype = torch.float32) -> Sharding | None:
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sharding, "find_spec", lambda name: object())  # as if deepspeed were installed: it is not called here
+    return asked_sharding(dtype, 1.0)
+
+
+def test_fsdp2_as_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert asked(monkeypatch, {}) is None
+    assert asked(monkeypatch, FSDP2) == Sharding("fsdp2")
+    more = {"FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_ACTIVATION_CHECKPOINTING": "true", "FSDP_OFFLOAD_PARAMS": "false"}
+    assert asked(monkeypatch, more) == Sharding("fsdp2", reshard_after_forward=False, gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_deepspeed_gets_the_packages_own_clipping_precision_and_steps(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = asked(monkeypatch, ZERO3, dtype)
+    assert found is not None and found.deepspeed is not None and found.method == "zero3"
+    assert (found.deepspeed["gradient_clipping"], found.deepspeed["gradient_accumulation_steps"]) == (1.0, 1)
+    assert found.deepspeed["bf16"] == {"enabled": dtype == torch.bfloat16}
+    assert found.deepspeed["data_types"] == {"grad_accum_dtype": "fp32"}
+    assert asked(monkeypatch, {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "2"}, dtype).method == "zero2"
+
+
+@pytest.mark.parametrize(
+    ("variables", "message"),
+    [
+        (
+            {"ACCELERATE_USE_FSDP": "true"},
+            "The launch configuration has fsdp_version 1; wanted fsdp_version: 2 (PyTorch's fully_shard), the only one "
+            "supported.",
+        ),
+        (
+            FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"},
+            "The launch configuration has fsdp_offload_params (FSDP_OFFLOAD_PARAMS is set); this is not supported. Shard over "
+            "more GPUs, or train LoRA.",
+        ),
+        (ZERO3 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "DeepSpeed's zero_optimization.stage is 1; wanted 2 or 3."),
+        (
+            ZERO3 | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
+            "DeepSpeed's gradient_accumulation_steps is 4; wanted 1 or 'auto': the package decides it.",
+        ),
+        (
+            ZERO3 | {"ACCELERATE_GRADIENT_CLIPPING": "0.5"},
+            "DeepSpeed's gradient_clipping is 0.5; wanted 1.0 or 'auto': the package decides it.",
+        ),
+    ],
+)
+def test_what_is_not_supported_is_refused(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError) as refusal:
+        asked(monkeypatch, variables)
+    assert str(refusal.value) == message
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ({"optimizer": {"type": "Adam"}}, "DeepSpeed's configuration has 'optimizer'; wanted none, since the stage's Schedule"),
+        ({"bf16": {"enabled": True}}, "DeepSpeed's bf16.enabled is True; wanted False or 'auto': the package decides it."),
+        ({"fp16": {"enabled": True}}, "DeepSpeed's fp16.enabled is True; wanted False or 'auto': the package decides it."),
+    ],
+)
+def test_a_deepspeed_file_decides_no_part_of_the_result(
+    config: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, **config}), encoding="utf-8")
+    with pytest.raises(ConfigError, match=message):
+        asked(monkeypatch, ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")})
+
+
+def test_deepspeed_has_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setattr(sharding, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"DeepSpeed, which is not installed\. pip install 'llavamed-peft\[distributed\]'"):
+        asked_sharding(torch.float32, 1.0)
+
+
+def test_4_bit_weights_are_not_sharded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in FSDP2.items():
+        monkeypatch.setenv(name, value)
+    data = {"align": [Conversation("0", (Turn("user", "why?"), Turn("assistant", "so")))]}
+    curriculum = Curriculum((Stage("align", "projector", Schedule(epochs=1, learning_rate=1e-3)),))
+    with pytest.raises(
+        ConfigError, match=r"quantization is 'nf4' and the launch configuration shards \(fsdp2\); wanted one of the"
+    ):
+        curriculum_finetune(tmp_path / "none", data, tmp_path / "out", curriculum=curriculum, quantization="nf4")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_launchers_variables_are_put_aside_and_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    before = dict(os.environ)
+    with launcher_aside():
+        assert (os.environ["ACCELERATE_USE_FSDP"], os.environ["ACCELERATE_MIXED_PRECISION"]) == ("false", "no")
+        assert "ACCELERATE_USE_CPU" not in os.environ
+    assert dict(os.environ) == before
