@@ -13,7 +13,7 @@ import contextlib
 import gc
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,11 @@ from .modeling.parts import PROJECTOR, Tensors, bare, freeze_tower, load_tensors
 from .packing import PackedCollator
 from .packing.index import DeviceBatches, DeviceInputs, Index
 from .packing.steps import StepSampler, learns_nothing
+from .packing.workers import WorkerNotes
 from .stages import Schedule, Stage
 
 _EVALUATIONS_PER_STAGE = 10
+HANGS_AFTER = 600.0  # seconds that training waits for its workers' next step; a slow disk takes seconds, a dead one for ever
 MAX_GRAD_NORM = 1.0  # the Hugging Face trainer's default, with which LLaVA and LLaVA-Med were trained
 
 
@@ -93,7 +95,7 @@ def train_stage(
         on_record: called with each record of the training, as `metrics.jsonl` holds them, as it comes.
 
     Raises:
-        TrainingError: the loss or a trained tensor is not finite.
+        TrainingError: the loss or a trained tensor is not finite; a worker died or hangs (the message names the row).
     """
     schedule = stage.schedule
     on_gpu = torch.cuda.is_available()
@@ -147,9 +149,10 @@ def train_stage(
             "more data or epochs, a smaller global_batch, or warmup_ratio=0.",
             stacklevel=2,
         )
-    trainer.train()
-    if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
-        trainer.evaluate()
+    with trainer.naming_rows():
+        trainer.train()
+        if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
+            trainer.evaluate()
     for index in (train_index, eval_index):
         if index is not None:
             index.failed.update(gather_object(list(index.failed.items())))
@@ -193,6 +196,8 @@ class StageTrainer(SFTTrainer):
         self.stage, self.schedule = stage, stage.schedule
         self.collator = collator
         self.train_index, self.eval_index = train_index, eval_index
+        workers = config.dataloader_num_workers
+        self.worker_notes = {index: WorkerNotes(workers) for index in ("train", "eval")} if workers else {}
         self.evaluated_at = -1
         self.seen_conversations = 0
         self.seen_supervised_tokens = 0
@@ -209,9 +214,9 @@ class StageTrainer(SFTTrainer):
 
     def get_train_dataloader(self) -> DataLoader[list[DeviceInputs]]:
         """This process's share of every step of an epoch; not prepared by accelerate, which would shard it again."""
-        return self._steps(self.train_index, self.schedule)
+        return self._steps(self.train_index, self.schedule, "train")
 
-    def _steps(self, index: Index, schedule: Schedule) -> DataLoader[list[DeviceInputs]]:
+    def _steps(self, index: Index, schedule: Schedule, use: str) -> DataLoader[list[DeviceInputs]]:
         sampler = StepSampler(
             index.column("length"),
             index.column("group"),
@@ -222,12 +227,33 @@ class StageTrainer(SFTTrainer):
             self.args.world_size,
         )
         return StepLoader(
-            DeviceBatches(index, self.collator),
+            DeviceBatches(index, self.collator, self.worker_notes.get(use)),
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.args.dataloader_num_workers,
+            timeout=HANGS_AFTER if self.args.dataloader_num_workers else 0,
             generator=torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
         )
+
+    @contextlib.contextmanager
+    def naming_rows(self) -> Iterator[None]:
+        """Where a worker dies or hangs, an error that names the row it was at.
+
+        A worker's death is raised in whatever the training process does at that moment, not only where it asks for data.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            notes = [note for notes in self.worker_notes.values() for note in notes.read()]
+            ends = [f"died at {note.text}" for note in notes if note.is_dead]
+            ends += [f"has been at {note.text} for {note.seconds:.0f} s" for note in notes if note.seconds > HANGS_AFTER / 2]
+            if not ends:
+                raise
+            raise TrainingError(
+                f"A worker that decodes images {'; another '.join(ends)}. Look at the image in a process of its own, and leave "
+                "the row out if it is the cause; if memory ran out, take fewer workers. Nothing of this stage was written, the "
+                f"stages before it are untouched. ({str(error).strip()})"
+            ) from error
 
     def training_step(self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None) -> torch.Tensor:
         """One optimizer step's gradient: each device batch in turn, scaled by the step's supervised tokens over all processes."""
@@ -265,7 +291,7 @@ class StageTrainer(SFTTrainer):
         summed = torch.zeros((), dtype=torch.float64, device=self.args.device)
         supervised = 0
         with torch.no_grad():
-            for inputs in self._steps(self.eval_index, once):
+            for inputs in self._steps(self.eval_index, once, "eval"):
                 self._note_failures(self.eval_index, inputs)
                 supervised += self._total(inputs)[1]
                 for batch in inputs:
