@@ -85,8 +85,8 @@ def curriculum_finetune(
         model: Hub id or folder of any LLaVA checkpoint (LLaVA, LLaVA-NeXT, ViP-LLaVA, LLaVA-OneVision).
         data: stage name → a LLaVA JSON file, several, or `Conversation` and `Question` values. Every stage has an entry.
         output_dir: holds `<stage>/` for each stage; beside them `metrics.jsonl`, `rejected.jsonl` (if rows were), `loss.png`,
-            `stages.md`, `index/` (the checked rows), `logs/` (the trackers'), `run.json` (what decides the result) and, while a
-            stage trains, `checkpoints/`.
+            `stages.md`, `index/` (the checked rows, found again by a later call with the same data; delete it where images were
+            mended), `logs/` (the trackers'), `run.json` (what decides the result) and, while a stage trains, `checkpoints/`.
         image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data file's own.
         curriculum: what to train, how. Default: the paper's stages, the later two as LoRA.
         eval_data: as `data`; stages with an entry report the held-out loss before, during and after.
@@ -99,7 +99,7 @@ def curriculum_finetune(
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
         save_steps: optimizer steps between two checkpoints; `None`: ten of them a stage. What one costs is shown at the first.
         workers: processes that decode images ahead; `None`: up to 8 with a GPU, none on a CPU, where they would take the
-            model's cores.
+            model's cores. One that dies, or that lets training wait for ten minutes, is an error that names its row.
         report_to: further trackers, such as `"tensorboard"` or `"trackio"`.
         gradient_checkpointing: `None`: on for CUDA, off for a CPU.
 
@@ -311,14 +311,13 @@ class Run:
         return (self.folder / stage.name).exists()
 
     def index(self, stage: Stage, sources: list[Source], rejects: RejectLog, max_rejected: float, use: str) -> Index:
-        """Check a stage's training or held-out data and keep what was found beside the run."""
+        """Check a stage's training or held-out data and keep what was found beside the run, for the next call as well."""
         path = self.folder / INDEX / f"{stage.name}-{use}.arrow"
-        index = None
-        if self.writes:
-            collator = PackedCollator(self.processor, stage.schedule.max_length)
-            index = build_index(sources, collator, path, rejects, max_rejected)
-        self.processes.wait_for_everyone()
-        return Index.open(path) if index is None else index
+        with _others_wait(self.processes):
+            if self.writes:
+                collator = PackedCollator(self.processor, stage.schedule.max_length)
+                build_index(sources, collator, path, rejects, max_rejected, RunLog(self.folder).show)
+        return Index.open(path)
 
     def finished_stage(self, stage: Stage, lineage: Lineage) -> StageAdapter:
         """A stage that an earlier call finished.
@@ -436,6 +435,21 @@ class Run:
 def _parent(lineage: Lineage) -> dict[str, str] | None:
     parent = lineage.parent
     return None if parent is None else {"stage": parent.stage.name, "sha256": parent.record["sha256"]}
+
+
+@contextlib.contextmanager
+def _others_wait(processes: PartialState) -> Iterator[None]:
+    """What may take long for one process; the others wait at the end of it, a day if need be.
+
+    The barrier of the training group would give up after 10 minutes (NCCL) or 30 (gloo).
+    """
+    if processes.num_processes == 1:
+        yield
+        return
+    group = torch.distributed.new_group(backend="gloo", timeout=timedelta(days=1))
+    yield
+    torch.distributed.barrier(group=group)
+    torch.distributed.destroy_process_group(group)
 
 
 def _full_model(model: PreTrainedModel, lineage: Lineage) -> torch.nn.Module:

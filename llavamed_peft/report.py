@@ -35,9 +35,9 @@ class RunLog:
             file.write(json.dumps(record) + "\n")
         finished = record["step"] == record["steps"]
         if "eval_loss" in record:
-            self._show(f"{record['stage']:<10} {record['step']}/{record['steps']}  held-out loss {record['eval_loss']:.4f}", True)
+            self.show(f"{record['stage']:<10} {record['step']}/{record['steps']}  held-out loss {record['eval_loss']:.4f}", True)
         elif finished or self.stream.isatty() or time.monotonic() - self.shown > _SECONDS_BETWEEN_LINES:
-            self._show(progress_line(record), finished)
+            self.show(progress_line(record), finished)
 
     def rewind(self, stage: str, records: Sequence[dict[str, Any]]) -> None:
         """Let the file hold these records of a stage and no later ones, before it goes on from a checkpoint or begins."""
@@ -47,11 +47,8 @@ class RunLog:
         partial.write_text("".join(line + "\n" for line in [*kept, *map(json.dumps, records)]), encoding="utf-8")
         partial.replace(self.path)
 
-    def note(self, line: str) -> None:
-        """Show a line that stays."""
-        self._show(line, True)
-
-    def _show(self, line: str, keep: bool) -> None:
+    def show(self, line: str, keep: bool) -> None:
+        """Show a line; the next one takes its place on a terminal, unless it is kept."""
         self.shown = time.monotonic()
         if self.stream.isatty():
             self.stream.write(f"\r\033[K{line}" + ("\n" if keep else ""))

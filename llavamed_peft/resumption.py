@@ -146,9 +146,10 @@ class ResumableTrainer(SFTTrainer):
         if self.run_log is not None and not self._cost_shown and self.is_world_process_zero():
             every = self.state.save_steps
             share = seconds / (seconds + every * self.training_seconds() / self.state.global_step)
-            self.run_log.note(
+            self.run_log.show(
                 f"{self.stage.name:<10} a checkpoint every {every} steps costs {size / 1e6:,.1f} MB (two are kept), "
-                f"{seconds:.2f} s, {share:.1%} of the time (save_steps)"
+                f"{seconds:.2f} s, {share:.1%} of the time (save_steps)",
+                True,
             )
         self._cost_shown = True
 

@@ -13,6 +13,7 @@ import contextlib
 import gc
 import time
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +44,14 @@ from .modeling.sharding import Sharding, set_masters, shard, unrounded
 from .packing import PackedCollator
 from .packing.index import DeviceBatches, DeviceInputs, Index
 from .packing.steps import StepSampler, learns_nothing
+from .packing.workers import WorkerNotes
 from .report import RunLog
 from .resumption import ResumableTrainer
 from .stages import Schedule, Stage
 
 _EVALUATIONS_PER_STAGE = 10
 _CHECKPOINTS_PER_STAGE = 10
+HANGS_AFTER = 600.0  # seconds that training waits for its workers' next step; a slow disk takes seconds, a dead one for ever
 MAX_GRAD_NORM = 1.0  # the Hugging Face trainer's default, with which LLaVA and LLaVA-Med were trained
 
 
@@ -117,7 +120,8 @@ def train_stage(
         run_log: takes each record of the training as it comes.
 
     Raises:
-        TrainingError: the loss or a trained tensor is not finite, a data-loader worker died, a checkpoint cannot be written.
+        TrainingError: the loss or a trained tensor is not finite, a worker died or hangs (the error names its row), a checkpoint
+            cannot be written.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
     """
     schedule = stage.schedule
@@ -190,19 +194,11 @@ def train_stage(
             "more data or epochs, a smaller global_batch, or warmup_ratio=0.",
             stacklevel=2,
         )
-    try:
-        with trainer.stop:
-            trainer.train()
-            if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
-                trainer.evaluate()
-            trainer.agree_on_stopping()
-    except RuntimeError as error:
-        if not str(error).startswith("DataLoader worker (pid"):  # torch has no class for it
-            raise
-        raise TrainingError(
-            f"Stage {stage.name!r}: {error} Most often the memory of the machine ran out: give fewer workers (now "
-            f"{computing.workers}), or make its images smaller. {standing(checkpoint_folder)}"
-        ) from error
+    with trainer.naming_rows(), trainer.stop:
+        trainer.train()
+        if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
+            trainer.evaluate()
+        trainer.agree_on_stopping()
     for index in (train_index, eval_index):
         if index is not None:
             index.failed.update(gather_object(list(index.failed.items())))
@@ -244,6 +240,8 @@ class StageTrainer(ResumableTrainer):
         collator: PackedCollator,
     ):
         self.collator = collator
+        workers = config.dataloader_num_workers
+        self.worker_notes = {index: WorkerNotes(workers) for index in ("train", "eval")} if workers else {}
         self.rates: dict[str, float] = {}  # of the step just taken, by part
         super().__init__(
             stage,
@@ -259,9 +257,9 @@ class StageTrainer(ResumableTrainer):
 
     def get_train_dataloader(self) -> DataLoader[list[DeviceInputs]]:
         """This process's share of every step of an epoch; not prepared by accelerate, which would shard it again."""
-        return self._steps(self.train_index, self.schedule)
+        return self._steps(self.train_index, self.schedule, "train")
 
-    def _steps(self, index: Index, schedule: Schedule) -> DataLoader[list[DeviceInputs]]:
+    def _steps(self, index: Index, schedule: Schedule, use: str) -> DataLoader[list[DeviceInputs]]:
         sampler = StepSampler(
             index.column("length"),
             index.column("group"),
@@ -272,13 +270,34 @@ class StageTrainer(ResumableTrainer):
             self.args.world_size,
         )
         return StepLoader(
-            DeviceBatches(index, self.collator),
+            DeviceBatches(index, self.collator, self.worker_notes.get(use)),
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.args.dataloader_num_workers,
             worker_init_fn=leave_signals_to_the_trainer,
+            timeout=HANGS_AFTER if self.args.dataloader_num_workers else 0,
             generator=torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
         )
+
+    @contextlib.contextmanager
+    def naming_rows(self) -> Iterator[None]:
+        """Where a worker dies or hangs, an error that names the row it was at.
+
+        A worker's death is raised in whatever the training process does at that moment, not only where it asks for data.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            notes = [note for notes in self.worker_notes.values() for note in notes.read()]
+            ends = [f"died at {note.text}" for note in notes if note.is_dead]
+            ends += [f"has been at {note.text} for {note.seconds:.0f} s" for note in notes if note.seconds > HANGS_AFTER / 2]
+            if not ends and not str(error).startswith("DataLoader worker (pid"):  # torch has no class for it
+                raise
+            raise TrainingError(
+                f"A worker that decodes images {'; another '.join(ends or ['died'])}. Look at the image in a process of its own, "
+                "and leave the row out if it is the cause; if memory ran out, take fewer workers. "
+                f"{standing(self.checkpoint_folder)} ({str(error).strip()})"
+            ) from error
 
     def training_step(self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None) -> torch.Tensor:
         """One optimizer step's gradient: each device batch in turn, scaled by the step's supervised tokens over all processes."""
@@ -317,7 +336,7 @@ class StageTrainer(ResumableTrainer):
         summed = torch.zeros((), dtype=torch.float64, device=self.args.device)
         supervised = 0
         with torch.no_grad():
-            for inputs in self._steps(self.eval_index, once):
+            for inputs in self._steps(self.eval_index, once, "eval"):
                 self._note_failures(self.eval_index, inputs)
                 supervised += self._total(inputs)[1]
                 for batch in inputs:

@@ -28,3 +28,26 @@ def test_stage_overhead_compares_equal_work_and_prints_its_log_entry():
         "a stage of `curriculum_finetune`",
         "bare `SFTTrainer`",
     ]
+
+
+@pytest.mark.slow
+def test_data_path_takes_every_row_through_each_part_and_prints_its_log_entry():
+    small = ["--rows=300", "--epochs=2", "--real_rows=40", "--workers=2", "--every=0.1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "data_path.py"), *small],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr  # it stops where rows get lost on the way
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("data_path: rows checked, found again, decoded")
+    assert f"- Command: `python benchmarks/data_path.py {' '.join(small)}`" in lines
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][1:]
+    assert [row[:2] for row in cells] == [
+        ["tiny, 16×16 to 28×28, epoch 1", "300"],
+        ["tiny, 16×16 to 28×28, epoch 2", "300"],
+        ["640×480 to 336×336, epoch 1", "40"],
+    ]
+    assert done.stderr.count("index: 300 conversations, checked before") == 4, "three starts and the epochs find the index"

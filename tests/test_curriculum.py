@@ -474,7 +474,7 @@ class TestRefusals:
             ({"layout": "packed"}, ConfigError, "layout is 'packed'; wanted one of padded."),
             ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted None or a whole number of at least 1."),
             ({"max_rejected": 2}, ConfigError, "max_rejected is 2; wanted a share between 0 and 1."),
-            ({"data": {"align": None}}, ConfigError, "data has the key 'align'"),
+            ({"data": {"align": None}}, ConfigError, "data['align'] is None; wanted data, or no such entry."),
             ({"data": ["x"]}, ConfigError, "data is ['x']; wanted a dictionary of stage name → data."),
             ({"curriculum": 3}, ConfigError, "curriculum is 3; wanted a Curriculum"),
             ({"report_to": "nonsense"}, ConfigError, "report_to names 'nonsense'; installed here: none"),

@@ -231,3 +231,29 @@ def test_one_process_that_fails_ends_all_of_them_and_is_named(
     cause = done.stderr.rpartition("Root Cause (first observed failure)")[2]
     assert "rank      : 1" in cause and error in cause
     assert not (tmp_path / "out" / "more").exists()
+
+
+WAITING = """
+import time
+from datetime import timedelta
+from accelerate import PartialState
+from llavamed_peft.curriculum import _others_wait
+
+processes = PartialState(cpu=True, timeout=timedelta(seconds=2))
+began = time.monotonic()
+with _others_wait(processes):
+    if processes.is_main_process:
+        time.sleep(5)
+assert time.monotonic() - began >= 5 and processes.num_processes == 2
+processes.wait_for_everyone()
+"""
+
+
+def test_others_wait_for_an_index_longer_than_the_training_groups_barrier_would(tmp_path: Path) -> None:
+    (tmp_path / "waiting.py").write_text(WAITING, encoding="utf-8")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, str(tmp_path / "waiting.py")], env=environment, capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]

@@ -102,7 +102,8 @@ class RejectLog:
     """A JSON-lines file of rejects (`rejected.jsonl`) that counts them by reason; a context manager.
 
     The file comes into being with the first reject; one left there by an earlier run is removed at the start, so a file at
-    `path` always speaks of this run. A row that two stages share stands in it once, though it counts twice.
+    `path` always speaks of this run. A row that comes again for the same reason (of a file that two stages read, of an index that
+    is used again) is counted and not written: each stands there once.
 
     >>> with RejectLog(folder / "rejected.jsonl") as log:
     ...     conversations = list(llava_json.read(path, rejects=log))
@@ -118,7 +119,7 @@ class RejectLog:
         self.path = Path(path)
         self.counts: Counter[str] = Counter()
         self._file: TextIO | None = None
-        self._written: set[str] = set()
+        self._written: set[int] = set()  # hashes of the lines
         if not keep:
             self.path.unlink(missing_ok=True)
         elif self.path.is_file():
@@ -126,19 +127,20 @@ class RejectLog:
             whole = text[: text.rfind("\n") + 1]  # a full disk cuts the last line short
             if whole != text:
                 self.path.write_text(whole, encoding="utf-8")
-            self._written.update(whole.splitlines())
+            self._written.update(map(hash, whole.splitlines(keepends=True)))
 
     def append(self, reject: Reject, /) -> None:
-        """Write one reject as a line, at once, and count it."""
+        """Write one reject as a line, at once, unless it stands there; and count it."""
+        self.counts[reject.reason] += 1
+        line = json.dumps(reject.to_dict()) + "\n"
+        if hash(line) in self._written:
+            return
+        self._written.add(hash(line))
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             # Line-buffered: the log of a run that was killed is whole. Appending: one that was closed goes on.
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
-        line = json.dumps(reject.to_dict())
-        if line not in self._written:
-            self._written.add(line)
-            self._file.write(line + "\n")
-        self.counts[reject.reason] += 1
+        self._file.write(line)
 
     @property
     def total(self) -> int:

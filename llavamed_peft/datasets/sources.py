@@ -6,6 +6,7 @@ A source knows its name and content hash and reads its conversations one by one;
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +28,15 @@ class Source:
         path: of the file, for `rejected.jsonl`.
         sha256: of its content.
         read: takes the log of rejected rows, yields conversations.
+        settings: what its conversations depend on beside the content (the reader, the image folder, …), as text that is equal
+            where they are; `None`: not told, so that its rows are checked anew in every call.
     """
 
     name: str
     path: str
     sha256: str
     read: Callable[[Any], Iterator[Conversation]]
+    settings: str | None = None
 
 
 Data = str | Path | Source | Sequence[str | Path | Source] | Iterable[Conversation | Question]
@@ -59,7 +63,9 @@ def question_source(
     def conversations(rejects: Any) -> Iterator[Conversation]:
         return (question.conversation() for question in read(path, image_folder, split, rejects))
 
-    return Source(f"{path.name} ({split})", str(path), file_sha256(path), conversations)
+    return Source(
+        f"{path.name} ({split})", str(path), file_sha256(path), conversations, _settings(read, path, image_folder, split)
+    )
 
 
 def open_sources(data: Data, image_folder: str | Path | None, where: str) -> list[Source]:
@@ -96,7 +102,17 @@ def _file(path: Path, image_folder: str | Path | None) -> Source:
         raise DataError(f"{path}: {_instead(path)}; wanted a LLaVA JSON file.")
     if image_folder is not None:
         ImageFolder(image_folder)  # known to be missing before the first row is read, perhaps after another stage's 500,000
-    return Source(path.name, str(path), file_sha256(path), lambda rejects: llava_json.read(path, image_folder, rejects))
+
+    def conversations(rejects: Any) -> Iterator[Conversation]:
+        return llava_json.read(path, image_folder, rejects)
+
+    return Source(path.name, str(path), file_sha256(path), conversations, _settings(llava_json.read, path, image_folder))
+
+
+def _settings(read: Callable[..., Any], path: Path, image_folder: str | Path | None, *others: str) -> str:
+    """How a file is read. Folders stand as they were given, since rows hold such paths, and with where they are."""
+    folder = path.parent if image_folder is None else Path(image_folder)
+    return repr((read.__module__, read.__qualname__, os.fspath(folder), os.path.abspath(folder), *others))
 
 
 def _instead(path: Path) -> str:
@@ -113,4 +129,4 @@ def _in_memory(values: Sequence[Conversation | Question]) -> Source:
             conversation = value.conversation() if isinstance(value, Question) else value
             yield Conversation(conversation.id, conversation.turns, conversation.images, f"in memory:{row}")
 
-    return Source("in memory", "in memory", digest.hexdigest(), read)
+    return Source("in memory", "in memory", digest.hexdigest(), read, settings="")

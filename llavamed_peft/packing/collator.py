@@ -5,7 +5,7 @@ Only the padded layout is here: one row per conversation, padded on the right to
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from transformers import ProcessorMixin
@@ -13,7 +13,7 @@ from transformers import ProcessorMixin
 from ..conversations import Conversation
 from ..errors import ConfigError, DataError
 from ..images import load_image
-from .encoding import IGNORED, Encoded, Encoder
+from .encoding import IGNORED, Encoded, Encoder, Tokenized
 
 LAYOUTS = ("padded",)
 
@@ -45,8 +45,12 @@ class PackedCollator:
         self.max_row_tokens = max_row_tokens
         self.layout = layout
 
-    def __call__(self, conversations: Sequence[Conversation]) -> Batch:
+    def __call__(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
         """Inputs of the model for these conversations.
+
+        Args:
+            conversations: as they were read, or out of an index.
+            on_image: told the path of each image before it is decoded.
 
         Returns:
             `input_ids`, `attention_mask` and `labels`, each [rows, tokens] int64, and where there are images `pixel_values` and
@@ -55,7 +59,11 @@ class PackedCollator:
         Raises:
             DataError: an image that cannot be decoded, a conversation longer than `max_length` or without a supervised token.
         """
-        decoded = {path: load_image(path) for path in dict.fromkeys(i for c in conversations for i in c.images)}
+        decoded = {}
+        for path in dict.fromkeys(image for conversation in conversations for image in conversation.images):
+            if on_image is not None:
+                on_image(path)
+            decoded[path] = load_image(path)
         images = [[decoded[path] for path in conversation.images] for conversation in conversations]
         shown = [group for group in images if group]
         batch: Batch = {}
@@ -86,7 +94,7 @@ class PackedCollator:
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
-def check_length(conversation: Conversation, encoded: Encoded, max_length: int) -> Encoded:
+def check_length(conversation: Conversation | Tokenized, encoded: Encoded, max_length: int) -> Encoded:
     """Pass an encoded conversation on if it fits and has something to learn.
 
     Raises:

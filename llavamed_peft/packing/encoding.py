@@ -1,19 +1,24 @@
 """A conversation → token ids and labels: exactly the assistant's words and the stop token behind them are supervised.
 
-The text comes from `modeling/templates.py`; here it becomes tokens, and each `<image>` as many image tokens as the processor
-makes of that image. The tokens before the first answer are those of the bare prompt, so that the model is asked at inference
-what it was asked in training. Nothing is cut.
+The text comes from `modeling/templates.py`; here it becomes tokens (`Tokens`, which an index keeps), and then each `<image>` as
+many image tokens as the processor makes of that image (`Encoded`). The tokens before the first answer are those of the bare
+prompt, so that the model is asked at inference what it was asked in training. Nothing is cut.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
+import tokenizers
+import transformers
 from PIL import Image
+from torch.utils.data import default_collate
 from transformers import BatchFeature, ProcessorMixin
 
 from ..conversations import IMAGE_MARKER, Conversation, Turn
@@ -23,6 +28,34 @@ from ..modeling.templates import Piece, read_template
 IGNORED = -100  # the label that Hugging Face losses leave out
 
 Size = tuple[int, int]  # (height, width) in pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """The words of a conversation as tokens; each image is still one of them.
+
+    Args:
+        ids: [tokens], int32.
+        supervised: [tokens], bool.
+    """
+
+    ids: np.ndarray
+    supervised: np.ndarray
+
+
+@dataclass(frozen=True, slots=True)
+class Tokenized:
+    """A conversation as an index keeps it: its words are tokens already.
+
+    Args:
+        id, images, source: as `Conversation` has them.
+        tokens: of its turns, from `Encoder.tokenize`.
+    """
+
+    id: str
+    images: tuple[str, ...]
+    source: str
+    tokens: Tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,7 +75,8 @@ class Encoded:
     @property
     def supervised_tokens(self) -> int:
         """Tokens that count in the loss; the first token has none before it to predict it."""
-        return sum(label != IGNORED for label in self.labels[1:])
+        predicted = self.labels[1:]
+        return len(predicted) - predicted.count(IGNORED)
 
 
 class Encoder:
@@ -62,7 +96,7 @@ class Encoder:
         special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
         self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
 
-    def encode(self, conversation: Conversation, tokens_per_image: Sequence[int]) -> Encoded:
+    def encode(self, conversation: Conversation | Tokenized, tokens_per_image: Sequence[int]) -> Encoded:
         """Tokens and labels of one conversation.
 
         Args:
@@ -72,19 +106,23 @@ class Encoder:
         Raises:
             DataError: the words hold a special token, or the template shows more or fewer images than there are.
         """
+        tokens = conversation.tokens if isinstance(conversation, Tokenized) else self.tokenize(conversation)
+        repeats = self._repeats(tokens.ids, tokens_per_image)
+        labels = np.where(tokens.supervised, tokens.ids, IGNORED)
+        return Encoded(np.repeat(tokens.ids, repeats).tolist(), np.repeat(labels, repeats).tolist(), sum(tokens_per_image))
+
+    def tokenize(self, conversation: Conversation) -> Tokens:
+        """The words of one conversation as tokens.
+
+        Raises:
+            DataError: the words hold a special token.
+        """
         for position, turn in enumerate(conversation.turns, start=1):
             if found := self._special.search(turn.text.replace(IMAGE_MARKER, "")):
                 raise DataError(
                     f"Turn {position} holds {found[0]!r}, which the tokenizer reads as a special token; wanted words."
                 )
-        pieces = self.format.pieces(self.processor, conversation.turns)
-        ids, supervised = self._tokenize(pieces)
-        input_ids: list[int] = []
-        labels: list[int] = []
-        for token, learnt, repeats in zip(ids, supervised, self._repeats(ids, tokens_per_image), strict=True):
-            input_ids += [token] * repeats
-            labels += [token if learnt else IGNORED] * repeats
-        return Encoded(input_ids, labels, sum(tokens_per_image))
+        return self._tokenize(self.format.pieces(self.processor, conversation.turns))
 
     def encode_prompt(self, turns: Sequence[Turn], tokens_per_image: Sequence[int]) -> list[int]:
         """Token ids of the turns up to the user's last, as generation prompt: a prefix of what `encode` gives.
@@ -93,10 +131,20 @@ class Encoder:
             DataError: as `encode`.
         """
         placeholder = Turn("assistant", "-")
-        pieces = self.format.pieces(self.processor, [*turns, placeholder])[:-1]
-        ids, _ = self._tokenize(pieces)
-        repeats = self._repeats(ids, tokens_per_image)
-        return [token for token, times in zip(ids, repeats, strict=True) for _ in range(times)]
+        tokens = self._tokenize(self.format.pieces(self.processor, [*turns, placeholder])[:-1])
+        return np.repeat(tokens.ids, self._repeats(tokens.ids, tokens_per_image)).tolist()
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides how a conversation is encoded: equal fingerprints, equal tokens."""
+        tokenizer = json.loads(self.processor.tokenizer.backend_tokenizer.to_str())
+        settings = {
+            "versions": [transformers.__version__, tokenizers.__version__],
+            "format": asdict(self.format),
+            "special_tokens": self.processor.tokenizer.special_tokens_map,
+            "tokenizer": {name: part for name, part in tokenizer.items() if name not in ("truncation", "padding")},  # a call's
+            "processor": self.processor.to_dict(),
+        }
+        return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
     def count_image_tokens(self, sizes: Sequence[Size]) -> list[int]:
         """Image tokens that each image of one conversation becomes, from its (height, width) in pixels alone."""
@@ -111,43 +159,46 @@ class Encoder:
         """
         per_conversation = "batch_num_images" in self.processor.image_processor.model_input_names
         images = [list(group) for group in conversations] if per_conversation else [i for group in conversations for i in group]
-        inputs = self.processor.image_processor(images, return_tensors="pt")
+        inputs = self.processor.image_processor(images)
+        # In a data-loader worker this lays the pixels down in shared memory, where they would be copied to in the end.
+        inputs["pixel_values"] = default_collate(inputs["pixel_values"])
+        inputs.convert_to_tensors("pt")
         counts = iter([self._count(inputs, i) for i in range(sum(len(group) for group in conversations))])
         return inputs, [[next(counts) for _ in group] for group in conversations]
 
-    def _repeats(self, ids: Sequence[int], tokens_per_image: Sequence[int]) -> list[int]:
+    def _repeats(self, ids: np.ndarray, tokens_per_image: Sequence[int]) -> np.ndarray:
         """How often each token stands in the end: an image token once for each of its image's tokens, any other once."""
-        shown = ids.count(self.processor.image_token_id)
+        shows_image = ids == self.processor.image_token_id
+        shown = int(shows_image.sum())
         if shown != len(tokens_per_image):
             raise DataError(
                 f"The chat template shows {shown} image(s), the conversation has {len(tokens_per_image)}; wanted equal numbers."
             )
-        counts = iter(tokens_per_image)
-        return [next(counts) if token == self.processor.image_token_id else 1 for token in ids]
+        repeats = np.ones(len(ids), dtype=np.int64)
+        repeats[shows_image] = tokens_per_image
+        return repeats
 
-    def _tokenize(self, pieces: Sequence[Piece]) -> tuple[list[int], list[bool]]:
+    def _tokenize(self, pieces: Sequence[Piece]) -> Tokens:
         tokenizer = self.processor.tokenizer
         text = "".join(piece.text for piece in pieces)
         adds_bos = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))  # as the stock processor decides it
         whole = tokenizer(text, add_special_tokens=adds_bos, return_offsets_mapping=True)
         prompt = tokenizer(pieces[0].text, add_special_tokens=adds_bos)["input_ids"]
         edges = np.cumsum([len(piece.text) for piece in pieces])
-        ids, supervised = [], []
-        for token, (start, end) in zip(whole["input_ids"], whole["offset_mapping"], strict=True):
-            piece = int(np.searchsorted(edges, start, side="right"))
-            if start == end:  # BOS, or a template's zero-width token: no one's words
-                piece = min(piece, len(pieces) - 1) if ids else 0
-            if piece >= len(pieces):
-                break  # an EOS that the tokenizer adds behind everything
-            if end > edges[piece]:
-                return self._tokenize_apart(pieces, prompt)
-            ids.append(token)
-            supervised.append(pieces[piece].supervised)
-        if len(pieces) > 1 and ids[: len(prompt)] != prompt:
+        ids = np.array(whole["input_ids"], dtype=np.int32)
+        start, end = np.array(whole["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
+        piece = np.searchsorted(edges, start, side="right")
+        no_words = start == end  # BOS, or a template's zero-width token
+        piece[no_words] = piece[no_words].clip(max=len(pieces) - 1)
+        piece[:1][no_words[:1]] = 0
+        behind = piece == len(pieces)  # an EOS that the tokenizer adds behind everything
+        if behind.any():
+            ids, piece, end = (values[: behind.argmax()] for values in (ids, piece, end))
+        if (end > edges[piece]).any() or (len(pieces) > 1 and ids[: len(prompt)].tolist() != prompt):
             return self._tokenize_apart(pieces, prompt)
-        return ids, supervised
+        return Tokens(ids, np.array([piece.supervised for piece in pieces])[piece])
 
-    def _tokenize_apart(self, pieces: Sequence[Piece], prompt: list[int]) -> tuple[list[int], list[bool]]:
+    def _tokenize_apart(self, pieces: Sequence[Piece], prompt: list[int]) -> Tokens:
         """For a tokenizer that merges across the edge of a prompt and its answer, which no answering model could do."""
         tokenizer = self.processor.tokenizer
         anchor = [tokenizer.eos_token_id]  # keeps the tokenizer from treating the piece as the beginning of a text
@@ -157,7 +208,7 @@ class Encoder:
             behind = behind[len(anchor) :]
             ids += behind
             supervised += [piece.supervised] * len(behind)
-        return ids, supervised
+        return Tokens(np.array(ids, dtype=np.int32), np.array(supervised))
 
     @functools.lru_cache(maxsize=100_000)  # noqa: B019 - an encoder lives as long as the run
     def _image_tokens(self, size: Size, images_in_conversation: int) -> int:

@@ -1,17 +1,26 @@
 """A data set with everything checked but the pixels: one Arrow file beside the run, read lazily.
 
 Each conversation is encoded once, with its images' sizes read from their headers, so that what cannot be used is known before
-training begins and is counted. An image whose header is fine and whose pixels are not is found when it is decoded, while
-training: its conversations leave their step, which gets smaller, and are counted as failed.
+training begins and is counted, and so that a worker which prepares a batch has nothing left to do but decode images. An image
+whose header is fine and whose pixels are not is found when it is decoded, while training: its conversations leave their step,
+which gets smaller, and are counted as failed.
+
+The file holds what it was made from (a fingerprint of the data files, the processor and the limits) and what was rejected, so the
+next call with the same data takes it as it is. Image files are not part of that: one that changed, vanished or came back since
+is not noticed before it is decoded. Whoever mends images deletes the index.
 """
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import os
+import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -24,23 +33,31 @@ from ..datasets.sources import Source
 from ..errors import DataError
 from ..images import MAX_PIXELS, image_size
 from .collator import Batch, PackedCollator, check_length
-from .encoding import IGNORED
+from .encoding import IGNORED, Tokenized, Tokens
+from .workers import WorkerNotes
 
+FORMAT = 1  # goes up with every change of what is checked, how it is encoded, or what the file holds
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
         ("source", pa.string()),
-        ("file", pa.int32()),
         ("images", pa.list_(pa.string())),
         ("turns", pa.string()),
-        ("group", pa.int64()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("supervised", pa.list_(pa.bool_())),
         ("length", pa.int32()),
         ("image_tokens", pa.int32()),
         ("supervised_tokens", pa.int32()),
+        ("file", pa.int32()),
+        ("group", pa.int64()),
     ]
 )
+_FINGERPRINT, _REJECTED, _FILES = b"fingerprint", b"rejected", b"files"  # keys of what stands in the file beside the rows
 _ROWS_PER_BATCH = 1000
+_SECONDS_BETWEEN_LINES = 5.0
 LONGEST_STRIP = 100  # times its width, of an image that is still shown
+
+Show = Callable[[str, bool], object]  # takes a line, and whether it is the last of its kind
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +87,9 @@ class Index:
 
     @classmethod
     def open(cls, path: Path) -> Index:
-        """The conversations of an index that another process built; the counts of its files are that process's."""
-        return cls(Dataset.from_file(str(path)), [])
+        """An index that this or another process built."""
+        files = [FileCount(**count) for found in _notes(path) for count in found.get(_FILES, [])]
+        return cls(Dataset.from_file(str(path)), files)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -86,10 +104,17 @@ class Index:
         turns = tuple(Turn(role, text) for role, text in json.loads(values["turns"]))
         return Conversation(values["id"], turns, tuple(values["images"]), values["source"])
 
+    def tokenized(self, row: int) -> Tokenized:
+        """One conversation, its words as tokens."""
+        cells = {name: self.rows.data.column(name)[int(row)] for name in ("id", "images", "source", "token_ids", "supervised")}
+        ids, supervised = (cells[name].values.to_numpy(zero_copy_only=False) for name in ("token_ids", "supervised"))
+        images = tuple(cells["images"].as_py())
+        return Tokenized(cells["id"].as_py(), images, cells["source"].as_py(), Tokens(ids, supervised))
+
     def report_failures(self, rejects: RejectLog) -> None:
         """Name each failed row in the log of rejected ones."""
         for row, reason in sorted(self.failed.items()):
-            conversation = self.conversation(row)
+            conversation = self.tokenized(row)
             name = conversation.source.rpartition(":")[0]
             rejects.append(Reject(name, row_number(conversation.source), conversation.id, "failed while training", reason))
 
@@ -111,68 +136,188 @@ class Index:
 
 
 def build_index(
-    sources: Sequence[Source], collator: PackedCollator, path: Path, rejects: RejectLog, max_rejected: float | None
+    sources: Sequence[Source],
+    collator: PackedCollator,
+    path: Path,
+    rejects: RejectLog,
+    max_rejected: float | None,
+    show: Show | None = None,
 ) -> Index:
-    """Check every row of the sources and write the usable ones to `path`.
+    """Check every row of the sources and write the usable ones to `path`, unless it holds an index of these very data.
 
     Args:
         collator: its encoder and `max_length` decide what fits.
-        rejects: where unusable rows go, each with file, row, id and reason.
+        rejects: where unusable rows go, each with file, row, id and reason; those of an index that is there, again.
         max_rejected: share of the rows above which the data are refused as a whole; `None`: whatever there is, none included.
+        show: takes a line now and then where checking takes long, and one where an index that is there is used.
 
     Raises:
         DataError: a file that cannot be read, too many rejected rows (the commonest reasons are named), or none left.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
+    fingerprint = _fingerprint(sources, collator)
     partial = path.with_suffix(".partial")
+    found = fingerprint is not None and _is_whole(path, fingerprint)
+    if found:
+        for note in _notes(path):
+            for reject in note.get(_REJECTED, []):
+                rejects.append(Reject(**reject))
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_index(sources, collator, partial, fingerprint, rejects, show)
+    index = Index.open(path if found else partial)
+    if max_rejected is not None and (fault := fault_of_share(index.files, max_rejected)):
+        if any(count.rejected for count in index.files):
+            fault += f" Each row is listed in {rejects.path.name}. Mend the data, or raise max_rejected."
+        path.unlink(missing_ok=True)  # what will be mended may be images, which the fingerprint does not know
+        partial.unlink(missing_ok=True)
+        raise DataError(fault)
+    if not found:
+        os.replace(partial, path)
+        return Index.open(path)
+    if show is not None:
+        show(f"{path.stem}: {len(index):,} conversations, checked before ({path}; delete it if image files have changed)", True)
+    return index
+
+
+def _fingerprint(sources: Sequence[Source], collator: PackedCollator) -> str | None:
+    """SHA-256 of everything an index depends on, image files left out; `None` where a source does not tell."""
+    if any(source.settings is None for source in sources):
+        return None
+    data = [[source.name, source.path, source.sha256, source.settings] for source in sources]
+    made_from = [FORMAT, data, collator.encoder.fingerprint(), collator.max_length]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+
+
+def _is_whole(path: Path, fingerprint: str) -> bool:
+    """Whether a finished index with this fingerprint lies there."""
+    try:
+        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+            if (reader.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
+                return False
+        return any(_FILES in note for note in _notes(path))
+    except (OSError, pa.ArrowInvalid):
+        return False
+
+
+def _notes(path: Path) -> Iterator[dict[bytes, list[dict[str, object]]]]:
+    """What stands beside the rows of each of the file's batches: rejected rows, and with the last the counts of the files."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        while True:
+            try:
+                found = reader.read_next_batch_with_custom_metadata().custom_metadata
+            except StopIteration:
+                return
+            yield {key: json.loads(value) for key, value in (found or {}).items()}
+
+
+def _write_index(
+    sources: Sequence[Source],
+    collator: PackedCollator,
+    path: Path,
+    fingerprint: str | None,
+    rejects: RejectLog,
+    show: Show | None,
+) -> None:
+    schema = SCHEMA if fingerprint is None else SCHEMA.with_metadata({_FINGERPRINT: fingerprint})
     groups: dict[tuple[str, ...], int] = {}
     files: list[FileCount] = []
-    with pa.OSFile(str(partial), "wb") as sink, pa.ipc.new_stream(sink, SCHEMA) as writer:
+    progress = _Progress(path.stem, show)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for file, source in enumerate(sources):
-            before = Counter(rejects.counts)
-            used = 0
-            pending: list[dict[str, object]] = []
-            for conversation in source.read(rejects):
-                row = _check(conversation, source, collator, rejects)
-                if row is not None:
-                    used += 1
-                    key = tuple(os.path.realpath(image) for image in conversation.images) or ("", str(len(groups)))
-                    pending.append({**row, "file": file, "group": groups.setdefault(key, len(groups))})
-                if len(pending) == _ROWS_PER_BATCH:
-                    writer.write_batch(pa.RecordBatch.from_pylist(pending, SCHEMA))
-                    pending = []
-            if pending:
-                writer.write_batch(pa.RecordBatch.from_pylist(pending, SCHEMA))
-            rejected = dict(Counter(rejects.counts) - before)
-            files.append(FileCount(source.name, source.sha256, used + sum(rejected.values()), used, rejected))
-    if max_rejected is not None and (fault := fault_of_share(files, max_rejected)):
-        if any(count.rejected for count in files):
-            fault += f" Each row is listed in {rejects.path.name}. Mend the data, or raise max_rejected."
-        raise DataError(fault)
-    os.replace(partial, path)
-    return Index(Dataset.from_file(str(path)), files)
+            used, rejected = 0, Counter[str]()
+            rows = _rows(source)
+            while some := list(islice(rows, _ROWS_PER_BATCH)):
+                usable: list[dict[str, object]] = []
+                refused: list[Reject] = []
+                for row in some:
+                    checked = row if isinstance(row, Reject) else _check(row, source.path, collator)
+                    if isinstance(checked, Reject):
+                        refused.append(checked)
+                        rejects.append(checked)
+                    else:
+                        key = tuple(map(_real_path, checked["images"])) or ("", str(len(groups)))
+                        usable.append({**checked, "file": file, "group": groups.setdefault(key, len(groups))})
+                notes = {_REJECTED: json.dumps([reject.to_dict() for reject in refused])} if refused else None
+                writer.write_batch(pa.RecordBatch.from_pylist(usable, schema), notes)
+                used += len(usable)
+                rejected.update(reject.reason for reject in refused)
+                progress(len(some), len(refused))
+            files.append(FileCount(source.name, source.sha256, used + rejected.total(), used, dict(rejected)))
+        writer.write_batch(pa.RecordBatch.from_pylist([], schema), {_FILES: json.dumps([asdict(count) for count in files])})
+    progress.finish()
 
 
-def _check(conversation: Conversation, source: Source, collator: PackedCollator, rejects: RejectLog) -> dict[str, object] | None:
+class _Progress:
+    """Says how many rows have been checked, every few seconds."""
+
+    def __init__(self, name: str, show: Show | None):
+        self.name, self.show = name, show
+        self.rows = self.rejected = 0
+        self.began = self.shown = time.monotonic()
+
+    def __call__(self, rows: int, rejected: int) -> None:
+        self.rows += rows
+        self.rejected += rejected
+        if time.monotonic() - self.shown > _SECONDS_BETWEEN_LINES:
+            self._line(False)
+
+    def finish(self) -> None:
+        if self.shown > self.began:
+            self._line(True)
+
+    def _line(self, last: bool) -> None:
+        self.shown = time.monotonic()
+        speed = self.rows / (self.shown - self.began)
+        if self.show is not None:
+            self.show(f"{self.name}: {self.rows:,} rows checked, {self.rejected:,} rejected, {speed:,.0f} rows/s", last)
+
+
+def _rows(source: Source) -> Iterator[Conversation | Reject]:
+    """The source's rows in their order, those that its reader rejects among them."""
+    refused: list[Reject] = []
+    for conversation in source.read(refused):
+        yield from refused
+        refused.clear()
+        yield conversation
+    yield from refused
+
+
+def _check(conversation: Conversation, path: str, collator: PackedCollator) -> dict[str, object] | Reject:
+    """A row of the index (but for `file` and `group`), or why there is none."""
     reason = "unreadable image"
     try:
         sizes = [_bounded(image, image_size(image)) for image in conversation.images]
         reason = "cannot be encoded"
-        encoded = collator.encoder.encode(conversation, collator.encoder.count_image_tokens(sizes))
+        tokens = collator.encoder.tokenize(conversation)
+        whole = Tokenized(conversation.id, conversation.images, conversation.source, tokens)
+        encoded = collator.encoder.encode(whole, collator.encoder.count_image_tokens(sizes))
         reason = "longer than max_length" if len(encoded.input_ids) > collator.max_length else "no supervised token"
-        check_length(conversation, encoded, collator.max_length)
+        check_length(whole, encoded, collator.max_length)
     except DataError as error:
-        rejects.append(Reject(source.path, row_number(conversation.source), conversation.id, reason, str(error)))
-        return None
+        return Reject(path, row_number(conversation.source), conversation.id, reason, str(error))
     return {
         "id": conversation.id,
         "source": conversation.source,
         "images": list(conversation.images),
         "turns": json.dumps([[turn.role, turn.text] for turn in conversation.turns]),
+        "token_ids": tokens.ids,
+        "supervised": tokens.supervised,
         "length": len(encoded.input_ids),
         "image_tokens": encoded.image_tokens,
         "supervised_tokens": encoded.supervised_tokens,
     }
+
+
+def _real_path(image: str) -> str:
+    """`os.path.realpath`, which asks the file system about every folder on the way, with the folders remembered."""
+    folder, name = os.path.split(image)
+    real = os.path.join(_real_folder(folder), name)
+    return os.path.realpath(real) if os.path.islink(real) else real
+
+
+@functools.lru_cache(maxsize=10_000)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 def _bounded(image: str, size: tuple[int, int]) -> tuple[int, int]:
@@ -225,31 +370,51 @@ class DeviceInputs:
 
 
 class DeviceBatches:
-    """The index as a torch data set: rows of one device batch → `DeviceInputs`, decoding in whatever worker asks."""
+    """The index as a torch data set: rows of one device batch → `DeviceInputs`, decoding in whatever worker asks.
 
-    def __init__(self, index: Index, collator: PackedCollator):
+    Args:
+        index: the rows.
+        collator: lays a device batch out.
+        notes: where a worker process writes what it is at; `None` where there are no workers.
+    """
+
+    def __init__(self, index: Index, collator: PackedCollator, notes: WorkerNotes | None = None):
         self.index = index
         self.collator = collator
+        self.notes = notes
 
     def __len__(self) -> int:
         return len(self.index)
 
     def __getitem__(self, rows: Sequence[int]) -> DeviceInputs:
-        conversations = [self.index.conversation(row) for row in rows]
+        conversations = [self.index.tokenized(row) for row in rows]
         failed: list[tuple[int, str]] = []
         try:
-            inputs = self.collator(conversations)
+            inputs = self._collate(conversations)
         except DataError:
             failed = [(row, why) for row, one in zip(rows, conversations, strict=True) if (why := self._fault(one))]
             lost = {row for row, _ in failed}
             conversations = [one for row, one in zip(rows, conversations, strict=True) if row not in lost]
-            inputs = self.collator(conversations)
+            inputs = self._collate(conversations)
         supervised = int((inputs["labels"][:, 1:] != IGNORED).sum())
         return DeviceInputs(inputs, len(conversations), supervised, tuple(failed))
 
-    def _fault(self, conversation: Conversation) -> str | None:
+    def _fault(self, conversation: Tokenized) -> str | None:
         try:
-            self.collator([conversation])
+            self._collate([conversation])
         except DataError as error:
             return str(error)
         return None
+
+    def _collate(self, conversations: list[Tokenized]) -> Batch:
+        if self.notes is None:
+            return self.collator(conversations)
+        shows = {image: one for one in reversed(conversations) for image in one.images}
+        batch = ", ".join(one.source for one in conversations)
+
+        def note(image: str) -> None:
+            self.notes.write(f"{shows[image].source} (id {shows[image].id}), image {image}, in the device batch of {batch}")
+
+        inputs = self.collator(conversations, note)
+        self.notes.clear()
+        return inputs

@@ -1,0 +1,485 @@
+"""The data path without a model: checking rows, starting on a checked index, decoding in workers, and the memory of it all.
+
+    python benchmarks/data_path.py                             # 500,000 rows, three epochs; some 40 minutes on 2 shared cores
+    python benchmarks/data_path.py --log                       # the same, and adds what it found to LOG.md and results/
+    python benchmarks/data_path.py --rows 2000 --epochs 2 --real_rows 200
+
+Four parts, each in a process of its own, on files made for it (one image file per row; 500,000 take 2 GB for the time being):
+
+- build: `build_index` over tiny images with one exchange of words each, as in a set of captions.
+- start: other processes, each with all its imports, open the same data, find the index and get their first step from the workers.
+- epochs: the workers of the training loader deal out whole epochs of the tiny images. Memory is sampled all the while.
+- real: the same loader over JPEGs of 640×480 pixels with three exchanges each, prepared to 336×336.
+
+Times of workers are CPU seconds of their processes, all threads counted, from the first step on, so other work on the machine
+changes them little; rows per second and worker are rows by CPU second. The share spent on images is the CPU time inside
+`load_image` and inside the image processor, which lays the pixels down in shared memory; the rest is reading the row, token ids,
+padding, and handing tensors over. Memory is the anonymous memory of the training process and its workers together, each page
+counted once (`Pss_Anon`), so that a page which a worker copies by writing to it counts as growth; pages of the index, which the
+system may drop at any time, and tensors on their way to the training process are not in it. The greatest size is `VmHWM`, since
+a child inherits its parent's `ru_maxrss`. The first step is timed in wall seconds, the fastest of three starts counts.
+
+Left out: the model, several processes, cold disks (the files were just written and are in the page cache), large images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import multiprocessing
+import os
+import platform
+import random
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+PARTS = ("build", "start", "epochs", "real")
+STARTS = 3
+LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow")
+WANTED_SHARE, WANTED_START, WANTED_GROWTH = 0.95, 20.0, 16.0  # of a worker's time on images; seconds; MB
+TINY, REAL = 28, 336  # pixels of a prepared image; (pixels / 14)² image tokens
+GLOBAL_BATCH, MAX_ROW_TOKENS, SEED = 128, 4096, 42
+TEXT = (
+    "the left right lung lobe chest x-ray shows normal heart size opacity consolidation upper lower with mild pleural effusion "
+    "arrow indicates lesion axial coronal computed tomography patient describe image briefly what is seen in this scan and where"
+)
+WORDS = TEXT.split()
+Memory = dict[str, float]
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", type=int, default=500_000, help="rows with tiny images")
+    parser.add_argument("--epochs", type=int, default=3, help="epochs over them")
+    parser.add_argument("--real_rows", type=int, default=4_000, help="rows with images of 640×480")
+    parser.add_argument("--workers", type=int, default=2, help="processes that decode")
+    parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks at the memory")
+    parser.add_argument("--shared", action="store_true", help="say in the log that the machine did other work too")
+    parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # one of them, in the process that measures it
+    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    if options.part is not None:
+        print(json.dumps({"build": build, "start": start, "epochs": epochs, "real": real}[options.part](options)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        options.folder = Path(folder)
+        make_tiny(options.folder / "tiny", options.rows)
+        make_real(options.folder / "real", options.real_rows)
+        parts = {"build": run_part(options, "build")}
+        parts["start"] = min((run_part(options, "start") for _ in range(STARTS)), key=lambda found: found["seconds"])
+        parts |= {part: run_part(options, part) for part in ("epochs", "real")}
+        megabytes = (options.folder / "tiny" / "index.arrow").stat().st_size / 1e6
+    result = summarise(options, parts, megabytes)
+    entry = log_entry(result)
+    print(entry)
+    if options.log:
+        with (HERE / "LOG.md").open("a", encoding="utf-8") as log:
+            log.write(f"\n{entry}")
+        (HERE / "results").mkdir(exist_ok=True)
+        name = f"data_path-{result['date']}-rows-{options.rows}.json"
+        (HERE / "results" / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+def run_part(options: argparse.Namespace, part: str) -> dict[str, Any]:
+    """One part in a process of its own, with its wall time from the outside: imports and all."""
+    settings = ("rows", "epochs", "real_rows", "workers", "every", "folder")
+    given = [word for name in settings for word in (f"--{name}", str(getattr(options, name)))]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    began = time.monotonic()
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).resolve()), "--part", part, *given],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment,
+    )
+    if done.returncode:
+        sys.exit(f"The part {part} failed with exit code {done.returncode}.")
+    found = json.loads(done.stdout.splitlines()[-1])
+    print(f"{part}: {time.monotonic() - began:.0f} s", file=sys.stderr)
+    return found
+
+
+# The files
+
+
+def make_tiny(folder: Path, rows: int) -> None:
+    """A checkpoint without weights, and rows of one exchange about an image of 16×16 each."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(SEED)
+    pictures = []
+    for _ in range(64):
+        file = io.BytesIO()
+        Image.fromarray(noise.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file, "PNG")
+        pictures.append(file.getvalue())
+    make_base(folder, TINY)
+    make_rows(folder, rows, exchanges=1, pictures=pictures, suffix="png")
+
+
+def make_real(folder: Path, rows: int) -> None:
+    """The same for 336 pixels, with rows of three exchanges about a JPEG of 640×480 each."""
+    import numpy as np
+    from PIL import Image
+
+    noise = np.random.default_rng(SEED)
+    pictures = []
+    for _ in range(64):
+        file = io.BytesIO()
+        coarse = Image.fromarray(noise.integers(0, 256, (48, 64, 3), dtype=np.uint8))
+        coarse.resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
+        pictures.append(file.getvalue())
+    make_base(folder, REAL)
+    make_rows(folder, rows, exchanges=3, pictures=pictures, suffix="jpg")
+
+
+def make_base(folder: Path, size: int) -> None:
+    """Configuration, tokenizer and image processor of a LLaVA-1.5; nobody loads weights here."""
+    from stage_overhead import TEMPLATE
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import (
+        CLIPImageProcessorPil,
+        CLIPVisionConfig,
+        LlamaConfig,
+        LlavaConfig,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    special = ["<pad>", "<s>", "</s>", "<image>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    bpe.train_from_iterator([" ".join(WORDS), "USER: ASSISTANT:"] * 4, trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
+    LlavaConfig(
+        vision_config=CLIPVisionConfig(image_size=size, patch_size=14),
+        text_config=LlamaConfig(vocab_size=len(tokenizer)),
+        image_token_index=special.index("<image>"),
+    ).save_pretrained(folder / "base")
+    LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
+        tokenizer,
+        patch_size=14,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=TEMPLATE,
+    ).save_pretrained(folder / "base")
+
+
+def make_rows(folder: Path, rows: int, exchanges: int, pictures: Sequence[bytes], suffix: str) -> None:
+    """`data.jsonl`, and one image file per row in folders of a thousand; an exchange has some 10 and 20 to 60 words."""
+    words = random.Random(SEED)
+    with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
+        for row in range(rows):
+            name = f"images/{row // 1000:03d}/{row}.{suffix}"
+            image = folder / name
+            if row % 1000 == 0:
+                image.parent.mkdir(parents=True)
+            image.write_bytes(pictures[row % len(pictures)])
+            turns = []
+            for number in range(exchanges):
+                asked, said = " ".join(words.choices(WORDS, k=10)), " ".join(words.choices(WORDS, k=words.randint(20, 60)))
+                turns += [{"from": "human", "value": asked if number else f"<image>\n{asked}"}, {"from": "gpt", "value": said}]
+            file.write(json.dumps({"id": str(row), "image": name, "conversations": turns}) + "\n")
+
+
+# The parts
+
+
+def index_of(folder: Path) -> tuple[Any, Any]:
+    """The index of a folder's rows, built or found, and the collator: as `curriculum_finetune` makes them."""
+    from llavamed_peft.datasets.rejects import RejectLog
+    from llavamed_peft.datasets.sources import open_sources
+    from llavamed_peft.modeling.load import read_config
+    from llavamed_peft.modeling.processor import load_processor, make_stage_processor
+    from llavamed_peft.packing.collator import PackedCollator
+    from llavamed_peft.packing.index import build_index
+    from llavamed_peft.report import RunLog
+
+    processor = make_stage_processor(load_processor(folder / "base", read_config(folder / "base")), "pad")
+    collator = PackedCollator(processor, max_row_tokens=MAX_ROW_TOKENS)
+    sources = open_sources(folder / "data.jsonl", None, "data")
+    with RejectLog(folder / "rejected.jsonl") as rejects:
+        return build_index(sources, collator, folder / "index.arrow", rejects, 0.0, RunLog(folder).show), collator
+
+
+def loader_of(batches: Any, workers: int) -> Any:
+    """The training loader over an index."""
+    from llavamed_peft.packing.steps import StepSampler
+    from llavamed_peft.stages import Schedule
+    from llavamed_peft.training import HANGS_AFTER, StepLoader
+
+    index = batches.index
+    schedule = Schedule(epochs=1, learning_rate=1, global_batch=GLOBAL_BATCH)
+    sampler = StepSampler(index.column("length"), index.column("group"), schedule, MAX_ROW_TOKENS, SEED)
+    return StepLoader(batches, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers, timeout=HANGS_AFTER)
+
+
+def as_it_is(batches: Any) -> Any:
+    return batches
+
+
+def build(options: argparse.Namespace) -> dict[str, Any]:
+    """Check all rows; the wall and CPU seconds of that alone."""
+    import llavamed_peft.training  # noqa: F401 - so that imports do not count
+
+    began, cpu = time.monotonic(), time.process_time()
+    index, _ = index_of(options.folder / "tiny")
+    seconds, cpu = time.monotonic() - began, time.process_time() - cpu
+    assert len(index) == options.rows, f"{len(index)} of {options.rows} rows are in the index"
+    peak = memory_of(os.getpid())["peak"]
+    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak, "mean_tokens": float(index.column("length").mean())}
+
+
+def start(options: argparse.Namespace) -> dict[str, Any]:
+    """From the start of the process to the first step out of the workers."""
+    from llavamed_peft.packing.index import DeviceBatches
+    from llavamed_peft.packing.workers import WorkerNotes
+    from llavamed_peft.training import StepLoader  # noqa: F401 - with the other imports
+
+    imported = seconds_of_this_process()
+    index, collator = index_of(options.folder / "tiny")
+    found = seconds_of_this_process()
+    steps = iter(loader_of(DeviceBatches(index, collator, WorkerNotes(options.workers)), options.workers))
+    assert sum(batch.conversations for batch in next(steps)) == min(GLOBAL_BATCH, options.rows)
+    seconds, cpu = seconds_of_this_process(), time.process_time()
+    return {"imports": imported, "index": found - imported, "seconds": seconds, "cpu_seconds": cpu}
+
+
+def seconds_of_this_process() -> float:
+    """Seconds since this process was started, from /proc."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+
+
+def epochs(options: argparse.Namespace) -> dict[str, Any]:
+    return worked(options.folder / "tiny", options.epochs, options)
+
+
+def real(options: argparse.Namespace) -> dict[str, Any]:
+    return worked(options.folder / "real", 1, options)
+
+
+def worked(folder: Path, count: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Whole epochs through the workers: what they took, and the memory meanwhile."""
+    index, collator = index_of(folder)
+    timed = timed_batches(index, collator, options.workers)
+    loader = loader_of(timed, options.workers)
+    taken, looks = [], []
+    for epoch in range(count):
+        loader.set_epoch(epoch)
+        timed.sums.zero_()
+        began, rows = time.monotonic(), 0
+        with looking_at_memory(options.every) as seen:
+            for step in loader:
+                rows += sum(batch.conversations for batch in step)
+                del step
+        assert rows == len(index), f"{rows} of {len(index)} rows came out of the workers"
+        on_images, cpu = timed.sums[:, 0].tolist(), (timed.sums[:, 2] - timed.sums[:, 1]).tolist()
+        taken.append(
+            {
+                "seconds": time.monotonic() - began,
+                "worker_cpu_seconds": sum(cpu),
+                "rows_per_worker_second": rows / sum(cpu),
+                "share_on_images": sum(on_images) / sum(cpu),
+                "on_images_us_per_row": sum(on_images) / rows * 1e6,
+                "other_us_per_row": (sum(cpu) - sum(on_images)) / rows * 1e6,
+            }
+        )
+        looks.append(seen)
+    return {"rows": len(index), "epochs": taken, "memory": looks}
+
+
+def timed_batches(index: Any, collator: Any, workers: int) -> Any:
+    """The loader's data set, with a clock around what is done to images. Per worker: time on images, first and last CPU time."""
+    import torch
+
+    from llavamed_peft.packing import collator as collation
+    from llavamed_peft.packing.index import DeviceBatches
+    from llavamed_peft.packing.workers import WorkerNotes
+
+    class Timed(DeviceBatches):
+        def __init__(self) -> None:
+            super().__init__(index, collator, WorkerNotes(workers))
+            self.sums = torch.zeros((workers, 3), dtype=torch.float64).share_memory_()
+
+        def __getitem__(self, rows: Sequence[int]) -> Any:
+            mine = self.sums[torch.utils.data.get_worker_info().id]
+            if mine[1] == 0:
+                mine[1] = time.process_time()
+            self.spent = 0.0
+            made = super().__getitem__(rows)
+            mine[0] += self.spent
+            mine[2] = time.process_time()
+            return made
+
+        def clocked(self, work: Any) -> Any:
+            def clocked(*arguments: Any) -> Any:
+                began = time.thread_time()
+                result = work(*arguments)
+                self.spent += time.thread_time() - began
+                return result
+
+            return clocked
+
+    timed = Timed()
+    collation.load_image = timed.clocked(collation.load_image)  # in this process of the benchmark, and in its forked workers
+    collator.encoder.process_images = timed.clocked(collator.encoder.process_images)
+    return timed
+
+
+# Memory
+
+
+def memory_of(pid: int) -> Memory:
+    """MB of a process: its share of the anonymous memory, what of it is its own, and the greatest size that it had."""
+    fields = {}
+    for name in ("status", "smaps_rollup"):
+        for line in Path(f"/proc/{pid}/{name}").read_text().splitlines():
+            key, _, value = line.partition(":")
+            if value.endswith(" kB"):
+                fields[key] = int(value.split()[0]) / 1024
+    return {"anonymous": fields["Pss_Anon"], "private": fields["Private_Dirty"], "peak": fields["VmHWM"]}
+
+
+class looking_at_memory:
+    """Samples this process and its workers every few seconds; gives a list of {seconds, parent, workers}."""
+
+    def __init__(self, every: float):
+        self.every = every
+        self.seen: list[dict[str, Any]] = []
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._look, daemon=True)
+
+    def _look(self) -> None:
+        began = time.monotonic()
+        while not self.done.wait(self.every):
+            workers = list(self._memories(process.pid for process in multiprocessing.active_children()))
+            if workers:
+                seconds = round(time.monotonic() - began, 1)
+                self.seen.append({"seconds": seconds, "parent": memory_of(os.getpid()), "workers": workers})
+
+    def _memories(self, pids: Iterator[int]) -> Iterator[Memory]:
+        for pid in pids:
+            try:
+                yield memory_of(pid)
+            except (OSError, KeyError):
+                continue  # it has just ended
+
+    def __enter__(self) -> list[dict[str, Any]]:
+        self.thread.start()
+        return self.seen
+
+    def __exit__(self, *_: object) -> None:
+        self.done.set()
+        self.thread.join()
+
+
+# The result
+
+
+def summarise(options: argparse.Namespace, parts: dict[str, dict[str, Any]], index_mb: float) -> dict[str, Any]:
+    from stage_overhead import machine
+
+    return {
+        "benchmark": "data_path",
+        "date": date.today().isoformat(),
+        "machine": machine() + (", shared with other work" if options.shared else ""),
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "command": shlex.join(["python", "benchmarks/data_path.py", *sys.argv[1:]]),
+        "settings": {name: getattr(options, name) for name in ("rows", "epochs", "real_rows", "workers")},
+        "index_mb": index_mb,
+        "growth_mb": growth(parts["epochs"]["memory"]),
+        **parts,
+    }
+
+
+def growth(looks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
+    """Anonymous memory of all processes together, MB: the most in the first epoch, and how much it grew.
+
+    Within: the most in the last fifth of the first epoch against its second fifth. Later: the most in later epochs against that.
+    """
+    totals = [
+        [look["parent"]["anonymous"] + sum(worker["anonymous"] for worker in look["workers"]) for look in epoch]
+        for epoch in looks
+    ]
+    first, later = totals[0], [total for epoch in totals[1:] for total in epoch]
+    fifth = max(len(first) // 5, 1)
+    if not first:
+        return {}
+    within = max(first[-fifth:]) - max(first[fifth : 2 * fifth] or first)
+    return {"first": max(first), "within": within, "later": max(later, default=max(first)) - max(first)}
+
+
+def log_entry(result: dict[str, Any]) -> str:
+    """The result as a section of `LOG.md`."""
+    settings, built, started, grown = result["settings"], result["build"], result["start"], result["growth_mb"]
+    rows = []
+    for name, part in (("tiny, 16×16 to 28×28", "epochs"), ("640×480 to 336×336", "real")):
+        for number, epoch in enumerate(result[part]["epochs"], 1):
+            rows.append(
+                f"| {name}, epoch {number} | {result[part]['rows']:,} | {epoch['rows_per_worker_second']:,.0f} | "
+                f"{epoch['on_images_us_per_row']:,.0f} | {epoch['other_us_per_row']:,.0f} | {epoch['share_on_images']:.1%} | "
+                f"{epoch['seconds']:,.0f} |"
+            )
+    share = result["real"]["epochs"][0]["share_on_images"]
+    fits = {
+        "share": share >= WANTED_SHARE,
+        "start": started["seconds"] <= WANTED_START,
+        "memory": max(grown.get("within", 0), grown.get("later", 0)) <= WANTED_GROWTH,
+    }
+    missed = [name for name, fine in fits.items() if not fine]
+    memory = "no look at the memory was taken"
+    if grown:
+        memory = (
+            f"anonymous memory of all processes at most {grown['first']:,.0f} MB in the first epoch, growing by "
+            f"{grown['within']:+.1f} MB within it and {grown['later']:+.1f} MB in later ones"
+        )
+    return "\n".join(
+        [
+            f"## {result['date']} · data_path: rows checked, found again, decoded",
+            "",
+            f"- Machine: {result['machine']}",
+            f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
+            f"- Command: `{result['command']}`",
+            f"- What: {settings['rows']:,} rows about an image of their own, {built['mean_tokens']:.0f} tokens in the mean, "
+            f"{settings['workers']} workers, steps of {GLOBAL_BATCH}, no model; CPU seconds of the workers",
+            f"- Expected: with images of 640×480 at least {WANTED_SHARE:.0%} of a worker's time on images; first step within "
+            f"{WANTED_START:.0f} s of starting a process; memory growing by at most {WANTED_GROWTH:.0f} MB",
+            f"- Result: {'as expected' if not missed else 'not as expected: ' + ', '.join(missed)}. On images **{share:.1%}**; "
+            f"first step after **{started['seconds']:.1f} s** (imports {started['imports']:.1f}, hashing and finding the index "
+            f"{started['index']:.1f}; {started['cpu_seconds']:.1f} of CPU in all); {memory}",
+            f"- Building the index: {built['seconds']:,.0f} s, {built['cpu_seconds']:,.0f} of them CPU, "
+            f"{settings['rows'] / built['cpu_seconds']:,.0f} rows/s by CPU time, at most {built['peak_mb']:,.0f} MB; the file "
+            f"has {result['index_mb']:,.0f} MB",
+            "",
+            "| images | rows | rows/s per worker | on images, µs a row | else, µs a row | share on images | wall, s |",
+            "|---|---|---|---|---|---|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,327 @@
+"""The index: built once, found again with its counts and rejected rows, and never found where something it depends on changed."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import tiny
+from PIL import Image
+
+from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, StageAdapter, Turn, curriculum_finetune
+from llavamed_peft.curriculum import Run
+from llavamed_peft.datasets import vqa_rad
+from llavamed_peft.datasets.rejects import Reject, RejectLog
+from llavamed_peft.datasets.sources import Source, open_sources, question_source
+from llavamed_peft.errors import DataError
+from llavamed_peft.modeling.load import read_config
+from llavamed_peft.modeling.processor import load_processor, make_stage_processor
+from llavamed_peft.packing import PackedCollator, index
+from llavamed_peft.packing.index import Index, build_index
+
+KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevision": ("qwen2", "siglip", -1)}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: tiny.build(folder / kind, kind, *how) for kind, how in KINDS.items()}
+
+
+def collator_of(base: Path, max_length: int = 2048, ratio: str = "pad") -> PackedCollator:
+    return PackedCollator(make_stage_processor(load_processor(base, read_config(base)), ratio), max_length)
+
+
+def row(number: int, image: str, *said: str) -> dict[str, object]:
+    turns = [{"from": ("human", "gpt")[i % 2], "value": text} for i, text in enumerate(said)]
+    return {"id": f"id-{number}", "image": image, "conversations": turns}
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> Path:
+    """Seven rows: 2 and 6 are rejected by the reader, 3 and 5 by the index."""
+    for name in ("a", "b", "c"):
+        Image.new("RGB", (60, 40), "white").save(tmp_path / f"{name}.png")
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    rows = [
+        row(1, "a.png", "<image>\nwhat is this?", "a heart"),
+        row(2, "missing.png", "<image>\nwhat is this?", "a lung"),
+        row(3, "broken.png", "<image>\nwhat is this?", "a lung"),
+        row(4, "a.png", "<image>\nis it normal?", "yes", "and the left?", "no"),
+        row(5, "b.png", "<image>\nwhat is this?", "a </s> heart"),
+        row(6, "b.png", "<image>\nwhat is this?", ""),
+        row(7, "c.png", "what is <image> ?", "an x-ray"),
+    ]
+    (tmp_path / "data.jsonl").write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    return tmp_path / "data.jsonl"
+
+
+def build(
+    sources: Any, collator: PackedCollator, folder: Path, max_rejected: float | None = 0.9, show: Any = None
+) -> tuple[Index, list[dict[str, object]]]:
+    """The index in a folder, and what was logged as rejected."""
+    log = folder / "rejected.jsonl"
+    with RejectLog(log) as rejects:
+        found = build_index(open_sources(sources, None, "data"), collator, folder / "index.arrow", rejects, max_rejected, show)
+    return found, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+
+
+def which(folder: Path) -> tuple[int, int]:
+    """Tells one file from another that took its place."""
+    stat = (folder / "index.arrow").stat()
+    return stat.st_ino, stat.st_mtime_ns
+
+
+def test_found_again_with_the_same_rows_counts_and_rejects(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    built, rejected = build(data, collator_of(bases["llava"]), tmp_path)
+    first = which(tmp_path)
+    assert [reject["row"] for reject in rejected] == [2, 3, 5, 6], "in the file's order, whoever rejects"
+    (tmp_path / "c.png").unlink()
+    data.with_name("c.png").write_bytes(b"not looked at again")
+    found, again = build(data, collator_of(bases["llava"]), tmp_path)
+    assert which(tmp_path) == first
+    assert again == rejected and found.account() == built.account()
+    (entry,) = found.account()
+    counts = {"missing image": 1, "unreadable image": 1, "cannot be encoded": 1, "empty answer": 1}
+    assert (entry["rows"], entry["used"], entry["rejected"], entry["failed"]) == (7, 3, counts, 0)
+    assert [found.conversation(i) for i in range(3)] == [built.conversation(i) for i in range(3)]
+    assert Index.open(tmp_path / "index.arrow").account() == built.account(), "for the processes that did not build it"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_kept_is_what_the_conversation_encodes_to(kind: str, bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    collator = collator_of(bases[kind])
+    built, _ = build(data, collator, tmp_path)
+    assert built.column("group").tolist() == [0, 0, 1]
+    for i in range(len(built)):
+        kept, read = built.tokenized(i), built.conversation(i)
+        assert (kept.id, kept.images, kept.source) == (read.id, read.images, read.source)
+        counts = collator.encoder.count_image_tokens([(40, 60)])
+        encoded = collator.encoder.encode(read, counts)
+        assert collator.encoder.encode(kept, counts) == encoded
+        assert len(encoded.input_ids) == built.column("length")[i]
+        assert encoded.supervised_tokens == built.column("supervised_tokens")[i] == np.sum(kept.tokens.supervised)
+        batches = collator([read]), collator([kept])
+        assert all((batches[0][name] == batches[1][name]).all() for name in batches[0])
+
+
+def append_row(data: Path) -> None:
+    with data.open("a", encoding="utf-8") as file:
+        file.write("\n" + json.dumps(row(8, "a.png", "<image>\nwhere?", "left")))
+
+
+def other_template(base: Path) -> None:
+    (base / "chat_template.jinja").write_text(tiny.VICUNA.replace("{{ '<image>\n' }}", "{{ '<image> ' }}"), encoding="utf-8")
+
+
+def other_size(base: Path) -> None:
+    settings = json.loads((base / "preprocessor_config.json").read_text(encoding="utf-8"))
+    settings["image_mean"] = [0.5, 0.5, 0.5]
+    (base / "preprocessor_config.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+def other_tokenizer(base: Path) -> None:
+    settings = json.loads((base / "tokenizer.json").read_text(encoding="utf-8"))
+    settings["model"]["merges"] = settings["model"]["merges"][:-1]
+    (base / "tokenizer.json").write_text(json.dumps(settings), encoding="utf-8")
+
+
+@pytest.mark.parametrize("change", [other_template, other_size, other_tokenizer])
+def test_another_processor_is_another_index(
+    change: Callable[[Path], None], bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    base = Path(shutil.copytree(bases["llava"], tmp_path / "base"))
+    build(data, collator_of(base), tmp_path)
+    first = which(tmp_path)
+    build(data, collator_of(base), tmp_path)
+    assert which(tmp_path) == first
+    change(base)
+    build(data, collator_of(base), tmp_path)
+    assert which(tmp_path) != first
+
+
+def test_other_data_folders_limits_and_formats_are_another_index(
+    bases: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collator = collator_of(bases["llava"])
+    build(data, collator, tmp_path)
+    seen = {which(tmp_path)}
+
+    def is_new(sources: Any, how: PackedCollator = collator) -> bool:
+        build(sources, how, tmp_path)
+        seen.add(which(tmp_path))
+        return len(seen) > before
+
+    before = len(seen)
+    assert not is_new(data) and not is_new(open_sources(data, tmp_path, "data"))
+    for number, change in enumerate(
+        [
+            lambda: is_new(data, collator_of(bases["llava"], max_length=100)),
+            lambda: is_new(data, collator_of(bases["llava"], ratio="keep")),
+            lambda: append_row(data) or is_new(data),
+            lambda: is_new(open_sources(data, shutil.copytree(tmp_path, tmp_path / "elsewhere"), "data")),
+            lambda: is_new([data, data]),
+            lambda: monkeypatch.setattr(index, "FORMAT", index.FORMAT + 1) or is_new(data),
+        ]
+    ):
+        before = len(seen)
+        assert change(), f"change {number}"
+
+
+def test_values_are_known_by_content_and_other_sources_only_if_they_say_so(
+    bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    collator = collator_of(bases["llava"])
+    said = (Turn("user", "<image>\nwhat?"), Turn("assistant", "a heart"))
+    values = [
+        Conversation("1", said, (str(tmp_path / "a.png"),)),
+        Question("2", str(tmp_path / "b.png"), "what?", "yes", "closed"),
+    ]
+    build(values, collator, tmp_path)
+    first = which(tmp_path)
+    build(list(values), collator, tmp_path)
+    assert which(tmp_path) == first
+    build([values[0], replace(values[1], answer="no")], collator, tmp_path)
+    assert which(tmp_path) != first
+
+    (tmp_path / "trainset.json").write_text(
+        json.dumps([{"qid": 1, "image_name": "a.png", "question": "what?", "answer": "yes", "answer_type": "CLOSED"}])
+    )
+    questions = [question_source(vqa_rad.read, tmp_path / "trainset.json", tmp_path, "train")]
+    build(questions, collator, tmp_path)
+    first = which(tmp_path)
+    build(questions, collator, tmp_path)
+    assert which(tmp_path) == first
+
+    (source,) = open_sources(data, None, "data")
+    unknown = [Source(source.name, source.path, source.sha256, source.read)]
+    build(unknown, collator, tmp_path)
+    first = which(tmp_path)
+    build(unknown, collator, tmp_path)
+    assert which(tmp_path) != first
+
+
+def test_mended_images_are_seen_after_a_refusal(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    collator = collator_of(bases["llava"])
+    with pytest.raises(DataError, match=r"4 of 7 rows cannot be used \(57\.1%; max_rejected is 50\.0%\)"):
+        build(data, collator, tmp_path, max_rejected=0.5)
+    assert not list(tmp_path.glob("index.*"))
+    build(data, collator, tmp_path, max_rejected=0.6)
+    with pytest.raises(DataError, match="4 of 7 rows"):  # found again, and refused all the same
+        build(data, collator, tmp_path, max_rejected=0.5)
+    shutil.copy(tmp_path / "a.png", tmp_path / "broken.png")
+    found, rejected = build(data, collator, tmp_path, max_rejected=0.5)
+    assert len(found) == 4 and [reject["row"] for reject in rejected] == [2, 5, 6]
+
+
+def killed_in_the_middle(base: Path, data: Path, folder: Path) -> None:
+    (source,) = open_sources(data, None, "data")
+
+    def read(rejects: Any) -> Iterator[Conversation]:
+        for number, conversation in enumerate(source.read(rejects)):
+            if number == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            yield conversation
+
+    index._ROWS_PER_BATCH = 1
+    build([replace(source, read=read)], collator_of(base), folder)
+
+
+def test_a_kill_while_building_leaves_nothing_that_is_found(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    process = multiprocessing.get_context("spawn").Process(target=killed_in_the_middle, args=(bases["llava"], data, tmp_path))
+    process.start()
+    process.join(timeout=120)
+    assert process.exitcode == -signal.SIGKILL
+    assert [path.name for path in tmp_path.glob("index.*")] == ["index.partial"]
+    built, rejected = build(data, collator_of(bases["llava"]), tmp_path)
+    assert len(built) == 3 and len(rejected) == 4
+    assert [path.name for path in tmp_path.glob("index.*")] == ["index.arrow"]
+
+
+@pytest.mark.parametrize("damage", ["cut", "without its end", "no arrow"])
+def test_a_damaged_index_is_built_anew(damage: str, bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+    collator = collator_of(bases["llava"])
+    build(data, collator, tmp_path)
+    path = tmp_path / "index.arrow"
+    if damage == "without its end":  # as a stream it is sound
+        with pa.ipc.open_stream(path.read_bytes()) as reader:
+            batch = reader.read_next_batch_with_custom_metadata()
+        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.batch.schema) as writer:
+            writer.write_batch(batch.batch, batch.custom_metadata)
+    else:
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) * 2 // 3] if damage == "cut" else b"something else")
+    first = which(tmp_path)
+    found, rejected = build(data, collator, tmp_path)
+    assert which(tmp_path) != first and len(found) == 3 and len(rejected) == 4
+
+
+def test_rows_are_counted_across_batches_and_shown_as_they_are_checked(
+    bases: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    collator = collator_of(bases["llava"])
+    whole, rejected = build(data, collator, tmp_path)
+    monkeypatch.setattr(index, "_ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(index, "_SECONDS_BETWEEN_LINES", 0.0)
+    shown: list[tuple[str, bool]] = []
+    (tmp_path / "index.arrow").unlink()
+    pieces, again = build(data, collator, tmp_path, show=lambda line, last: shown.append((line, last)))
+    assert pieces.rows.to_list() == whole.rows.to_list() and again == rejected and pieces.account() == whole.account()
+    assert [(line.partition(", ")[0], last) for line, last in shown] == [
+        *((f"index: {rows} rows checked", False) for rows in (2, 4, 6, 7)),
+        ("index: 7 rows checked", True),
+    ]
+    shown.clear()
+    build(data, collator, tmp_path, show=lambda line, last: shown.append((line, last)))
+    ((line, last),) = shown
+    assert line.startswith("index: 3 conversations, checked before") and "delete it if image files have changed" in line and last
+
+
+def test_a_log_that_is_kept_holds_each_row_once_and_counts_it_again(tmp_path: Path) -> None:
+    rejects = [Reject("data.json", number, f"id {number}", "missing image", "gone") for number in (1, 2)]
+    for _ in range(2):
+        with RejectLog(tmp_path / "rejected.jsonl", keep=True) as log:
+            for reject in [*rejects, rejects[0]]:
+                log.append(reject)
+            assert log.total == 3
+    lines = (tmp_path / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [reject.to_dict() for reject in rejects]
+
+
+def test_a_run_begun_again_finds_its_indexes(
+    bases: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    schedule = Schedule(epochs=1, learning_rate=1e-3, global_batch=2)
+    curriculum = Curriculum((Stage("align", "projector", schedule), Stage("vqa", "projector", schedule)))
+    call = {"data": {"align": data, "vqa": data}, "eval_data": {"vqa": data}, "output_dir": tmp_path / "run"}
+    stage = Run.stage
+
+    def stop_before_training(self: Run, *arguments: object) -> StageAdapter:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "stage", stop_before_training)
+    with pytest.raises(KeyboardInterrupt):
+        curriculum_finetune(bases["llava"], curriculum=curriculum, max_rejected=0.9, **call)
+    built = {path.name: path.stat().st_ino for path in (tmp_path / "run" / "index").iterdir()}
+    rejected = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8")
+    assert set(built) == {"align-train.arrow", "vqa-train.arrow", "vqa-eval.arrow"}
+    assert [json.loads(line)["row"] for line in rejected.splitlines()] == [2, 3, 5, 6], "of one file in three places, once"
+
+    monkeypatch.setattr(Run, "stage", stage)
+    adapters = curriculum_finetune(bases["llava"], curriculum=curriculum, max_rejected=0.9, **call)
+    assert {path.name: path.stat().st_ino for path in (tmp_path / "run" / "index").iterdir()} == built
+    assert (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8") == rejected
+    for adapter in adapters.values():
+        (entry,) = adapter.record["data"]
+        assert (entry["rows"], entry["used"], sum(entry["rejected"].values()), entry["failed"]) == (7, 3, 4, 0)
+    assert "vqa-eval: 3 conversations, checked before" in capsys.readouterr().err

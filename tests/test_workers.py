@@ -1,0 +1,181 @@
+"""Data-loader workers that die or hang: the row they were at is named, however they were started. They really die and hang."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from PIL import Image
+
+from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, StageAdapter, Turn, curriculum_finetune, training
+from llavamed_peft.curriculum import Run
+from llavamed_peft.datasets.rejects import RejectLog
+from llavamed_peft.datasets.sources import open_sources
+from llavamed_peft.errors import TrainingError
+from llavamed_peft.modeling.load import read_config
+from llavamed_peft.modeling.processor import load_processor, make_stage_processor
+from llavamed_peft.packing import PackedCollator, collator
+from llavamed_peft.packing.index import DeviceBatches, DeviceInputs, build_index
+from llavamed_peft.packing.steps import StepSampler
+from llavamed_peft.packing.workers import WorkerNotes
+from llavamed_peft.training import StepLoader
+
+KINDS = {"llava": (), "llava_onevision": ("qwen2", "siglip", -1)}  # the second with a processor class of our own
+ONE_STAGE = Curriculum((Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=2)),))
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: tiny.build(folder / kind, kind, *how) for kind, how in KINDS.items()}
+
+
+@pytest.fixture
+def rows(tmp_path: Path) -> list[Conversation]:
+    """Eight, each about an image of its own."""
+    turns = (Turn("user", "<image>\nwhat is this?"), Turn("assistant", "a heart"))
+    for i in range(8):
+        Image.new("RGB", (40 + 10 * i, 60), (30 * i, 90, 20)).save(tmp_path / f"{i}.png")
+    return [Conversation(f"id-{i}", turns, (str(tmp_path / f"{i}.png"),)) for i in range(8)]
+
+
+def batches_of(base: Path, rows: list[Conversation], folder: Path, notes: WorkerNotes | None) -> DeviceBatches:
+    collate = PackedCollator(make_stage_processor(load_processor(base, read_config(base)), "pad"), max_row_tokens=4096)
+    with RejectLog(folder / "rejected.jsonl") as rejects:
+        index = build_index(open_sources(rows, None, "data"), collate, folder / "index.arrow", rejects, 0.0)
+    return DeviceBatches(index, collate, notes)
+
+
+def loader_of(batches: DeviceBatches, start: str | None, timeout: float = 0) -> StepLoader:
+    sampler = StepSampler(
+        batches.index.column("length"), batches.index.column("group"), ONE_STAGE.stages[0].schedule, max_row_tokens=4096, seed=0
+    )
+    workers = 0 if start is None else 2
+    return StepLoader(
+        batches, batch_sampler=sampler, collate_fn=as_is, num_workers=workers, multiprocessing_context=start, timeout=timeout
+    )
+
+
+def as_is(batches: list[DeviceInputs]) -> list[DeviceInputs]:
+    return batches
+
+
+def never_decoded(image: str) -> None:
+    """A pipe that nobody writes to takes the image's place: opening it blocks, as a file of a dead network mount does."""
+    os.remove(image)
+    os.mkfifo(image)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("start", ["spawn", "forkserver"])
+def test_workers_that_are_not_forked_yield_the_same_batches(
+    start: str, kind: str, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path
+) -> None:
+    batches = batches_of(bases[kind], rows, tmp_path, WorkerNotes(2))
+    steps, alone = list(loader_of(batches, start)), list(loader_of(batches, None))
+    assert len(steps) == len(alone) == 4
+    for (batch,), (wanted,) in zip(steps, alone, strict=True):
+        assert batch.inputs.keys() == wanted.inputs.keys()
+        assert all(torch.equal(batch.inputs[name], wanted.inputs[name]) for name in wanted.inputs)
+    assert batches.notes.read() == []
+
+
+@pytest.mark.parametrize("start", ["fork", "spawn"])
+def test_notes_of_a_worker_killed_from_outside_say_where_it_was(
+    start: str, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path
+) -> None:
+    batches = batches_of(bases["llava"], rows, tmp_path, WorkerNotes(2))
+    never_decoded(rows[5].images[0])
+
+    def kill_the_stuck_one() -> None:
+        while not (stuck := [note for note in batches.notes.read() if "5.png" in note.text and note.seconds > 0.5]):
+            time.sleep(0.05)
+        os.kill(stuck[0].pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill_the_stuck_one)
+    killer.start()
+    loader = iter(loader_of(batches, start))
+    with pytest.raises(RuntimeError, match="DataLoader worker"):
+        for _ in range(4):
+            next(loader)
+    killer.join()
+    (note,) = [note for note in batches.notes.read() if note.is_dead]
+    assert note.text.startswith(f"in memory:6 (id id-5), image {rows[5].images[0]}, in the device batch of in memory:")
+
+
+def test_training_names_the_row_that_killed_a_worker(
+    bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    load_image = collator.load_image
+
+    def deadly(path: str) -> Image.Image:
+        if path.endswith("3.png"):
+            os.kill(os.getpid(), signal.SIGSEGV)  # as a decoder with a fault does; workers are forked here, so they have this too
+        return load_image(path)
+
+    monkeypatch.setattr(collator, "load_image", deadly)
+    with pytest.raises(TrainingError) as raised:
+        curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=ONE_STAGE, workers=2)
+    said = str(raised.value)
+    assert (
+        f"A worker that decodes images died at in memory:4 (id id-3), image {tmp_path / '3.png'}, in the device batch of" in said
+    )
+    assert "leave the row out if it is the cause; if memory ran out, take fewer workers" in said and "DataLoader worker" in said
+    assert not (tmp_path / "run" / "vqa").exists()
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+def test_training_names_the_row_at_which_a_worker_hangs(
+    held_out: bool, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Run.stage
+
+    def hang_first(self: Run, *arguments: object) -> StageAdapter:
+        never_decoded(str(tmp_path / "6.png"))
+        return stage(self, *arguments)
+
+    monkeypatch.setattr(Run, "stage", hang_first)
+    monkeypatch.setattr(training, "HANGS_AFTER", 4.0)
+    question = [Question("asked", str(tmp_path / "6.png"), "what?", "a heart", "closed")]
+    data, eval_data = ({"vqa": rows[:6]}, {"vqa": question}) if held_out else ({"vqa": rows}, None)
+    with pytest.raises(TrainingError) as raised:
+        curriculum_finetune(bases["llava"], data, tmp_path / "run", curriculum=ONE_STAGE, eval_data=eval_data, workers=1)
+    row = "in memory:1 (id asked)" if held_out else "in memory:7 (id id-6)"
+    assert f"A worker that decodes images has been at {row}, image {tmp_path / '6.png'}, in the device batch of" in str(
+        raised.value
+    )
+
+
+def test_another_error_in_training_is_left_as_it_is(
+    bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: training.StageTrainer, *arguments: object) -> None:
+        raise RuntimeError("no memory on the device")
+
+    monkeypatch.setattr(training.StageTrainer, "training_step", fail)
+    with pytest.raises(RuntimeError, match=r"^no memory on the device$"):
+        curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=ONE_STAGE, workers=1)
+
+
+def test_a_note_longer_than_its_place_is_cut_and_the_training_process_writes_none() -> None:
+    notes = WorkerNotes(1)
+    notes.write("nobody is a worker here")
+    assert notes.read() == []
+
+    class Long(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 1
+
+        def __getitem__(self, row: int) -> int:
+            notes.write("ä" * 3000)
+            return row
+
+    list(torch.utils.data.DataLoader(Long(), num_workers=1, multiprocessing_context="fork"))
+    (note,) = notes.read()
+    assert note.is_dead and note.seconds < 60 and set(note.text) <= {"ä", "\ufffd"} and len(note.text) > 900
