@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import resource
 import time
 import warnings
 from collections.abc import Callable, Iterator
@@ -35,6 +36,9 @@ from .stages import Schedule, Stage
 
 _EVALUATIONS_PER_STAGE = 10
 HANGS_AFTER = 600.0  # seconds that training waits for its workers' next step; a slow disk takes seconds, a dead one for ever
+OPEN_FILES = (
+    65_536  # each tensor on its way from a worker is one: 8 workers may have 2,000 under way, where 1,024 is the usual limit
+)
 MAX_GRAD_NORM = 1.0  # the Hugging Face trainer's default, with which LLaVA and LLaVA-Med were trained
 
 
@@ -198,6 +202,8 @@ class StageTrainer(SFTTrainer):
         self.train_index, self.eval_index = train_index, eval_index
         workers = config.dataloader_num_workers
         self.worker_notes = {index: WorkerNotes(workers) for index in ("train", "eval")} if workers else {}
+        if workers:
+            allow_open_files()
         self.evaluated_at = -1
         self.seen_conversations = 0
         self.seen_supervised_tokens = 0
@@ -362,6 +368,14 @@ class StageTrainer(SFTTrainer):
     def _note_failures(self, index: Index, inputs: list[DeviceInputs]) -> None:
         for batch in inputs:
             index.failed.update(batch.failed)
+
+
+def allow_open_files() -> None:
+    """Raise this process's own limit of open files as far as it may itself, up to `OPEN_FILES`."""
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    if least != resource.RLIM_INFINITY and least < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 class StepLoader(DataLoader[list[DeviceInputs]]):
