@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import resource
 import time
 import warnings
 from collections.abc import Iterator
@@ -52,6 +53,8 @@ from .stages import Schedule, Stage
 _EVALUATIONS_PER_STAGE = 10
 _CHECKPOINTS_PER_STAGE = 10
 HANGS_AFTER = 600.0  # seconds that training waits for its workers' next step; a slow disk takes seconds, a dead one for ever
+# Each tensor on its way from a worker is one: 8 workers may have 2,000 under way, where 1,024 is the usual limit
+OPEN_FILES = 65_536
 MAX_GRAD_NORM = 1.0  # the Hugging Face trainer's default, with which LLaVA and LLaVA-Med were trained
 
 
@@ -242,6 +245,8 @@ class StageTrainer(ResumableTrainer):
         self.collator = collator
         workers = config.dataloader_num_workers
         self.worker_notes = {index: WorkerNotes(workers) for index in ("train", "eval")} if workers else {}
+        if workers:
+            allow_open_files()
         self.rates: dict[str, float] = {}  # of the step just taken, by part
         super().__init__(
             stage,
@@ -402,6 +407,14 @@ class _LeftWhereItIs(SFTConfig):
     """Of a model that is sharded later: whole, it may not fit on a GPU."""
 
     place_model_on_device = False
+
+
+def allow_open_files() -> None:
+    """Raise this process's own limit of open files as far as it may itself, up to `OPEN_FILES`."""
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    if least != resource.RLIM_INFINITY and least < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
 
 
 class StepLoader(DataLoader[list[DeviceInputs]]):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import threading
 import time
@@ -161,6 +162,21 @@ def test_another_error_in_training_is_left_as_it_is(
     monkeypatch.setattr(training.StageTrainer, "training_step", fail)
     with pytest.raises(RuntimeError, match=r"^no memory on the device$"):
         curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=ONE_STAGE, workers=1)
+
+
+def test_training_with_workers_may_open_more_files(bases: dict[str, Path], rows: list[Conversation], tmp_path: Path) -> None:
+    usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if most != resource.RLIM_INFINITY and most <= 1024:
+        pytest.skip(f"the system allows {most} open files and not one more")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (1024, most))
+    try:
+        curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=ONE_STAGE, workers=1)
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (
+            65_536 if most == resource.RLIM_INFINITY else min(65_536, most),
+            most,
+        )
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (usual, most))
 
 
 def test_a_note_longer_than_its_place_is_cut_and_the_training_process_writes_none() -> None:
