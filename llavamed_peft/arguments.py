@@ -18,6 +18,7 @@ from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
 from .errors import LlavaMedError, did_you_mean
+from .interruption import Interrupted
 
 
 @dataclass(kw_only=True)
@@ -54,7 +55,11 @@ class RunArguments:
 
 
 def start(main: Callable[..., object], *arguments: type) -> None:
-    """Parse the options, call `main` with them, and end with one line on stderr and exit code 1 where the package refuses."""
+    """Parse the options and call `main` with them.
+
+    Where the package refuses, the process ends with a line on stderr and exit code 1; where it was asked to stop, with 143
+    (SIGTERM) or 130 (Ctrl-C) and a line that says how to go on.
+    """
     parsed = parse(*arguments)
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, to programmers
     disable_progress_bar()
@@ -62,6 +67,9 @@ def start(main: Callable[..., object], *arguments: type) -> None:
         main(*parsed)
     except LlavaMedError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signal_number)
 
 
 def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[Any, ...]:
