@@ -68,25 +68,14 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_data(place)
-        generator = random.Random(options.seed)
-        kills: Counter[str] = Counter()
-        runs, calls = 0, 0
-        undisturbed = {kind: measure(place, kind) for kind in KINDS}
-        while kills.total() < options.kills:
-            kind = KINDS[runs % len(KINDS)]
-            out = place / f"{kind}-{runs}"
-            found, made = run_with_kills(place, out, kind, undisturbed[kind], generator, options.kills - kills.total())
-            kills += found
-            runs, calls = runs + 1, calls + made
-            check_same(place / kind, out)
-            print(f"{kills.total()} kills, {runs} runs, {calls} calls: all as if nothing had happened", file=sys.stderr)
+        hit, runs, calls = kill_often(place, {kind: measure(place, kind) for kind in KINDS}, options.kills, options.seed)
     result = {
         "benchmark": "kills",
         "date": date.today().isoformat(),
         "machine": f"{len(os.sched_getaffinity(0))} cores {platform.machine().replace('_', '-')}",
         "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
         "command": shlex.join(["python", "benchmarks/kills.py", *sys.argv[1:]]),
-        "kills": dict(kills),
+        "kills": dict(hit),
         "runs": runs,
         "calls": calls,
         "seconds": round(time.monotonic() - began),
@@ -149,13 +138,18 @@ def start(
         before: called with `how` in that process before the call, such as `kill_at_operation`.
         changes: of the call's arguments.
     """
-    # sleeping threads, and one of them only: a fork while others run would leave their locks held for ever
-    os.environ |= {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    process = context.Process(target=_call, args=(place, out, kind, before, how, changes))
+    process = context().Process(target=_call, args=(place, out, kind, before, how, changes))
     process.start()
     return process
+
+
+def context() -> multiprocessing.context.ForkServerContext:
+    """Processes of it are forked from one that has imported everything."""
+    # of threads one, since a fork while others work would leave their locks held for ever
+    os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    forks = multiprocessing.get_context("forkserver")
+    forks.set_forkserver_preload(PRELOADED)
+    return forks
 
 
 def _call(place: Path, out: Path, kind: str, before: Callable[..., object] | None, how: Any, changes: dict[str, Any]) -> None:
@@ -163,6 +157,7 @@ def _call(place: Path, out: Path, kind: str, before: Callable[..., object] | Non
     for stream in (1, 2):
         os.dup2(log, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
+    multiprocessing.set_start_method("fork", force=True)  # data-loader workers, as in a process that nobody forked
     gc.freeze()  # or the trainer's collections would go through, and so copy, all that was imported before the fork
     if before is not None:
         before(*how)
@@ -199,13 +194,12 @@ def count_operations(out: Path, total: Path) -> None:
 
 
 def measure(place: Path, kind: str) -> tuple[float, int]:
-    """Seconds and file operations of a call that is left alone, the second of two; its folder `<place>/<kind>` stays."""
-    for name in ("warm", kind):
-        out = place / name if name == kind else place / f"{kind}-warm"
-        began = time.monotonic()
-        finish(start(place, out, kind, count_operations, out, place / "operations"), out)
-        seconds = time.monotonic() - began
-    return seconds, int((place / "operations").read_text())
+    """Seconds and file operations of a call that is left alone; its folder `<place>/<kind>` stays."""
+    out, total = place / kind, place / "operations"
+    finish(start(place, out, kind, sys.exit), out)  # where nothing is imported yet, this waits for it
+    began = time.monotonic()
+    finish(start(place, out, kind, count_operations, out, total), out)
+    return time.monotonic() - began, int(total.read_text())
 
 
 def finish(process: BaseProcess, out: Path) -> None:
@@ -215,29 +209,54 @@ def finish(process: BaseProcess, out: Path) -> None:
         raise RuntimeError(f"exit code {process.exitcode}: {Path(f'{out}.log').read_text(encoding='utf-8')[-3000:]}")
 
 
-def run_with_kills(
-    place: Path, out: Path, kind: str, undisturbed: tuple[float, int], generator: random.Random, most: int
-) -> tuple[Counter[str], int]:
-    """Make the call until it comes to its end, killing it at most `most` times; returns what the kills hit, and the calls."""
-    kills: Counter[str] = Counter()
-    for calls in range(1, 1000):
-        by_the_clock = generator.random() < 0.5
-        share = generator.random() if kills.total() < most else 2.0
-        if by_the_clock:
-            process = start(place, out, kind)
-            process.join(share * undisturbed[0])
-            if process.exitcode is None and share < 1:
-                process.kill()
-        else:
-            process = start(place, out, kind, kill_at_operation, out, round(share * undisturbed[1]))
-        process.join(300)
-        if process.exitcode == 0:
-            return kills, calls
-        if process.exitcode != -signal.SIGKILL:
-            finish(process, out)
-        kills[what_was_hit(out)] += 1
-        check_whole(out)
-    raise RuntimeError(f"{out}: comes to no end")
+def kill_often(place: Path, undisturbed: dict[str, tuple[float, int]], kills: int, seed: int) -> tuple[Counter[str], int, int]:
+    """Kill calls until so many were killed, and let every run come to its end as if none had been.
+
+    Args:
+        undisturbed: what `measure` found, by kind.
+
+    Returns:
+        What the kills hit, how many runs there were, and how many calls.
+    """
+    generator, hit, runs, calls = random.Random(seed), Counter[str](), 0, 0
+    while hit.total() < kills:
+        kind = list(undisturbed)[runs % len(undisturbed)]
+        out = place / f"{kind}-{seed}-{runs}"
+        finished = False
+        while not finished:
+            share = generator.random() if hit.total() < kills else None  # then it is left alone
+            moment, process = call(place, out, kind, undisturbed[kind], share, by_the_clock=generator.random() < 0.5)
+            calls += 1
+            finished = process.exitcode == 0
+            if not finished:
+                if process.exitcode != -signal.SIGKILL:
+                    finish(process, out)
+                what = what_was_hit(out)
+                hit[what] += 1
+                print(f"kill {hit.total()}, seed {seed}, {out.name}: {moment}, {what}", file=sys.stderr)
+                check_whole(out)
+        runs += 1
+        check_same(place / kind, out)
+    return hit, runs, calls
+
+
+def call(
+    place: Path, out: Path, kind: str, undisturbed: tuple[float, int], share: float | None, by_the_clock: bool
+) -> tuple[str, BaseProcess]:
+    """Make the call and kill it when this share of its time or of its file operations is over, if it lasts so long."""
+    seconds, operations = undisturbed
+    if share is None:
+        moment, process = "left alone", start(place, out, kind)
+    elif by_the_clock:
+        moment, process = f"after {share * seconds:.2f} s", start(place, out, kind)
+        process.join(share * seconds)
+        if process.exitcode is None:
+            process.kill()
+    else:
+        number = round(share * operations)
+        moment, process = f"at file operation {number}", start(place, out, kind, kill_at_operation, out, number)
+    process.join(300)
+    return moment, process
 
 
 def what_was_hit(out: Path) -> str:
@@ -248,7 +267,7 @@ def what_was_hit(out: Path) -> str:
         return "writing or removing a checkpoint"
     if any(out.glob(".*.partial")):
         return "writing a stage's folder or a log"
-    if any((out / path.name / "stage.json").exists() for path in out.glob("checkpoints/*")):
+    if any(path.name.startswith(".") or (out / path.name).exists() for path in out.glob("checkpoints/*")):
         return "behind a stage"
     return "training, evaluating or loading"
 
@@ -260,7 +279,7 @@ def check_whole(out: Path) -> None:
 
     for stage in out.glob("[!.]*/stage.json"):
         StageAdapter.load(stage.parent)
-    for checkpoint in out.glob("checkpoints/*/step-*"):
+    for checkpoint in out.glob("checkpoints/[!.]*/step-*"):
         if found := fault(checkpoint):
             raise AssertionError(found)
 

@@ -239,9 +239,17 @@ def base_record(base: str | Path, config: PreTrainedConfig) -> dict[str, Any]:
         "id": str(base),
         "revision": snapshot.name if snapshot else None,
         "name": str(base).split("/")[-1],
-        "sha256": weights_sha256(snapshot, trust_cache=True) if snapshot and any(snapshot.glob("*.safetensors")) else None,
+        "sha256": weights_sha256(snapshot, trust_cache=True) if snapshot and _has_all_weights(snapshot) else None,
         **shape,
     }
+
+
+def _has_all_weights(snapshot: Path) -> bool:
+    """Not so while a download goes on, or after one that was cut off."""
+    index = snapshot / "model.safetensors.index.json"
+    if not index.is_file():
+        return any(snapshot.glob("*.safetensors"))
+    return all((snapshot / name).is_file() for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
 
 
 def public_name(base: Mapping[str, Any]) -> str:

@@ -24,6 +24,7 @@ from transformers.utils.logging import disable_progress_bar
 from trl import TrlParser
 
 from .errors import ConfigError, LlavaMedError, did_you_mean
+from .interruption import Interrupted
 from .stages import LLAVA_MED, LLAVA_MED_FULL, Curriculum, read_yaml
 
 
@@ -129,7 +130,10 @@ def _by_stage(option: str, given: Mapping[str, Any] | list[str] | None) -> dict[
 
 
 def start(main: Callable[..., object], *arguments: type) -> None:
-    """Parse the options, call `main` with them, and end with one line on stderr and exit code 1 where the package refuses.
+    """Parse the options and call `main` with them.
+
+    Where the package refuses, the process ends with a line on stderr and exit code 1; where it was asked to stop, with 143
+    (SIGTERM) or 130 (Ctrl-C) and a line that says how to go on.
 
     Of several processes under torchrun the one that fails is named, with its error, in torchrun's last lines.
     """
@@ -141,6 +145,9 @@ def start(main: Callable[..., object], *arguments: type) -> None:
             record(main)(*parsed)
     except LlavaMedError as error:
         sys.exit(f"{type(error).__name__}: {error}")
+    except Interrupted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(128 + stop.signal_number)
 
 
 @contextlib.contextmanager

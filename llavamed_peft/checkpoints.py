@@ -93,16 +93,21 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
     """The newest checkpoint of a stage that is whole, or `None`. Damaged ones are removed.
 
     Warns:
-        UserWarning: one was damaged; which file, and what is taken instead.
+        UserWarning: some were damaged; which file of each, and what is taken instead.
     """
+    faults: list[str] = []
+    found = None
     for step in reversed(_steps(folder)):
         path = folder / f"step-{step}"
         damage = fault(path)
         if damage is None:
-            return Checkpoint(path, step, json.loads((path / _STATE).read_text(encoding="utf-8")))
+            found = Checkpoint(path, step, json.loads((path / _STATE).read_text(encoding="utf-8")))
+            break
+        faults.append(damage)
         remove_folder(path)
-        warnings.warn(f"{damage} The checkpoint was removed. {standing(folder)}", stacklevel=2)
-    return None
+    if faults:
+        warnings.warn(f"{' '.join(faults)} Removed, since damaged. {standing(folder)}", stacklevel=2)
+    return found
 
 
 def standing(folder: Path) -> str:
@@ -127,6 +132,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def fault(path: Path) -> str | None:
+    """What is wrong with a checkpoint's folder, naming the file; `None` where it is whole."""
     manifest_path = path / _MANIFEST
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import glob
 import os
 import platform
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime, timedelta, timezone
@@ -34,7 +34,7 @@ from .adapters import (
     write_checkpoint,
 )
 from .card import write_card
-from .checkpoints import Checkpoint, newest_checkpoint, standing
+from .checkpoints import Checkpoint, newest_checkpoint, remove_folder, standing
 from .datasets.rejects import RejectLog
 from .datasets.sources import Data, Source, open_sources
 from .errors import AdapterError, ConfigError, TrainingError, did_you_mean
@@ -295,8 +295,10 @@ class Run:
             return
         with disk_faults(self.folder), locked(self.folder):
             goes_on = check_same_run(self.folder, identity)  # as it is now that nobody else writes
-            for folder in (self.folder, *self.folder.glob(f"{CHECKPOINTS}/*/")):
-                remove_partial(folder)
+            for name in (*(stage.name for stage in self.curriculum.stages), METRICS, RUN):
+                remove_partial(self.folder, glob.escape(name))
+            for checkpoints in (self.folder / CHECKPOINTS, *self.folder.glob(f"{CHECKPOINTS}/*")):
+                remove_partial(checkpoints)
             with RejectLog(self.folder / REJECTED, keep=goes_on) as rejects:
                 self.processes.wait_for_everyone()
                 yield rejects
@@ -396,13 +398,14 @@ class Run:
     def settle(self, stage: Stage) -> None:
         """Behind a finished stage: the table and the loss curves so far, then its checkpoints go; what is there was not done."""
         checkpoints = self.folder / CHECKPOINTS / stage.name
-        if not self.writes or not checkpoints.exists():
+        if not self.writes:
             return
-        records = [read_record(self.folder / done.name) for done in self.curriculum.stages if self.has(done)]
-        (self.folder / TABLE).write_text(stage_table(records), encoding="utf-8")
-        draw_losses(read_metrics(self.folder), self.folder / CURVE)
-        shutil.rmtree(checkpoints)
-        with contextlib.suppress(OSError):  # where another stage's are left
+        if checkpoints.exists():
+            records = [read_record(self.folder / done.name) for done in self.curriculum.stages if self.has(done)]
+            (self.folder / TABLE).write_text(stage_table(records), encoding="utf-8")
+            draw_losses(read_metrics(self.folder), self.folder / CURVE)
+            remove_folder(checkpoints)
+        with contextlib.suppress(OSError):  # not there, or another stage's are in it
             checkpoints.parent.rmdir()
 
     def _record(

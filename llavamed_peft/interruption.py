@@ -7,6 +7,8 @@ raises `Interrupted`. What it saves is `resumption.py`'s business.
 
 from __future__ import annotations
 
+import ctypes
+import multiprocessing
 import os
 import signal
 import threading
@@ -41,6 +43,7 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
+        self.trains = multiprocessing.RawValue("b", 0)  # shared with data-loader workers, see `prepare_worker`
         self._at = 0.0
         self._before: dict[int, Any] = {}
 
@@ -49,6 +52,7 @@ class StopSignals:
             for number in (signal.SIGTERM, signal.SIGINT):
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
+        self.trains.value = 1
         return self
 
     def _note(self, number: int, frame: FrameType | None) -> None:
@@ -61,14 +65,22 @@ class StopSignals:
             os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping. Ctrl-C again stops at once.\n".encode())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+        self.trains.value = 0
         for number, handler in self._before.items():
             signal.signal(number, handler)
         if kind is None and self.received is not None:
             signal.raise_signal(self.received)
 
 
-def leave_signals_to_the_trainer(worker: int) -> None:
-    """For `DataLoader(worker_init_fn=...)`: a terminal and a scheduler signal every process, but the trainer needs its workers
-    until it has saved. Should it die, torch's workers notice by themselves and end."""
+def prepare_worker(trains: ctypes.c_byte, worker: int) -> None:
+    """For `DataLoader(worker_init_fn=...)`: keep signals from a worker while its trainer trains.
+
+    A terminal and a scheduler signal every process, but the trainer needs its workers until it has saved. Afterwards SIGTERM is
+    how Python ends them. Should the trainer die, they notice by themselves.
+
+    Args:
+        trains: `StopSignals.trains` of the trainer.
+        worker: its number.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda number, frame: None if trains.value else os._exit(0))

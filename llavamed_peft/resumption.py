@@ -137,18 +137,20 @@ class ResumableTrainer(SFTTrainer):
             f"{self.stage.name!r}. {standing(self.checkpoint_folder)}",
         )
 
-    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+    def _save_on_schedule(self) -> None:
+        """Save, and the first time say what that costs."""
         if self.state.global_step == self._saved_at:
             return
-        began = time.monotonic()
+        seconds = -self.checkpoint_seconds
         size = self._save(rng_state())
-        seconds = time.monotonic() - began
+        seconds += self.checkpoint_seconds
         if self.run_log is not None and not self._cost_shown and self.is_world_process_zero():
-            every = self.state.save_steps
-            share = seconds / (seconds + every * self.training_seconds() / self.state.global_step)
+            steps = self.state.save_steps
+            share = seconds / (seconds + steps * self.training_seconds() / self.state.global_step)
+            every = "every step" if steps == 1 else f"every {steps} steps"
             self.run_log.show(
-                f"{self.stage.name:<10} a checkpoint every {every} steps costs {size / 1e6:,.1f} MB (two are kept), "
-                f"{seconds:.2f} s, {share:.1%} of the time (save_steps)",
+                f"{self.stage.name:<10} a checkpoint {every} (save_steps) costs {seconds:.2f} s, {share:.1%} of the time, and "
+                f"{size / 1e6:,.1f} MB; two are kept",
                 True,
             )
         self._cost_shown = True
@@ -248,7 +250,10 @@ class ResumableTrainer(SFTTrainer):
 
     def _maybe_log_save_evaluate(self, *arguments: Any, **settings: Any) -> None:
         """Log, save, and only then evaluate: what is cut off while it evaluates begins with the evaluation again."""
-        self.evaluation_due, self.control.should_evaluate = self.control.should_evaluate, False
+        save_due, self.evaluation_due = self.control.should_save, self.control.should_evaluate
+        self.control.should_save = self.control.should_evaluate = False
         super()._maybe_log_save_evaluate(*arguments, **settings)
+        if save_due:
+            self._save_on_schedule()
         if self.evaluation_due:
             self.evaluate()

@@ -174,9 +174,9 @@ def disk_faults(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def remove_partial(folder: Path) -> None:
+def remove_partial(folder: Path, name: str = "*") -> None:
     """Remove what a killed process had not yet given its name."""
-    for path in folder.glob(".*.partial"):
+    for path in folder.glob(f".{name}.partial"):
         if path.is_dir():
             shutil.rmtree(path)
         else:

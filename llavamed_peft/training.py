@@ -10,6 +10,7 @@ the stage leaves `adapters.py`'s, and that a killed stage goes on bit for bit `r
 from __future__ import annotations
 
 import contextlib
+import functools
 import gc
 import resource
 import time
@@ -29,7 +30,7 @@ from trl import SFTConfig
 
 from .checkpoints import Checkpoint, rng_state, standing
 from .errors import TrainingError
-from .interruption import leave_signals_to_the_trainer
+from .interruption import prepare_worker
 from .modeling.parts import (
     PROJECTOR,
     Tensors,
@@ -279,7 +280,7 @@ class StageTrainer(ResumableTrainer):
             batch_sampler=sampler,
             collate_fn=_as_is,
             num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=leave_signals_to_the_trainer,
+            worker_init_fn=functools.partial(prepare_worker, self.stop.trains),
             timeout=HANGS_AFTER if self.args.dataloader_num_workers else 0,
             generator=torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
         )
