@@ -300,9 +300,9 @@ class StageTrainer(ResumableTrainer):
             if not ends and not str(error).startswith("DataLoader worker (pid"):  # torch has no class for it
                 raise
             raise TrainingError(
-                f"A worker that decodes images {'; another '.join(ends or ['died'])}. Look at the image in a process of its own, "
-                "and leave the row out if it is the cause; if memory ran out, take fewer workers. "
-                f"{standing(self.checkpoint_folder)} ({str(error).strip()})"
+                f"A worker that decodes images {'; another '.join(ends or ['died'])} ({str(error).strip()}). Look at the image "
+                "in a process of its own, and leave the row out if it is the cause; if memory ran out, take fewer workers (now "
+                f"{self.args.dataloader_num_workers}). {standing(self.checkpoint_folder)}"
             ) from error
 
     def training_step(self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None) -> torch.Tensor:

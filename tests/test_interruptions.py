@@ -175,7 +175,7 @@ def steps_saved(out: Path, stage: str) -> list[int]:
 # Kills
 
 
-def test_a_run_takes_little_time(undisturbed: dict[str, tuple[float, int]], place: Path) -> None:
+def test_an_undisturbed_run_is_whole(undisturbed: dict[str, tuple[float, int]], place: Path) -> None:
     for kind in kills.KINDS:
         for stage, steps in STEPS.items():
             assert StageAdapter.load(place / kind / stage).metrics["steps"] == steps
@@ -377,8 +377,8 @@ def test_data_that_were_refused_can_be_mended_in_the_same_folder(place: Path, tm
 
 def test_a_worker_that_dies_is_an_error_and_the_checkpoint_stands(place: Path, out: Path) -> None:
     last = failed(place, out, during, "vqa", 3, True, kill_a_worker, workers=2)
-    assert "llavamed_peft.errors.TrainingError: Stage 'vqa': DataLoader worker (pid" in last
-    assert "is killed by signal: Killed." in last and "give fewer workers (now 2)" in last
+    assert "llavamed_peft.errors.TrainingError: A worker that decodes images died" in last
+    assert "is killed by signal: Killed." in last and "take fewer workers (now 2)" in last
     assert last.endswith("The checkpoint of step 2 stands, and the same call goes on from it.")
     goes_on(place, out)
 
