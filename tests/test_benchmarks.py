@@ -28,3 +28,18 @@ def test_stage_overhead_compares_equal_work_and_prints_its_log_entry():
         "a stage of `curriculum_finetune`",
         "bare `SFTTrainer`",
     ]
+
+
+@pytest.mark.slow
+def test_kills_compares_and_prints_its_log_entry():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills=1", "--seed=3"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr  # it stops where a run did not end as it should
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("kills: runs killed at random moments and gone on with")
+    assert any(line.startswith("- Result: as expected. 1 kills (") for line in lines)
