@@ -122,7 +122,7 @@ def finetune(place: Path, out: Path, kind: str, **changes: Any) -> None:
         "curriculum": Curriculum((first, Stage("vqa", kind, schedule, lora))),
         "eval_data": {"vqa": place / "data.json"},
         "max_rejected": 0.5,
-        "eval_steps": 4,
+        "eval_steps": 3,
         "save_steps": 2,
         "max_row_tokens": 300,
     }

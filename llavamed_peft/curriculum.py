@@ -79,7 +79,8 @@ def curriculum_finetune(
 
     A run that was interrupted, however it was, is gone on with by the same call: finished stages are not trained again, the
     one that was training goes on from its last whole checkpoint, and what comes out is what would have come out without the
-    interruption, bit for bit on the same machine. SIGTERM and Ctrl-C save first. A finished run is only read.
+    interruption, to the bit where the machine computes the same twice (CPUs; on GPUs not measured). SIGTERM and Ctrl-C save
+    first. A finished run is only read. Keywords that only say how it is computed may differ between the calls.
 
     Args:
         model: Hub id or folder of any LLaVA checkpoint (LLaVA, LLaVA-NeXT, ViP-LLaVA, LLaVA-OneVision).

@@ -1,8 +1,8 @@
 """`ResumableTrainer`: a trainer that saves itself whole, goes on bit for bit, and stops when it is asked to.
 
 The Hugging Face trainer can resume too, but saves the model's state dict instead of what a stage trains, takes the newest
-checkpoint without looking whether it is whole, evaluates before it saves, and begins an evaluation that was cut off nowhere.
-Its loop is used as it is; what it would load and save is ours. An epoch is entered in its middle by passing over the sampler's
+checkpoint without looking whether it is whole, and evaluates before it saves. Its loop is used as it is; what it would load
+and save is ours. An epoch is entered in its middle by passing over the sampler's
 steps, so that no image is decoded for it.
 """
 
@@ -128,7 +128,7 @@ class ResumableTrainer(SFTTrainer):
         """
         step = self.state.global_step
         if step > self._saved_at:
-            self._save(rng)
+            self._write(rng)
         number = self.stop.received or signal.SIGTERM  # another process's, which they all obey
         assert self.checkpoint_folder is not None
         raise Interrupted(
@@ -142,7 +142,7 @@ class ResumableTrainer(SFTTrainer):
         if self.state.global_step == self._saved_at:
             return
         seconds = -self.checkpoint_seconds
-        size = self._save(rng_state())
+        size = self._write(rng_state())
         seconds += self.checkpoint_seconds
         if self.run_log is not None and not self._cost_shown and self.is_world_process_zero():
             steps = self.state.save_steps
@@ -155,14 +155,14 @@ class ResumableTrainer(SFTTrainer):
             )
         self._cost_shown = True
 
-    def _save(self, rng: dict[str, Any]) -> int:
+    def _write(self, rng: dict[str, Any]) -> int:
         """Save the step that was finished last; returns the size in bytes, 0 where another process writes."""
         assert self.checkpoint_folder is not None
         began, training_seconds, size = time.monotonic(), self.training_seconds(), 0
         tensors, optimizer = self._whole_tensors()
         rngs = gather_object([rng])
         failed = {
-            name: sorted(gather_object(list(index.failed.items()))) if index is not None else []
+            name: sorted(dict(gather_object(list(index.failed.items()))).items()) if index is not None else []
             for name, index in (("train", self.train_index), ("eval", self.eval_index))
         }
         if self.is_world_process_zero():

@@ -51,3 +51,18 @@ def test_data_path_takes_every_row_through_each_part_and_prints_its_log_entry():
         ["640×480 to 336×336, epoch 1", "40"],
     ]
     assert done.stderr.count("index: 300 conversations, checked before") == 4, "three starts and the epochs find the index"
+
+
+@pytest.mark.slow
+def test_kills_compares_and_prints_its_log_entry():
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills=1", "--seed=3"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr  # it stops where a run did not end as it should
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("kills: runs killed at random moments and gone on with")
+    assert any(line.startswith("- Result: as expected. 1 kills (") for line in lines)

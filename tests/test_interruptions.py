@@ -144,15 +144,15 @@ def kill_before(event: str, name: str) -> None:
 
 def killed(place: Path, out: Path, before: Callable[..., object], *how: object, **changes: object) -> None:
     process = kills.start(place, out, "lora", before, *how, **changes)
-    process.join(120)
+    process.join(280)
     assert process.exitcode == -signal.SIGKILL, said(out)
     kills.check_whole(out)
 
 
-def failed(place: Path, out: Path, before: Callable[..., object], *how: object, **changes: object) -> str:
+def failed(place: Path, out: Path, before: Callable[..., object] | None = None, *how: object, **changes: object) -> str:
     """The last line of a call that ended with an exception."""
     process = kills.start(place, out, "lora", before, *how, **changes)
-    process.join(120)
+    process.join(280)
     assert process.exitcode == 1, said(out)
     kills.check_whole(out)
     return said(out).rstrip().splitlines()[-1]
@@ -184,8 +184,8 @@ def test_an_undisturbed_run_is_whole(undisturbed: dict[str, tuple[float, int]], 
 
 @pytest.mark.parametrize("seed", [1, 2])
 def test_random_kills_change_nothing(seed: int, undisturbed: dict[str, tuple[float, int]], place: Path) -> None:
-    hit, _, _ = kills.kill_often(place, undisturbed, kills=6, seed=seed)
-    assert hit.total() == 6
+    hit, _, _ = kills.kill_often(place, undisturbed, kills=5, seed=seed)
+    assert hit.total() == 5
 
 
 def test_kills_where_something_is_half_done_change_nothing(place: Path, out: Path) -> None:
@@ -198,9 +198,9 @@ def test_kills_where_something_is_half_done_change_nothing(place: Path, out: Pat
     killed(place, out, kill_before, "os.rmdir", "step-4")
     assert not steps_saved(out, "align") and (out / "checkpoints" / ".align.partial").is_dir()
     killed(place, out, during, "vqa", 0, False, kill_myself)
+    killed(place, out, during, "vqa", 3, False, kill_myself)
     killed(place, out, during, "vqa", 3, True, kill_myself)
-    killed(place, out, during, "vqa", 4, False, kill_myself)
-    assert steps_saved(out, "vqa") == [2, 4]
+    assert steps_saved(out, "vqa") == [2]
     killed(place, out, during, "vqa", 8, False, kill_myself)
     killed(place, out, kill_before, "os.rename", ".vqa.partial")
     goes_on(place, out)
@@ -222,13 +222,15 @@ def test_a_finished_run_is_only_read(undisturbed: dict[str, tuple[float, int]], 
 
 
 def test_sigterm_and_ctrl_c_save_first_and_say_how_to_go_on(place: Path, out: Path) -> None:
-    last = failed(place, out, during_as_group, "vqa", 5, True, signal_the_group, signal.SIGTERM, workers=2)
+    last = failed(place, out, during_as_group, "vqa", 3, False, signal_the_group, signal.SIGTERM, workers=2)
     assert last == (
-        "llavamed_peft.interruption.Interrupted: Stopped by SIGTERM behind step 5 of 8 of stage 'vqa'. The checkpoint of step 5 "
+        "llavamed_peft.interruption.Interrupted: Stopped by SIGTERM behind step 3 of 8 of stage 'vqa'. The checkpoint of step 3 "
         "stands, and the same call goes on from it."
     )
     assert "SIGTERM: saving, then stopping." in said(out) and "DataLoader worker" not in said(out)
-    assert steps_saved(out, "vqa") == [4, 5]
+    assert steps_saved(out, "vqa") == [2, 3]
+    last = failed(place, out, during_as_group, "vqa", 5, True, signal_the_group, signal.SIGINT, workers=2)
+    assert "Stopped by SIGINT behind step 5 of 8" in last and steps_saved(out, "vqa") == [4, 5]
     last = failed(place, out, during_as_group, "vqa", 8, False, signal_the_group, signal.SIGINT, workers=2)
     assert "Stopped by SIGINT behind step 8 of 8" in last
     goes_on(place, out)
@@ -362,14 +364,13 @@ def test_a_base_is_compared_as_far_as_both_sides_know_it() -> None:
 
 def test_data_that_were_refused_can_be_mended_in_the_same_folder(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    process = kills.start(place, out, "lora", max_rejected=0.0)
-    process.join(120)
-    assert "1 of 14 rows cannot be used" in said(out) and not (out / "run.json").exists()
+    assert "1 of 14 rows cannot be used" in failed(place, out, max_rejected=0.0)
+    assert not (out / "run.json").exists()
     rows = json.loads((place / "data.json").read_text())
-    mended = place / "mended.json"
-    mended.write_text(json.dumps(rows[:-1]))
-    data = {"align": mended, "vqa": mended}
-    kills.finish(kills.start(place, out, "lora", max_rejected=0.0, data=data, eval_data=None), out)
+    (place / "mended.json").write_text(json.dumps(rows[:-1]))
+    data = {"align": place / "mended.json", "vqa": place / "mended.json"}
+    killed(place, out, kill_before, "os.rename", ".step-2.partial", max_rejected=0.0, data=data, eval_data=None)
+    assert [entry["file"] for entry in json.loads((out / "run.json").read_text())["data"]["align"]] == ["mended.json"]
 
 
 # Faults
@@ -391,17 +392,13 @@ def test_an_image_that_is_not_a_number_is_an_error_and_the_checkpoint_stands(pla
     goes_on(place, out)
 
 
-@pytest.mark.parametrize("size", [100_000, 600_000])
-def test_a_file_that_gets_too_large_is_an_error_and_nothing_is_half_written(size: int, place: Path, out: Path) -> None:
-    last = failed(place, out, limit_file_size, size)
-    assert "llavamed_peft.errors.TrainingError" in last and "cannot be written" in last and "File too large" in last
-    stage = "align" if size == 100_000 else "vqa"
-    assert f"checkpoints/{stage}/step-2: cannot be written" in last
-    assert last.endswith(
+def test_a_file_that_gets_too_large_is_an_error_and_nothing_is_half_written(place: Path, out: Path) -> None:
+    last = failed(place, out, limit_file_size, 600_000)
+    assert "llavamed_peft.errors.TrainingError" in last and "checkpoints/vqa/step-2: cannot be written" in last
+    assert "File too large" in last and last.endswith(
         "No checkpoint of this stage is there; the same call begins it again, behind the stages that are finished."
     )
-    assert not (out / stage).exists() and (out / "align").exists() == (stage == "vqa")
-    assert list(out.rglob(".*.partial")) == []
+    assert not (out / "vqa").exists() and (out / "align").exists() and list(out.rglob(".*.partial")) == []
     goes_on(place, out)
 
 
@@ -452,18 +449,15 @@ def test_a_folder_that_cannot_be_made_is_an_error(place: Path, tmp_path: Path) -
         kills.finetune(place, tmp_path / "file" / "run", "lora")
 
 
-@pytest.mark.parametrize("damage", ["newest", "both"])
-def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(damage: str, place: Path, out: Path) -> None:
+def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(place: Path, out: Path) -> None:
     killed(place, out, during, "vqa", 5, True, kill_myself)
     assert steps_saved(out, "vqa") == [2, 4]
-    for step in (4, 2) if damage == "both" else (4,):
-        file = out / "checkpoints" / "vqa" / f"step-{step}" / "optimizer.safetensors"
-        file.write_bytes(file.read_bytes()[:-100])
+    file = out / "checkpoints" / "vqa" / "step-4" / "optimizer.safetensors"
+    size = file.stat().st_size
+    file.write_bytes(file.read_bytes()[:-100])
     goes_on(place, out)
-    told = said(out)
-    assert "step-4/optimizer.safetensors: has " in told and "bytes, was written with " in told
-    assert ("Removed, since damaged. The checkpoint of step 2 stands" in told) == (damage == "newest")
-    assert ("step-2/optimizer.safetensors: has " in told) == (damage == "both")
+    told = f"{file}: has {size - 100:,} bytes, was written with {size:,}. Removed, since damaged. The checkpoint of step 2 stands"
+    assert said(out).count(told) == 1
 
 
 def test_what_saving_costs_is_said_once_a_stage(undisturbed: dict[str, tuple[float, int]], place: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -20,9 +21,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from llavamed_peft import StageAdapter
+from llavamed_peft.report import read_metrics
 
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
+import os
+import signal
 import sys
 import torch
 from accelerate import PartialState
@@ -30,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, Turn, curriculum_finetune
 from llavamed_peft.training import StageTrainer
 
-base, images, out, processes, how, dtype = sys.argv[1:]
+base, images, out, processes, how, dtype, stopped = sys.argv[1:]
 
 def plain_descent(self, model=None):  # Adam would blow rounding up
     groups = self.optimizer_groups(self.model if model is None else model)
@@ -52,6 +56,15 @@ def training_step(self, model, *inputs):
 
 step, StageTrainer.training_step = StageTrainer.training_step, training_step
 StageTrainer.create_optimizer = plain_descent
+compute = StageTrainer._summed_loss
+
+def stopping(self, model, batch):  # the last process alone is signalled, while it computes
+    if (self.stage.name, self.state.global_step, self.args.process_index) == (stopped, 3, int(processes) - 1):
+        os.kill(os.getpid(), signal.SIGTERM)
+    return compute(self, model, batch)
+
+if stopped:
+    StageTrainer._summed_loss = stopping
 said = (Turn("user", "<image>\\nwhat is this?"), Turn("assistant", "a heart"))
 answers = [Turn("assistant", "a heart " * (1 + i % 3)) for i in range(9)]
 rows = [Conversation(str(i), (said[0], answer), (f"{images}/{i % 4}.png",)) for i, answer in enumerate(answers)]
@@ -136,8 +149,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(place: Path, processes: int, how: str, dtype: str = "float32") -> Path:
-    out = place / f"run-{how}-{processes}-{dtype}"
+def launch(place: Path, processes: int, how: str, dtype: str = "float32", out: Path | None = None, stopped: str = "") -> Path:
+    out = place / f"run-{how}-{processes}-{dtype}" if out is None else out
     port = ["--main_process_port", "0"]  # any free one
     accelerate = ["accelerate.commands.launch", "--config_file", str(place / f"{how}.yaml"), "--num_machines", "1", *port]
     torchrun = ["torch.distributed.run", "--standalone"]
@@ -145,9 +158,10 @@ def launch(place: Path, processes: int, how: str, dtype: str = "float32") -> Pat
     program = [sys.executable] if processes == 1 else [sys.executable, "-m", *launcher, str(processes)]
     paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    words = [str(place / "script.py"), str(place / "base"), str(place), str(out), str(processes), how, dtype]
+    words = [str(place / "script.py"), str(place / "base"), str(place), str(out), str(processes), how, dtype, stopped]
     done = subprocess.run([*program, *words], env=environment, cwd=place, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert (done.returncode != 0) == bool(stopped), done.stderr[-3000:]
+    assert not stopped or f"Stopped by SIGTERM behind step 4 of 6 of stage '{stopped}'" in done.stderr, done.stderr[-3000:]
     return out
 
 
@@ -157,6 +171,37 @@ def alone(place: Path) -> Path:
 
 
 SHARDED = ["fsdp2", pytest.param("zero2", marks=WITHOUT_DEEPSPEED), pytest.param("zero3", marks=WITHOUT_DEEPSPEED)]
+
+
+def agree(one: Path, other: Path, bound: float) -> None:
+    """Two runs left the same tensors, of the same dtypes, up to a bound."""
+    for stage in STAGES:
+        (weights,) = (path.name for path in (one / stage).glob("*.safetensors"))
+        tensors, expected = load_file(other / stage / weights), load_file(one / stage / weights)
+        assert {name: tensor.dtype for name, tensor in tensors.items()} == {name: t.dtype for name, t in expected.items()}
+        for name, tensor in expected.items():
+            torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=bound)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("how", "stage"), [("ddp", "vqa"), ("fsdp2", "more")])
+def test_processes_stop_together_and_go_on_as_many_or_fewer(how: str, stage: str, place: Path, alone: Path) -> None:
+    stopped = launch(place, 2, how, out=place / f"stopped-{how}", stopped=stage)
+    assert sorted(path.name for path in (stopped / "checkpoints" / stage).iterdir()) == ["step-3", "step-4"]
+    fewer = Path(shutil.copytree(stopped, place / f"fewer-{how}"))
+    agree(launch(place, 2, how), launch(place, 2, how, out=stopped), 0)
+    agree(alone, launch(place, 1, "alone", out=fewer), 1e-5)
+    for run in (stopped, fewer):
+        assert (run / "rejected.jsonl").read_text() == (alone / "rejected.jsonl").read_text()
+        steps = [(record["stage"], record["step"], "loss" in record) for record in read_metrics(run)]
+        assert steps == [(record["stage"], record["step"], "loss" in record) for record in read_metrics(alone)]
+
+
+@WITHOUT_DEEPSPEED
+def test_under_deepspeed_a_stage_that_was_stopped_begins_again(place: Path, alone: Path) -> None:
+    stopped = launch(place, 2, "zero2", out=place / "stopped-zero2", stopped="vqa")
+    assert not (stopped / "checkpoints" / "vqa").exists()
+    agree(alone, launch(place, 2, "zero2", out=stopped), 1e-5)
 
 
 @pytest.mark.parametrize("processes", [2, 4])
@@ -176,12 +221,8 @@ def test_losses_tensors_and_counts_are_one_processes(how: str, processes: int, p
         assert one.record["data"] == several.record["data"] and one.record["data"][0]["failed"] == 1
         for key in ("steps", "conversations", "supervised_tokens", "trainable_parameters"):
             assert one.metrics[key] == several.metrics[key]
-        (weights,) = (path.name for path in one.path.glob("*.safetensors"))
-        tensors, expected = load_file(several.path / weights), load_file(one.path / weights)
-        assert {name: tensor.dtype for name, tensor in tensors.items()} == {name: t.dtype for name, t in expected.items()}
-        for name, tensor in expected.items():
-            torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=1e-5)
         assert sorted(path.name for path in one.path.iterdir()) == sorted(path.name for path in several.path.iterdir())
+    agree(alone, together, 1e-5)
     _, info = AutoModelForImageTextToText.from_pretrained(together / "more", output_loading_info=True)
     assert not any(info.values()), info
     assert (alone / "rejected.jsonl").read_text() == (together / "rejected.jsonl").read_text()
