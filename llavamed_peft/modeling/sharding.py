@@ -18,7 +18,8 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import DeepSpeedPlugin
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_optimizer_state_dict, set_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from ..errors import ConfigError
@@ -174,6 +175,40 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
         with zero.GatheredParameters([parameter]):
             return parameter.detach().clone()
     return parameter
+
+
+def free_gathered(model: torch.nn.Module) -> None:
+    """Free what evaluation, a forward without a backward, left gathered in a model that FSDP2 shards."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
+
+
+def whole_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """An optimizer's state by parameter name, whole, on the CPU; of a model that is whole, or sharded by `shard`.
+
+    Every process has to call it, and where the model is sharded the main one gets the state, the others an empty mapping. What
+    DeepSpeed shards is not for it: its engine's `save_checkpoint` writes shards.
+
+    Args:
+        optimizer: the one that steps, not accelerate's wrapper.
+
+    Returns:
+        `{"state": {name: {"exp_avg": tensor, …}}, "param_groups": [{"params": names, "lr": …}, …]}`.
+    """
+    free_gathered(model)
+    return get_optimizer_state_dict(model, optimizer, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+
+
+def set_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """The inverse of `whole_optimizer_state`, over any number of processes.
+
+    Args:
+        state: read where the main process gave it; what other processes give is not looked at.
+    """
+    free_gathered(model)
+    several = torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=several)
+    set_optimizer_state_dict(model, optimizer, dict(state), options=options)
 
 
 def unrounded(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
