@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import platform
 from collections.abc import Mapping, Sequence
@@ -285,6 +286,7 @@ class Run:
         )
         base_class = type(bare(model))
         del model  # a full stage's folder needs the base once more
+        gc.collect()  # its parts refer to one another
         folder = self.folder / stage.name
         if self.writes:
             record = self._record(stage, lineage, train_index, eval_index, trained)
