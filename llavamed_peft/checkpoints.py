@@ -29,7 +29,7 @@ from .adapters import write_folder
 from .errors import AdapterError, TrainingError
 from .hashing import file_sha256
 from .modeling.parts import Tensors
-from .modeling.sharding import as_sharded, whole
+from .modeling.sharding import as_sharded, free_gathered, whole
 
 SCHEMA_VERSION = 1
 KEPT = 2
@@ -157,6 +157,7 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
 
     Where the model is sharded, every process has to call this, and the main one gets the tensors, the others an empty mapping.
     """
+    free_gathered(model)
     keeps = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     tensors: Tensors = {}
     for name, parameter in model.named_parameters():
@@ -168,11 +169,12 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
 
 
 def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The inverse of `optimizer_tensors`, whatever order the groups hold their parameters in.
+    """The inverse of `optimizer_tensors`, whatever order the groups hold their parameters in, over any number of processes.
 
     Raises:
         TrainingError: a tensor belongs to no parameter of the optimizer.
     """
+    free_gathered(model)
     states: dict[str, Tensors] = defaultdict(dict)
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("/")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import gc
 import glob
 import os
 import platform
@@ -376,6 +377,7 @@ class Run:
                     index.report_failures(rejects)
         base_class = type(bare(model))
         del model  # a full stage's folder needs the base once more
+        gc.collect()  # its parts refer to one another
         folder = self.folder / stage.name
         if self.writes:
             record = self._record(stage, lineage, train_index, eval_index, trained)

@@ -81,12 +81,17 @@ class ResumableTrainer(SFTTrainer):
         """Save into `folder`, and begin at the checkpoint, where there is one.
 
         Raises:
-            TrainingError: the rows that can be used are not those it was trained on.
+            TrainingError: the rows that can be used are not those it was trained on, or DeepSpeed runs.
         """
         self.checkpoint_folder, self.checkpoint, self.run_log = folder, checkpoint, run_log
         self.args.eval_on_start = self.eval_index is not None
         if checkpoint is None:
             return
+        if not self.saves:
+            raise TrainingError(
+                f"{checkpoint.path}: was saved without DeepSpeed, which cannot go on from it. Launch as before, with FSDP2 or "
+                f"plainly, or remove {folder} to train the stage from its beginning."
+            )
         state = checkpoint.state
         if state["order"] != self._order():
             raise TrainingError(
@@ -101,6 +106,12 @@ class ResumableTrainer(SFTTrainer):
         for index, failed in ((self.train_index, state["failed"]["train"]), (self.eval_index, state["failed"]["eval"])):
             if index is not None:
                 index.failed.update({row: reason for row, reason in failed})
+
+    @property
+    def saves(self) -> bool:
+        """Whether the stage is saved while it trains. Under DeepSpeed, whose optimizer keeps its state in shards of its own, it is
+        not, and begins again."""
+        return not self.is_deepspeed_enabled
 
     def training_seconds(self) -> float:
         """Wall time since training began, without evaluation and checkpoints, and without pauses between calls."""
@@ -127,7 +138,7 @@ class ResumableTrainer(SFTTrainer):
             Interrupted: always.
         """
         step = self.state.global_step
-        if step > self._saved_at:
+        if self.saves and step > self._saved_at:
             self._write(rng)
         number = self.stop.received or signal.SIGTERM  # another process's, which they all obey
         assert self.checkpoint_folder is not None
@@ -139,7 +150,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _save_on_schedule(self) -> None:
         """Save, and the first time say what that costs."""
-        if self.state.global_step == self._saved_at:
+        if not self.saves or self.state.global_step == self._saved_at:
             return
         seconds = -self.checkpoint_seconds
         size = self._write(rng_state())

@@ -183,9 +183,8 @@ def train_stage(
     carried: Tensors = {}
     if by_us:
         shard(model, sharding_units(model), sharding, computing.dtype)
-        trainer.is_distributed_loading_by_transformers = (
-            True  # the trainer's word for: leave placement and gradients to the model
-        )
+        # the trainer's word for a model that places itself and reduces its own gradients
+        trainer.is_distributed_loading_by_transformers = True
     elif sharding is not None:
         trainer.add_callback(_Masters(unrounded(model, computing.dtype)))
         if stage.trains == "projector":  # what it carries frozen, DeepSpeed would hand on rounded

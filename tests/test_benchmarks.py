@@ -1,5 +1,6 @@
 """The benchmarks run, and compare what can be compared; what they measure stands in `benchmarks/LOG.md`."""
 
+import json
 import os
 import subprocess
 import sys
@@ -66,3 +67,20 @@ def test_kills_compares_and_prints_its_log_entry():
     lines = done.stdout.splitlines()
     assert lines[0].endswith("kills: runs killed at random moments and gone on with")
     assert any(line.startswith("- Result: as expected. 1 kills (") for line in lines)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("launch", [{}, {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}])
+def test_processes_send_what_the_formula_says(launch: dict[str, str], tmp_path: Path) -> None:
+    script = [str(ROOT / "benchmarks" / "communication.py"), str(tmp_path / "run")]
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", *script],
+        capture_output=True,
+        text=True,
+        env=os.environ | launch | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]  # it fails where what is sent is not the formula's
+    found = json.loads(next(line for line in done.stdout.splitlines() if '"method"' in line))
+    assert (found["method"], found["processes"], found["batches"]) == ("fsdp2" if launch else None, 2, 4)
+    documented = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    assert all(f"{number:,}" in documented for number in found["sent"].values())

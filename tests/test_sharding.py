@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from llavamed_peft import Conversation, Curriculum, Schedule, Stage, Turn, curriculum_finetune
@@ -14,8 +17,55 @@ from llavamed_peft.errors import ConfigError
 from llavamed_peft.modeling import sharding
 from llavamed_peft.modeling.sharding import Sharding, asked_sharding, launcher_aside
 
+ROOT = Path(__file__).parent.parent
 FSDP2 = {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}
 ZERO3 = {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_ZERO_STAGE": "3"}
+OPTIMIZER = """
+import sys
+from pathlib import Path
+import torch
+from accelerate import PartialState
+from llavamed_peft.checkpoints import load_optimizer_tensors, optimizer_tensors
+from llavamed_peft.modeling.load import load_checkpoint
+from llavamed_peft.modeling.parts import always_look, freeze_tower, load_tensors, sharding_units, trainable_tensors, unfreeze_full
+from llavamed_peft.modeling.sharding import Sharding, shard
+
+base, folder, begins = sys.argv[1:]
+processes = PartialState(cpu=True)
+middle = None if begins == "new" else torch.load(Path(folder, "middle.pt"))
+model = unfreeze_full(load_checkpoint(base)[0])
+if middle:
+    load_tensors(model, middle["tensors"])
+freeze_tower(model)
+always_look(model)
+if processes.num_processes > 1:
+    shard(model, sharding_units(model), Sharding("fsdp2"), torch.float32)
+parts = {"projector": 1e-3, "language_model": 1e-4}
+trained = {part: [] for part in parts}
+for name, parameter in model.named_parameters():
+    if parameter.requires_grad:
+        trained["projector" if "projector" in name else "language_model"].append(parameter)
+optimizer = torch.optim.AdamW([{"name": part, "lr": rate, "params": trained[part]} for part, rate in parts.items()])
+if middle:
+    load_optimizer_tensors(model, optimizer, middle["optimizer"])
+    assert {group["name"]: group["lr"] for group in optimizer.param_groups} == parts
+for step in range(2 if middle else 0, 4):
+    ids = torch.randint(10, 300, (1, 12), generator=torch.Generator().manual_seed(step))
+    model(input_ids=ids, labels=ids).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        model(input_ids=ids)  # as evaluation does; it leaves a part gathered
+    if step == 1:
+        state = {"tensors": trainable_tensors(model), "optimizer": optimizer_tensors(model, optimizer)}
+        if processes.is_main_process:
+            torch.save(state, Path(folder, "middle.pt"))
+        else:
+            assert state == {"tensors": {}, "optimizer": {}}
+tensors = trainable_tensors(model)
+if processes.is_main_process:
+    torch.save(tensors, Path(folder, f"{begins}-{processes.num_processes}.pt"))
+"""
 
 
 @pytest.fixture(autouse=True)
@@ -124,3 +174,21 @@ def test_the_launchers_variables_are_put_aside_and_back(monkeypatch: pytest.Monk
         assert (os.environ["ACCELERATE_USE_FSDP"], os.environ["ACCELERATE_MIXED_PRECISION"]) == ("false", "no")
         assert "ACCELERATE_USE_CPU" not in os.environ
     assert dict(os.environ) == before
+
+
+def test_the_optimizers_state_goes_on_over_another_number_of_processes(tmp_path: Path) -> None:
+    """Two steps of AdamW in two processes, then two more in those, in two fresh ones, and in a single one: the same tensors."""
+    base = tiny.build(tmp_path / "base")
+    (tmp_path / "script.py").write_text(OPTIMIZER, encoding="utf-8")
+    for begins, processes in (("new", 2), ("resumed", 2), ("resumed", 1)):
+        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
+        words = [sys.executable, *torchrun, str(tmp_path / "script.py"), str(base), str(tmp_path), begins]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr[-3000:]
+    middle = torch.load(tmp_path / "middle.pt")
+    assert {name.rpartition("/")[0] for name in middle["optimizer"]} == set(middle["tensors"])
+    uninterrupted = torch.load(tmp_path / "new-2.pt")
+    for resumed in ("resumed-2.pt", "resumed-1.pt"):
+        for name, tensor in torch.load(tmp_path / resumed).items():
+            torch.testing.assert_close(tensor, uninterrupted[name], rtol=0, atol=1e-6)

@@ -14,13 +14,12 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
-from torch.distributed.fsdp import FSDPModule
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import AdapterError, TrainingError
 from ..stages import LoraSpec, Scope
-from .sharding import whole
+from .sharding import free_gathered, whole
 
 TOWER, PROJECTOR, LANGUAGE, HEAD = "model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"
 # Matches no module. PEFT has no documented way to say "modules_to_save only"; a test pins that this one works.
@@ -195,8 +194,7 @@ def trainable_tensors(model: torch.nn.Module) -> Tensors:
     A frozen LoRA that a projector stage carries is part of it. Every writer and reader of stages goes through this mapping. Where
     the model is sharded, every process has to call this, and the main one gets the tensors, the others an empty mapping.
     """
-    if isinstance(model, FSDPModule):
-        model.reshard()  # evaluation, a forward without a backward, leaves a part gathered
+    free_gathered(model)
     is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
     is_sharded = False
     tensors: Tensors = {}

@@ -18,7 +18,7 @@ from typing import Any, Literal
 
 import torch
 from accelerate.utils import DeepSpeedPlugin
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import ConfigError
@@ -181,6 +181,12 @@ def as_sharded(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
     return tensor
+
+
+def free_gathered(model: torch.nn.Module) -> None:
+    """Free what evaluation, a forward without a backward, left gathered in a model that FSDP2 shards."""
+    if isinstance(model, FSDPModule):
+        model.reshard()
 
 
 def unrounded(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
