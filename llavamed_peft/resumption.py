@@ -109,8 +109,7 @@ class ResumableTrainer(SFTTrainer):
 
     @property
     def saves(self) -> bool:
-        """Whether the stage is saved while it trains. Under DeepSpeed, whose optimizer keeps its state in shards of its own, it is
-        not, and begins again."""
+        """Whether the stage is saved while it trains. Under DeepSpeed, whose optimizer has shards of its own, it begins again."""
         return not self.is_deepspeed_enabled
 
     def training_seconds(self) -> float:
