@@ -127,7 +127,7 @@ class ResumableTrainer(SFTTrainer):
             Interrupted: always.
         """
         step = self.state.global_step
-        if step > self._saved_at:
+        if self._has_learnt():
             self._write(rng)
         number = self.stop.received or signal.SIGTERM  # another process's, which they all obey
         assert self.checkpoint_folder is not None
@@ -139,7 +139,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _save_on_schedule(self) -> None:
         """Save, and the first time say what that costs."""
-        if self.state.global_step == self._saved_at:
+        if not self._has_learnt():
             return
         seconds = -self.checkpoint_seconds
         size = self._write(rng_state())
@@ -153,6 +153,10 @@ class ResumableTrainer(SFTTrainer):
                 f"{size / 1e6:,.1f} MB; two are kept"
             )
         self._cost_shown = True
+
+    def _has_learnt(self) -> bool:
+        """Since it was saved last; steps of which not one image could be decoded are none to go on from."""
+        return self.state.global_step > self._saved_at and self.seen_conversations > 0
 
     def _write(self, rng: dict[str, Any]) -> int:
         """Save the step that was finished last; returns the size in bytes, 0 where another process writes."""

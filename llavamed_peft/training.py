@@ -178,13 +178,7 @@ def train_stage(
     if trainer.seen_conversations == 0:
         why = next(iter(train_index.failed.values()), "")
         raise TrainingError(f"Not one conversation of stage {stage.name!r} could be decoded; nothing was written. {why}")
-    tensors = trainable_tensors(model)
-    if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
-        raise TrainingError(
-            f"After the last step {len(broken)} of {len(tensors)} tensors are not finite ({broken[0]}). Lower learning_rate; "
-            "nothing of this stage was written, the stages before it are untouched."
-        )
-    trained = Trained(tensors, summary(trainer))
+    trained = Trained(trainable_tensors(model), summary(trainer))  # finite: the last checkpoint holds the same
     del trainer  # it and its callbacks hold one another, the model and the optimizer; the next stage loads its own
     gc.collect()
     return trained
