@@ -137,7 +137,7 @@ class ResumableTrainer(SFTTrainer):
             Interrupted: always.
         """
         step = self.state.global_step
-        if self.saves and step > self._saved_at:
+        if self._has_learnt():
             self._write(rng)
         number = self.stop.received or signal.SIGTERM  # another process's, which they all obey
         assert self.checkpoint_folder is not None
@@ -149,7 +149,7 @@ class ResumableTrainer(SFTTrainer):
 
     def _save_on_schedule(self) -> None:
         """Save, and the first time say what that costs."""
-        if not self.saves or self.state.global_step == self._saved_at:
+        if not self._has_learnt():
             return
         seconds = -self.checkpoint_seconds
         size = self._write(rng_state())
@@ -164,6 +164,10 @@ class ResumableTrainer(SFTTrainer):
                 True,
             )
         self._cost_shown = True
+
+    def _has_learnt(self) -> bool:
+        """Since it was saved last; steps of which not one image could be decoded are none to go on from."""
+        return self.saves and self.state.global_step > self._saved_at and self.seen_conversations > 0
 
     def _write(self, rng: dict[str, Any]) -> int:
         """Save the step that was finished last; returns the size in bytes, 0 where another process writes."""

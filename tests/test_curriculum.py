@@ -625,6 +625,10 @@ def test_images_that_all_vanish_leave_no_stage(
         curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)
     assert not (tmp_path / "run" / "vqa").exists()
     assert len((tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    monkeypatch.undo()
+    shutil.copytree(images, folder)  # found again: the same call begins the stage, for nothing had been learnt
+    adapter = curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)["vqa"]
+    assert adapter.metrics["conversations"] == 4 and adapter.record["data"][0]["failed"] == 0
 
 
 def test_rows_that_would_fill_the_memory_or_break_the_labels_are_rejected(
