@@ -13,6 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
 
+from llavamed_peft.adapters import _has_all_weights
 from llavamed_peft.errors import CheckpointError
 from llavamed_peft.modeling.load import load_checkpoint
 
@@ -183,3 +184,13 @@ class TestRefusals:
         (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
         with pytest.raises(CheckpointError, match="image token '<image>' has id 3, the model's image_token_id is 7"):
             load_checkpoint(copy)
+
+
+def test_a_download_that_was_cut_off_has_no_hash_yet(tmp_path: Path) -> None:
+    assert not _has_all_weights(tmp_path)
+    index = {"weight_map": {"a.weight": "model-00001-of-00002.safetensors", "b.weight": "model-00002-of-00002.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    (tmp_path / "model-00001-of-00002.safetensors").touch()
+    assert not _has_all_weights(tmp_path)
+    (tmp_path / "model-00002-of-00002.safetensors").touch()
+    assert _has_all_weights(tmp_path)
