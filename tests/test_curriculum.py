@@ -471,7 +471,7 @@ class TestRefusals:
             ({"quantization": "int3"}, ConfigError, "quantization is 'int3'; wanted None or 'nf4'."),
             ({"dtype": "float16"}, ConfigError, "training computes in 'bfloat16' or 'float32'"),
             ({"dtype": "floaty"}, ConfigError, "dtype is 'floaty'; wanted None or a floating-point dtype"),
-            ({"layout": "packed"}, ConfigError, "layout is 'packed'; wanted one of padded."),
+            ({"layout": "rows"}, ConfigError, "layout is 'rows'; wanted one of packed, padded."),
             ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted None or a whole number of at least 1."),
             ({"max_rejected": 2}, ConfigError, "max_rejected is 2; wanted a share between 0 and 1."),
             ({"data": {"align": None}}, ConfigError, "data has the key 'align'"),
