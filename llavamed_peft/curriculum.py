@@ -40,6 +40,7 @@ from .modeling.parts import NO_TARGET, adapter_config, attach, bare, load_tensor
 from .modeling.processor import load_processor, make_stage_processor
 from .packing.collator import LAYOUTS, PackedCollator
 from .packing.index import Index, build_index
+from .packing.masks import check_window
 from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, read_metrics, stage_table
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Stage
 from .training import Computing, Trained, train_stage
@@ -60,7 +61,7 @@ def curriculum_finetune(
     quantization: Quantization = None,
     start_from: StageAdapter | str | Path | None = None,
     dtype: str | torch.dtype | None = None,
-    layout: str = "padded",
+    layout: str = "packed",
     max_row_tokens: int | None = None,
     max_rejected: float = 0.05,
     eval_steps: int | None = None,
@@ -81,8 +82,11 @@ def curriculum_finetune(
         quantization: `"nf4"` trains over a 4-bit language model; not for `full` stages.
         start_from: a finished stage to begin behind: a folder, a `StageAdapter`, or a Hub repository.
         dtype: of frozen weights and autocast; `None`: bfloat16 on CUDA, float32 on a CPU. Trainable tensors are float32.
-        layout: how conversations are laid out in device batches: `"padded"`.
-        max_row_tokens: bound of a device batch (rows × longest); `None`: 4,096 on a CPU, 16,384 on CUDA (not yet measured there).
+        layout: of device batches. `"packed"`: what the conversations of a step begin with alike (a system prompt, an image)
+            stands once, in rows without gaps; with FlexAttention on CUDA (not yet run there), masked `sdpa` elsewhere.
+            `"padded"`: a row each, padded to the longest. The losses are the same; LoRA dropout draws other numbers.
+        max_row_tokens: bound of a device batch: packed, the tokens of a row; padded, rows × longest. `None`: 4,096 on a CPU,
+            16,384 on CUDA (not yet measured there).
         max_rejected: share of unusable rows above which a data set is refused as a whole.
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
         workers: processes that decode images ahead; `None`: up to 8 with a GPU, none on a CPU, where they would take the
@@ -94,7 +98,8 @@ def curriculum_finetune(
         Stage name → `StageAdapter`, in order.
 
     Raises:
-        ConfigError: arguments that do not fit together; nothing was done.
+        ConfigError: arguments that do not fit together, or conversations longer than a sliding window that packed rows would not
+            heed; nothing was trained.
         CheckpointError, DataError, AdapterError: the base, the data or `start_from` cannot be used; the message says why.
         TrainingError: a stage cannot begin or go on. Finished stages stay.
 
@@ -135,6 +140,9 @@ def curriculum_finetune(
             ]
             for stage in curriculum.stages
         }
+        if layout == "packed":
+            for index in (index for both in indexes.values() for index in both if index is not None):
+                check_window(config, int(index.column("length").max()))
         adapters: dict[str, StageAdapter] = {}
         for stage in curriculum.stages:
             train_index, eval_index = indexes[stage.name]

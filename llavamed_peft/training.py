@@ -29,6 +29,7 @@ from .errors import TrainingError
 from .modeling.parts import PROJECTOR, Tensors, bare, freeze_tower, load_tensors, set_dtypes, trainable_tensors
 from .packing import PackedCollator
 from .packing.index import DeviceBatches, DeviceInputs, Index
+from .packing.masks import attention_mask, choose_attention, fill_tokens
 from .packing.steps import StepSampler, learns_nothing
 from .stages import Schedule, Stage
 
@@ -43,7 +44,7 @@ class Computing:
     Args:
         dtype: of the frozen weights and of autocast; trainable tensors are fp32.
         layout: of a device batch, see `PackedCollator`.
-        max_row_tokens: bound of rows × longest of a device batch.
+        max_row_tokens: bound of a device batch: packed, the tokens of its row; padded, rows × longest.
         gradient_checkpointing: recompute activations in the backward pass.
         workers: processes that decode images ahead; 0 decodes in the training process.
         eval_steps: optimizer steps between two held-out losses; `None`: a tenth of the stage's.
@@ -139,6 +140,8 @@ def train_stage(
         load_tensors(model, start)
         del start
     freeze_tower(model)
+    if computing.layout == "packed":
+        choose_attention(bare(model), trainer.args.device)
     steps_per_epoch = len(trainer.get_train_dataloader())
     if learns_nothing(steps_per_epoch, schedule):
         steps = steps_per_epoch * schedule.epochs
@@ -220,6 +223,8 @@ class StageTrainer(SFTTrainer):
             self.args.seed,
             self.args.process_index,
             self.args.world_size,
+            prefixes=index.prefixes() if self.collator.layout == "packed" else None,
+            fill_tokens=fill_tokens(self.args.device),
         )
         return StepLoader(
             DeviceBatches(index, self.collator),
@@ -310,6 +315,8 @@ class StageTrainer(SFTTrainer):
         processes which wait for one another's gradients all have one.
         """
         inputs: dict[str, torch.Tensor] = self._prepare_input(dict(batch.inputs))
+        if "ends" in inputs:
+            inputs["attention_mask"] = attention_mask(inputs.pop("ends"), bare(self.model).config)
         labels = inputs.pop("labels")[:, 1:]
         learnt = labels != -100
         asked = nn.functional.pad(learnt, (0, 1))  # the position before a supervised token predicts it

@@ -23,7 +23,7 @@ from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.parts import adapter_config, attach, bare, freeze_tower, set_dtypes
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.encoding import IGNORED
-from llavamed_peft.packing.masks import attention_mask, block_mask, check_window, choose_attention, dense_mask
+from llavamed_peft.packing.masks import attention_mask, block_mask, check_window, choose_attention, dense_mask, fill_tokens
 from llavamed_peft.packing.rows import Row, lay_rows
 from llavamed_peft.packing.tree import ImageSpan, TokenSequence, build_forest, describe, first_fit
 
@@ -488,6 +488,7 @@ def test_attention_that_would_misread_a_dense_mask_is_refused(
 
 def test_each_device_has_one_attention_and_others_are_refused(bases: dict[str, Path]) -> None:
     model, _ = load_checkpoint(bases["llava"])
+    assert (fill_tokens(torch.device("cuda")), fill_tokens(torch.device("cpu"))) == (None, 512)
     choose_attention(model, torch.device("cuda"))
     assert model.config.text_config._attn_implementation == "flex_attention"
     assert model.model.vision_tower.config._attn_implementation == "sdpa"

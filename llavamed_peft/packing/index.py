@@ -23,8 +23,9 @@ from ..datasets.rejects import Reject, RejectLog
 from ..datasets.sources import Source
 from ..errors import DataError
 from ..images import MAX_PIXELS, image_size
-from .collator import Batch, PackedCollator, check_length
+from .collator import Batch, PackedCollator, check_length, token_sequence
 from .encoding import IGNORED
+from .steps import Prefixes
 
 SCHEMA = pa.schema(
     [
@@ -37,6 +38,8 @@ SCHEMA = pa.schema(
         ("length", pa.int32()),
         ("image_tokens", pa.int32()),
         ("supervised_tokens", pa.int32()),
+        ("prefix", pa.int64()),
+        ("prefix_tokens", pa.int32()),
     ]
 )
 _ROWS_PER_BATCH = 1000
@@ -79,6 +82,10 @@ class Index:
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, [conversations]."""
         return np.asarray(self.rows.data.column(name))
+
+    def prefixes(self) -> Prefixes:
+        """What the conversations begin with, by which packed steps are planned."""
+        return Prefixes(self.column("prefix"), self.column("prefix_tokens"))
 
     def conversation(self, row: int) -> Conversation:
         """One conversation, as it was read."""
@@ -158,12 +165,15 @@ def _check(conversation: Conversation, source: Source, collator: PackedCollator,
     try:
         sizes = [_bounded(image, image_size(image)) for image in conversation.images]
         reason = "cannot be encoded"
-        encoded = collator.encoder.encode(conversation, collator.encoder.count_image_tokens(sizes))
+        counts = collator.encoder.count_image_tokens(sizes)
+        encoded = collator.encoder.encode(conversation, counts)
         reason = "longer than max_length" if len(encoded.input_ids) > collator.max_length else "no supervised token"
         check_length(conversation, encoded, collator.max_length)
     except DataError as error:
         rejects.append(Reject(source.path, row_number(conversation.source), conversation.id, reason, str(error)))
         return None
+    paths = [os.path.realpath(image) for image in conversation.images]
+    sequence = token_sequence(encoded, paths, counts, collator.encoder)
     return {
         "id": conversation.id,
         "source": conversation.source,
@@ -172,6 +182,8 @@ def _check(conversation: Conversation, source: Source, collator: PackedCollator,
         "length": len(encoded.input_ids),
         "image_tokens": encoded.image_tokens,
         "supervised_tokens": encoded.supervised_tokens,
+        "prefix": sequence.prefix_key(),
+        "prefix_tokens": sequence.image_prefix,
     }
 
 
@@ -212,8 +224,8 @@ class DeviceInputs:
     """One device batch as a worker hands it over.
 
     Args:
-        inputs: of the model, `labels` included.
-        conversations: how many rows of it are conversations; 0 for a batch that only keeps step with other processes.
+        inputs: of the model, `labels` included, packed ones with `ends` in the mask's place.
+        conversations: how many it holds; 0 for a batch that only keeps step with other processes.
         supervised_tokens: how many of its tokens count in the loss.
         failed: (row of the index, reason) of conversations left out because an image could not be decoded.
     """
@@ -238,18 +250,18 @@ class DeviceBatches:
         conversations = [self.index.conversation(row) for row in rows]
         failed: list[tuple[int, str]] = []
         try:
-            inputs = self.collator(conversations)
+            inputs = self.collator.inputs(conversations)
         except DataError:
             failed = [(row, why) for row, one in zip(rows, conversations, strict=True) if (why := self._fault(one))]
             lost = {row for row, _ in failed}
             conversations = [one for row, one in zip(rows, conversations, strict=True) if row not in lost]
-            inputs = self.collator(conversations)
+            inputs = self.collator.inputs(conversations)
         supervised = int((inputs["labels"][:, 1:] != IGNORED).sum())
         return DeviceInputs(inputs, len(conversations), supervised, tuple(failed))
 
     def _fault(self, conversation: Conversation) -> str | None:
         try:
-            self.collator([conversation])
+            self.collator.inputs([conversation])
         except DataError as error:
             return str(error)
         return None

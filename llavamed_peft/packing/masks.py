@@ -18,6 +18,9 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import ConfigError
 
 BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
+# A dense mask costs the square of a row's tokens, seen or not. A tiny model on a CPU (width 128, captions of 87 tokens, each its
+# own image) trained 68 conversations a second in rows of 512 tokens, 40 in rows of 4,096.
+DENSE_FILL = 512
 
 # What moves or describes a mask, but computes nothing with it.
 _HANDLING = {
@@ -116,6 +119,11 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> None:
     """Give the language model the attention with which packed rows are computed: FlexAttention on CUDA, else `sdpa`."""
     implementation = "flex_attention" if device.type == "cuda" else "sdpa"
     model.set_attn_implementation({"text_config": implementation})
+
+
+def fill_tokens(device: torch.device) -> int | None:
+    """Tokens from which a row takes up nothing more that it does not share; `None`: FlexAttention skips what is not seen."""
+    return None if device.type == "cuda" else DENSE_FILL
 
 
 def check_window(config: PreTrainedConfig, longest: int) -> None:

@@ -11,6 +11,7 @@ texts, since every token's state depends on all before it.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Hashable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -54,6 +55,18 @@ class TokenSequence:
         supervised = np.flatnonzero(self.labels[1:] != IGNORED) + 1
         shareable = max(int(supervised[0]) if len(supervised) else len(self), 1) - 1
         return next((span.begin for span in self.images if span.begin < shareable < span.end), shareable)
+
+    @property
+    def image_prefix(self) -> int:
+        """Tokens up to the end of its last shareable image, which is most of what can be shared; 0 without one."""
+        return max((span.end for span in self.images if span.end <= self.shareable), default=0)
+
+    def prefix_key(self) -> int:
+        """A number of 64 bits, equal for sequences whose `image_prefix` tokens are the same."""
+        end = self.image_prefix
+        images = [span for span in self.images if span.end <= end]
+        digest = hashlib.blake2b(f"{self.input_ids[:end].tolist()} {images}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little", signed=True)
 
 
 @dataclass(frozen=True, slots=True)
