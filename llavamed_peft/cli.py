@@ -84,6 +84,17 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--max_rejected", type=_share, default=0.05, metavar="SHARE", help="as the run would have it (default: %(default)s)"
     )
+    inspect.add_argument(
+        "--packing",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE.png",
+        help="show how each stage's first step is packed; with a file, draw it there, too",
+    )
+    inspect.add_argument(
+        "--max_row_tokens", type=_whole_number, default=4096, metavar="N", help="of a packed row (default: %(default)s)"
+    )
     inspect.set_defaults(verb=_inspect)
 
     show = verbs.add_parser("show", help="show a stage's lineage, schedule, data and metrics as a tree")
@@ -147,6 +158,8 @@ def _inspect(options: argparse.Namespace) -> None:
         curriculum,
         rows=options.rows,
         max_rejected=options.max_rejected,
+        packing=options.packing if isinstance(options.packing, bool) else Path(options.packing),
+        max_row_tokens=options.max_row_tokens,
         width=_width(options),
         colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     ):
