@@ -528,4 +528,5 @@ def test_a_mask_can_be_moved_and_printed_and_survives_a_worker(bases: dict[str, 
     assert torch.equal(mask.to("cpu").plain(), collator(conversations[:4])["attention_mask"].plain())
     assert "True" in str(mask) and mask.shape[-1] == batch["input_ids"].shape[1]
     with pytest.raises(ConfigError, match=r"call its plain\(\)"):
-        mask.sum()
+        mask.sum(-1)
+    assert mask.sum() == mask.plain().sum() and type(mask.sum()) is torch.Tensor

@@ -108,7 +108,7 @@ def test_a_steps_gradient_is_the_plain_means_however_it_is_cut(
 ) -> None:
     stage = trainer(bases[kind], conversations, tmp_path, max_row_tokens=max_row_tokens, layout=layout)
     (inputs,) = list(stage.get_train_dataloader())
-    assert (len(inputs) > 1) == (max_row_tokens < 4096)
+    assert len(inputs) > 1 or max_row_tokens == 4096
     loss = stage.training_step(stage.model, inputs)
     cut = gradients(stage.model)
     stage.model.zero_grad()

@@ -18,8 +18,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import ConfigError
 
 BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
-# A dense mask costs the square of a row's tokens, seen or not. A tiny model on a CPU (width 128, captions of 87 tokens, each its
-# own image) trained 68 conversations a second in rows of 512 tokens, 40 in rows of 4,096.
+# A dense mask costs the square of a row's tokens, seen or not. A tiny model (width 128; captions of 87 tokens, each with its own
+# image) trained 68 conversations per second of one CPU core in rows of 512 tokens, 40 in rows of 4,096.
 DENSE_FILL = 512
 
 # What moves or describes a mask, but computes nothing with it.
@@ -41,7 +41,8 @@ class DenseMask(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.nn.functional.scaled_dot_product_attention:
+        counted = func is torch.Tensor.sum and len(args) == 1 and not kwargs  # TRL's own trainer logs tokens by it
+        if counted or func is torch.nn.functional.scaled_dot_product_attention:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
         if func.__name__ not in _HANDLING:
