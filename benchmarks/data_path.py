@@ -19,7 +19,8 @@ counted once (`Pss_Anon`), so that a page which a worker copies by writing to it
 system may drop at any time, and tensors on their way to the training process are not in it. The greatest size is `VmHWM`, since
 a child inherits its parent's `ru_maxrss`. The first step is timed in wall seconds, the fastest of three starts counts.
 
-Left out: the model, several processes, cold disks (the files were just written and are in the page cache), large images.
+Left out: the model, the packed layout, several processes, cold disks (the files were just written, so they are in the page
+cache), large images.
 """
 
 from __future__ import annotations
@@ -217,7 +218,7 @@ def index_of(folder: Path) -> tuple[Any, Any]:
     from llavamed_peft.report import RunLog
 
     processor = make_stage_processor(load_processor(folder / "base", read_config(folder / "base")), "pad")
-    collator = PackedCollator(processor, max_row_tokens=MAX_ROW_TOKENS)
+    collator = PackedCollator(processor, max_row_tokens=MAX_ROW_TOKENS, layout="padded")
     sources = open_sources(folder / "data.jsonl", None, "data")
     with RejectLog(folder / "rejected.jsonl") as rejects:
         return build_index(sources, collator, folder / "index.arrow", rejects, 0.0, RunLog(folder).show), collator

@@ -229,7 +229,7 @@ def collation(options: argparse.Namespace) -> tuple[Any, list[Any]]:
 
     base = options.folder / "base"
     processor = make_stage_processor(load_processor(base, read_config(base)), "pad")
-    return PackedCollator(processor), list(read(options.folder / "data.json"))
+    return PackedCollator(processor, layout="padded"), list(read(options.folder / "data.json"))
 
 
 def run_bare(options: argparse.Namespace) -> dict[str, Any]:

@@ -38,8 +38,12 @@ class RunArguments:
     dtype: str | None = field(
         default=None, metadata={"help": "of frozen weights and autocast; None: bfloat16 on CUDA, float32 on a CPU"}
     )
+    layout: Literal["packed", "padded"] = field(
+        default="packed",
+        metadata={"help": "'packed': what conversations begin with alike, such as an image, stands once; 'padded': a row each"},
+    )
     max_row_tokens: int | None = field(
-        default=None, metadata={"help": "bound of a device batch, rows x longest; less where memory runs out. None: by device"}
+        default=None, metadata={"help": "bound of a device batch in tokens; less where memory runs out. None: by device"}
     )
     gradient_checkpointing: bool | None = field(
         default=None, metadata={"help": "recompute activations to save memory; None: on for CUDA, off for a CPU"}

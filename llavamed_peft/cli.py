@@ -95,6 +95,20 @@ def _parser() -> argparse.ArgumentParser:
     inspect.add_argument(
         "--max_rejected", type=_share, metavar="SHARE", help="as the run would have it (default: 0.05, or what --config says)"
     )
+    inspect.add_argument(
+        "--packing",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE.png",
+        help="show how each stage's first step is packed; with a file, draw it there, too",
+    )
+    inspect.add_argument(
+        "--max_row_tokens",
+        type=_whole_number,
+        metavar="N",
+        help="of a packed row (default: 4096, or what --config says)",
+    )
     inspect.set_defaults(verb=_inspect, usage_error=inspect.error)
 
     show = verbs.add_parser("show", help="show a stage's lineage, schedule, data and metrics as a tree")
@@ -150,7 +164,7 @@ def _inspect(options: argparse.Namespace) -> None:
         "--image_folder": options.image_folder,
         "--curriculum": options.curriculum,
     }
-    max_rejected = 0.05
+    max_rejected, max_row_tokens = 0.05, 4096
     if options.config is not None:
         if twice := [name for name, value in words.items() if value]:
             options.usage_error(f"--config says {', '.join(twice)}; give one or the other")
@@ -158,6 +172,9 @@ def _inspect(options: argparse.Namespace) -> None:
 
         arguments, run = parse(CurriculumArguments, RunArguments, command_line=["--config", options.config])
         base, curriculum, max_rejected = arguments.model, arguments.stages(), run.max_rejected
+        max_row_tokens = run.max_row_tokens or max_row_tokens
+        if options.packing and run.layout != "packed":
+            raise ConfigError(f"{options.config}: layout is {run.layout!r}, so nothing is packed; wanted 'packed' for --packing.")
         data, image_folder = arguments.files("data"), arguments.folders()
     else:
         if missing := [name for name in ("BASE", "DATA") if not words[name]]:
@@ -177,6 +194,8 @@ def _inspect(options: argparse.Namespace) -> None:
         curriculum,
         rows=options.rows,
         max_rejected=max_rejected if options.max_rejected is None else options.max_rejected,
+        packing=options.packing if isinstance(options.packing, bool) else Path(options.packing),
+        max_row_tokens=options.max_row_tokens or max_row_tokens,
         width=_width(options),
         colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     ):

@@ -45,6 +45,7 @@ from .modeling.processor import load_processor, make_stage_processor
 from .modeling.sharding import asked_sharding, launcher_aside
 from .packing.collator import LAYOUTS, PackedCollator
 from .packing.index import Index, build_index
+from .packing.masks import check_window
 from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, read_metrics, stage_table
 from .runs import LOCK, RUN, check_same_run, disk_faults, locked, remove_partial, write_run
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Stage
@@ -67,7 +68,7 @@ def curriculum_finetune(
     quantization: Quantization = None,
     start_from: StageAdapter | str | Path | None = None,
     dtype: str | torch.dtype | None = None,
-    layout: str = "padded",
+    layout: str = "packed",
     max_row_tokens: int | None = None,
     max_rejected: float = 0.05,
     eval_steps: int | None = None,
@@ -95,8 +96,11 @@ def curriculum_finetune(
         quantization: `"nf4"` trains over a 4-bit language model; not for `full` stages.
         start_from: a finished stage to begin behind: a folder, a `StageAdapter`, or a Hub repository.
         dtype: of frozen weights and autocast; `None`: bfloat16 on CUDA, float32 on a CPU. Trainable tensors are float32.
-        layout: how conversations are laid out in device batches: `"padded"`.
-        max_row_tokens: bound of a device batch (rows × longest); `None`: 4,096 on a CPU, 16,384 on CUDA (not yet measured there).
+        layout: of device batches. `"packed"`: what the conversations of a step begin with alike (a system prompt, an image)
+            stands once, in rows without gaps; with FlexAttention on CUDA (not yet run there), masked `sdpa` elsewhere.
+            `"padded"`: a row each, padded to the longest. The losses are the same; LoRA dropout draws other numbers.
+        max_row_tokens: bound of a device batch: packed, the tokens of a row; padded, rows × longest. `None`: 4,096 on a CPU,
+            16,384 on CUDA (not yet measured there).
         max_rejected: share of unusable rows above which a data set is refused as a whole.
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
         save_steps: optimizer steps between two checkpoints; `None`: ten of them a stage. What one costs is shown at the first.
@@ -112,8 +116,9 @@ def curriculum_finetune(
         Stage name → `StageAdapter`, in order.
 
     Raises:
-        ConfigError: arguments that do not fit together, or `output_dir` holds a run of another curriculum, base or data (the
-            message lists the difference); nothing was done.
+        ConfigError: arguments that do not fit together, `output_dir` holds a run of another curriculum, base or data (the message
+            lists the difference), or conversations longer than a sliding window that packed rows would not heed; nothing was
+            trained.
         CheckpointError, DataError, AdapterError: the base, the data or `start_from` cannot be used; the message says why.
         TrainingError: a stage cannot begin or go on: a loss that is not finite, a full disk, another run at work in
             `output_dir`. Finished stages and the last checkpoint stay.
@@ -172,6 +177,9 @@ def curriculum_finetune(
             for stage in curriculum.stages
             if not run.has(stage)
         }
+        if layout == "packed":
+            for index in (index for both in indexes.values() for index in both if index is not None):
+                check_window(config, int(index.column("length").max()))
         run.begin(identity)
         for stage in curriculum.stages:
             if run.has(stage):

@@ -36,6 +36,7 @@ from .packing.encoding import IGNORED
 from .packing.index import Index, build_index, fault_of_share
 from .packing.steps import StepSampler, learns_nothing, steps_in_all
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Scope, Stage
+from .step_view import describe_step, draw_steps, first_step
 
 EXAMPLES = 3  # rejected rows that are shown for each reason
 _BARS, _LONGEST_BAR = 10, 60  # of a histogram: how many, and sometimes one more; characters
@@ -69,6 +70,8 @@ def inspect(
     *,
     rows: int = 3,
     max_rejected: float = 0.05,
+    packing: bool | Path = False,
+    max_row_tokens: int = 4096,
     width: int = 100,
     colour: bool = False,
 ) -> Iterator[str]:
@@ -81,6 +84,8 @@ def inspect(
         curriculum: what would be trained.
         rows: how many usable rows of each data set are shown, supervised tokens marked.
         max_rejected: share of unusable rows above which training would refuse a data set.
+        packing: show how each stage's first step is packed; a path: and draw it there as PNG.
+        max_row_tokens: of that step, as on one GPU.
         width: characters of a line.
         colour: supervised tokens underlined and green, for a terminal; else they stand in `[[…]]`.
 
@@ -113,6 +118,10 @@ def inspect(
             yield from _indented(2, _first_rows(check.index, collator, rows, width - 2, colour))
         yield "\nsteps"
         yield from _indented(2, _steps(curriculum, indexes))
+        if packing:
+            yield f"\npacking, in rows of at most {max_row_tokens:,} tokens"
+            picture = packing if isinstance(packing, Path) else None
+            yield from _indented(2, _packing(curriculum, indexes, processor, max_row_tokens, picture, width - 2))
 
 
 def files_by_stage(words: Iterable[str], curriculum: Curriculum) -> dict[str, list[str]]:
@@ -376,6 +385,39 @@ def _steps(curriculum: Curriculum, indexes: Mapping[str, Index]) -> Iterator[str
     yield from _aligned(table, right=set(range(1, 8)))
     if idle:
         yield f"{', '.join(idle)}: warm-up takes the only step at rate 0, so nothing would be learnt"
+
+
+def _packing(
+    curriculum: Curriculum,
+    indexes: Mapping[str, Index],
+    processor: ProcessorMixin,
+    max_row_tokens: int,
+    picture: Path | None,
+    width: int,
+) -> Iterator[str]:
+    drawn = []
+    for stage in curriculum.stages:
+        index = indexes.get(stage.name)
+        if index is not None and len(index):
+            collator = PackedCollator(processor, stage.schedule.max_length, max_row_tokens)
+            sampler = StepSampler(
+                index.column("length"),
+                index.column("group"),
+                stage.schedule,
+                max_row_tokens,
+                curriculum.seed,
+                prefixes=index.prefixes(),
+            )
+            drawn.append(first_step(f"{stage.name}, the first step", index, collator, sampler))
+            for line in describe_step(drawn[-1], width):
+                blanks = len(line) - len(line.lstrip())
+                yield from _wrapped(line.strip(), width, " " * blanks, " " * (blanks + 2))
+    if picture is not None and drawn:
+        try:
+            draw_steps(drawn, picture)
+        except OSError as error:
+            raise ConfigError(f"{picture}: cannot be written ({error}); wanted a PNG file's name.") from error
+        yield f"drawn: {picture}"
 
 
 # What a finished stage was made of

@@ -45,6 +45,7 @@ from .modeling.parts import (
 from .modeling.sharding import Sharding, set_masters, shard, unrounded
 from .packing import PackedCollator
 from .packing.index import DeviceBatches, DeviceInputs, Index
+from .packing.masks import attention_mask, choose_attention, fill_tokens
 from .packing.steps import StepSampler, learns_nothing
 from .packing.workers import WorkerNotes
 from .report import RunLog
@@ -66,7 +67,7 @@ class Computing:
     Args:
         dtype: of the frozen weights and of autocast; trainable tensors are fp32.
         layout: of a device batch, see `PackedCollator`.
-        max_row_tokens: bound of rows × longest of a device batch.
+        max_row_tokens: bound of a device batch: packed, the tokens of its row; padded, rows × longest.
         gradient_checkpointing: recompute activations in the backward pass.
         workers: processes that decode images ahead; 0 decodes in the training process.
         eval_steps: optimizer steps between two held-out losses; `None`: a tenth of the stage's.
@@ -177,6 +178,8 @@ def train_stage(
         del start
     freeze_tower(model)
     always_look(model)
+    if computing.layout == "packed":
+        choose_attention(bare(model), trainer.args.device)
     if checkpoint is not None:
         load_tensors(model, checkpoint.tensors())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -273,6 +276,8 @@ class StageTrainer(ResumableTrainer):
             self.args.seed,
             self.args.process_index,
             self.args.world_size,
+            prefixes=index.prefixes() if self.collator.layout == "packed" else None,
+            fill_tokens=fill_tokens(self.args.device),
         )
         return StepLoader(
             DeviceBatches(index, self.collator, self.worker_notes.get(use)),
@@ -382,6 +387,8 @@ class StageTrainer(ResumableTrainer):
     def _summed_loss(self, model: nn.Module, batch: DeviceInputs) -> torch.Tensor:
         """Cross-entropy summed over a device batch's supervised tokens; zero, with a graph, for a batch without any."""
         inputs: dict[str, torch.Tensor] = self._prepare_input(dict(batch.inputs))
+        if "ends" in inputs:
+            inputs["attention_mask"] = attention_mask(inputs.pop("ends"), bare(self.model).config)
         labels = inputs.pop("labels")[:, 1:]
         learnt = labels != -100
         asked = nn.functional.pad(learnt, (0, 1))  # the position before a supervised token predicts it

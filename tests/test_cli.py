@@ -107,6 +107,10 @@ def test_inspect_needs_no_weights(asked, tmp_path):
     assert "\n  two: full, 131,520 parameters" in done.stdout
     for absent in ("one", "[[", "would refuse"):
         assert absent not in done.stdout.replace("tokens", "")
+    done = run(*words, "--rows", 0, "--packing", tmp_path / "step.png", "--max_row_tokens", 60)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\npacking, in rows of at most 60 tokens\n  one, the first step: 1 conversations in 1 row(s)" in done.stdout
+    assert done.stdout.endswith(f"drawn: {tmp_path / 'step.png'}\n") and (tmp_path / "step.png").stat().st_size > 1000
     plain = run(*words, before=[sys.executable, "-X", "utf8=0", "-c", ASCII])
     assert (plain.returncode, plain.stderr) == (0, "")
     assert "ASSISTANT:[[ yes ?</s>]]" in plain.stdout

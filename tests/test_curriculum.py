@@ -110,7 +110,7 @@ def runs(
 
 
 def logits(model: torch.nn.Module, processor: object, conversations: list[Conversation]) -> torch.Tensor:
-    batch = PackedCollator(processor)(conversations)
+    batch = PackedCollator(processor, layout="padded")(conversations)
     with torch.no_grad():
         return model.eval()(**batch).logits[batch["attention_mask"].bool()]
 
@@ -415,19 +415,21 @@ def test_workers_change_nothing(bases: dict[str, Path], conversations: list[Conv
 def test_device_batches_change_nothing_but_rounding(
     bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
 ) -> None:
-    def run(max_row_tokens: int, checkpointing: bool) -> StageAdapter:
+    def run(max_row_tokens: int, checkpointing: bool, layout: str = "packed") -> StageAdapter:
         return curriculum_finetune(
             bases["llava"],
             {"vqa": conversations},
-            tmp_path / f"{max_row_tokens} {checkpointing}",
+            tmp_path / f"{max_row_tokens} {checkpointing} {layout}",
             curriculum=Curriculum((THREE["vqa"],)),
+            layout=layout,
             max_row_tokens=max_row_tokens,
             gradient_checkpointing=checkpointing,
             eval_data={"vqa": conversations},
         )["vqa"]
 
-    whole, single, checkpointed = run(100_000, False), run(1, False), run(100, True)
-    for other in (single, checkpointed):
+    whole, single, checkpointed, padded = run(100_000, False), run(1, False), run(100, True), run(150, False, "padded")
+    assert (whole.record["computing"]["layout"], padded.record["computing"]["layout"]) == ("packed", "padded")
+    for other in (single, checkpointed, padded):
         assert other.metrics["loss_last"] == pytest.approx(whole.metrics["loss_last"], abs=1e-4)
         assert other.metrics["eval_loss_after"] == pytest.approx(whole.metrics["eval_loss_after"], abs=1e-4)
 
@@ -471,7 +473,7 @@ class TestRefusals:
             ({"quantization": "int3"}, ConfigError, "quantization is 'int3'; wanted None or 'nf4'."),
             ({"dtype": "float16"}, ConfigError, "training computes in 'bfloat16' or 'float32'"),
             ({"dtype": "floaty"}, ConfigError, "dtype is 'floaty'; wanted None or a floating-point dtype"),
-            ({"layout": "packed"}, ConfigError, "layout is 'packed'; wanted one of padded."),
+            ({"layout": "rows"}, ConfigError, "layout is 'rows'; wanted one of packed, padded."),
             ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted None or a whole number of at least 1."),
             ({"max_rejected": 2}, ConfigError, "max_rejected is 2; wanted a share between 0 and 1."),
             ({"data": {"align": None}}, ConfigError, "data['align'] is None; wanted data, or no such entry."),
@@ -490,6 +492,15 @@ class TestRefusals:
         assert not (tmp_path / "run" / "align").exists()
         if error is ConfigError and "empty" not in message and "data['align']" not in message:
             assert not (tmp_path / "run").exists(), "nothing was done"
+
+    def test_a_sliding_window_that_packed_rows_would_not_heed(self, call, bases: dict[str, Path], tmp_path: Path) -> None:
+        base = shutil.copytree(bases["llava_next"], tmp_path / "base")
+        config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+        config["text_config"]["sliding_window"] = 40
+        (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+        with pytest.raises(ConfigError, match=r"sliding_window is 40, the longest conversation has \d+ tokens.*layout='padded'"):
+            call(model=base)
+        assert call(model=base, layout="padded")["align"].metrics["steps"]
 
     def test_quantised_full(self, call, conversations: list[Conversation]) -> None:
         full = Curriculum((Stage("all", "full", schedule()),))

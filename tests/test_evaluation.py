@@ -135,7 +135,7 @@ def test_the_model_is_asked_what_it_was_asked_in_training(checkpoint, images, mo
     monkeypatch.setattr(model, "generate", generate)
     questions = asked(images)
     answer_questions(model, processor, questions, batch_size=1)
-    collator = PackedCollator(processor)
+    collator = PackedCollator(processor, layout="padded")
     for one, inputs in zip(questions, seen, strict=True):
         trained = collator([one.conversation() if isinstance(one, Question) else one])
         learnt = trained["labels"][0] != -100

@@ -1,6 +1,7 @@
 """What `inspect` and `show` say: word for word on tiny checkpoints, and held against what training then does."""
 
 import json
+import re
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ from tiny import build
 
 from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, StageAdapter, curriculum_finetune
 from llavamed_peft.adapters import RECORD
+from llavamed_peft.datasets import llava_json
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError
 from llavamed_peft.inspection import files_by_stage, histogram, inspect, marked_text, show, trainable_parameters
 from llavamed_peft.modeling.load import read_config
@@ -241,6 +243,33 @@ def test_training_does_what_was_said(place, tmp_path):
             assert names == {name.removeprefix("base_model.model.") for name in adapter.tensors()}
     assert "  full: full, 131,520 parameters in 25 tensors, float32; 48.54% of the checkpoint" in lines
     assert "    model.language_model.layers.0-1.mlp.down_proj             ×2  weight 64×128          16,384" in lines
+
+
+def test_packing_shows_what_the_first_step_would_be(place, tmp_path):
+    base = shutil.copytree(place / "tiny-llava", tmp_path / "tiny-llava")
+    asked = [row(f"{image}{i}", f"{image}.png", f"<image>\nwhat is {'left ' * i}?", "yes") for i in range(4) for image in "ab"]
+    (tmp_path / "asked.json").write_text(json.dumps([*asked, ROWS[3]]), encoding="utf-8")
+    data, curriculum = (
+        {"align": [tmp_path / "asked.json"]},
+        Curriculum((Stage("align", "projector", replace(SHORT, global_batch=9)),)),
+    )
+    picture = tmp_path / "step.png"
+    lines = list(inspect(base, data, place, curriculum, packing=picture, max_row_tokens=100, width=70))
+    shown = lines[lines.index("\npacking, in rows of at most 100 tokens") + 1 :]
+    assert all(len(line) <= 72 for line in shown[:-1]) and shown[-1] == f"  drawn: {picture}"
+    text = " ".join(line.strip() for line in shown)
+    processor = make_stage_processor(load_processor(base, read_config(base)), curriculum.image_aspect_ratio)
+    conversations = list(llava_json.read(tmp_path / "asked.json", place))
+    once, padded = (PackedCollator(processor, layout=layout)(conversations)["input_ids"] for layout in ("packed", "padded"))
+    found = re.search(r"9 conversations in (\d+) row\(s\), (\d+) tokens, ([\d.]+)% of them useful; padded ([\d.]+) times", text)
+    rows, tokens, useful, times = map(float, found.groups())
+    assert rows > 1 and once.numel() < tokens <= 100 * rows
+    assert useful == pytest.approx(100 * once.numel() / tokens, abs=0.06)
+    assert times == pytest.approx(padded.numel() / tokens, abs=0.06)
+    assert text.count("tokens shared by 4") == 2, "four questions about each image"
+    assert Image.open(picture).format == "PNG" and Image.open(picture).width > 1000
+    with pytest.raises(ConfigError, match=r"no/step\.png: cannot be written"):
+        list(inspect(base, data, place, curriculum, packing=tmp_path / "no" / "step.png"))
 
 
 def test_files_by_stage(tmp_path, monkeypatch):

@@ -45,6 +45,7 @@ LAYERS = {
     "evaluation": WORK,
     "card": WORK,
     "inspection": WORK,
+    "step_view": WORK,
     "catalogue": WORK,
     "report": WORK,
     "curriculum": WHOLE,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from llavamed_peft import Schedule
-from llavamed_peft.packing.steps import StepSampler, share_of_step, shuffled
+from llavamed_peft.packing.steps import DeviceBatch, Prefixes, StepSampler, packed_share_of_step, share_of_step, shuffled
 
 
 def sampler(lengths: list[int], groups: list[int], batch: int, shuffle: str = "images", **how: int) -> StepSampler:
@@ -80,3 +83,70 @@ def test_costs_are_balanced_over_processes() -> None:
 def test_more_processes_than_conversations_leaves_some_with_empty_batches(processes: int) -> None:
     shares = share_of_step([0, 1], np.array([5, 5]), max_row_tokens=100, world_size=processes)
     assert sorted(len(share[0]) for share in shares) == [0] * (processes - 2) + [1, 1]
+
+
+def row_tokens(batch: DeviceBatch, lengths: np.ndarray, prefixes: Prefixes) -> int:
+    """Tokens of a packed row: every beginning once, and what each conversation goes on with."""
+    begun = {(int(prefixes.keys[row]), int(prefixes.tokens[row])) for row in batch}
+    return sum(tokens for _, tokens in begun) + sum(int(lengths[row] - prefixes.tokens[row]) for row in batch)
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 60), st.integers(0, 5)), min_size=1, max_size=60),
+    st.lists(st.integers(0, 90), min_size=6, max_size=6),
+    st.integers(1, 5),
+    st.integers(1, 300),
+    st.integers(1, 300),
+)
+def test_packed_rows_hold_every_conversation_once_and_keep_their_bound(
+    rows: list[tuple[int, int]], beginnings: list[int], processes: int, max_row_tokens: int, fill: int
+) -> None:
+    keys = np.array([key for _, key in rows])
+    prefixes = Prefixes(keys, np.array(beginnings)[keys])
+    lengths = prefixes.tokens + [own for own, _ in rows]
+    fill = min(fill, max_row_tokens)
+    shares = packed_share_of_step(range(len(rows)), lengths, prefixes, max_row_tokens, fill, processes)
+    assert len(shares) == processes and len({len(share) for share in shares}) == 1, "as many device batches for each"
+    batches = [batch for share in shares for batch in share]
+    assert sorted(row for batch in batches for row in batch) == list(range(len(rows)))
+    for batch in batches:
+        tokens = row_tokens(batch, lengths, prefixes)
+        assert tokens <= max_row_tokens or len(batch) == 1
+        assert tokens <= fill or len({(keys[row], prefixes.tokens[row]) for row in batch}) == 1
+
+
+def test_a_packed_step_has_the_same_conversations_on_any_number_of_processes() -> None:
+    lengths, groups = np.array([50, 60] * 20), np.arange(40) // 4
+    prefixes = Prefixes(groups, np.full(40, 30))
+    alone = sampler(lengths.tolist(), groups.tolist(), 16, prefixes=prefixes)
+    several = [sampler(lengths.tolist(), groups.tolist(), 16, rank=r, world_size=3, prefixes=prefixes) for r in range(3)]
+    for step, *shares in zip(alone, *several, strict=True):
+        assert sorted(row for batch in step for row in batch) == sorted(row for s in shares for batch in s for row in batch)
+
+
+PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "vqa_rad" / "trainset.json"
+
+
+@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published VQA-RAD files are not beside the repository (../shared/data)")
+@pytest.mark.parametrize("processes", [1, 2, 4])
+@pytest.mark.parametrize("max_row_tokens", [2048, 4096, 16384])
+@pytest.mark.parametrize("global_batch", [64, 128])
+def test_real_questions_fill_packed_rows_well(processes: int, max_row_tokens: int, global_batch: int) -> None:
+    """VQA-RAD as LLaVA-1.5 sees it: 580 tokens of image and prompt, about a token for four characters of a question."""
+    rows = json.loads(PUBLISHED.read_text(encoding="utf-8"))
+    names = {name: number for number, name in enumerate(dict.fromkeys(row["image_name"] for row in rows))}
+    groups = np.array([names[row["image_name"]] for row in rows])
+    lengths = 580 + np.array([10 + len(f"{row['question']} {row['answer']}") // 4 for row in rows])
+    prefixes = Prefixes(groups, np.full(len(rows), 580))
+    how = {"max_row_tokens": max_row_tokens, "world_size": processes, "prefixes": prefixes}
+    steps = sampler(lengths.tolist(), groups.tolist(), global_batch, **how)
+    useful = laid = longest = padded = 0
+    for step in steps.steps():
+        useful += row_tokens(tuple(step), lengths, prefixes)
+        padded += len(step) * int(lengths[step].max())
+        loads = [[row_tokens(batch, lengths, prefixes) for batch in share] for share in steps.shares(step)]
+        laid += sum(max(load, 2) for share in loads for load in share)  # an empty row has two tokens of padding
+        longest += processes * max(map(sum, loads))
+    assert useful / laid > 0.97
+    assert useful / longest > 0.85, "no process waits long for another"
+    assert padded / laid > 6

@@ -31,6 +31,7 @@ from llavamed_peft.modeling.parts import (
 )
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.index import DeviceBatches, DeviceInputs, Index, build_index
+from llavamed_peft.packing.masks import DENSE_FILL
 from llavamed_peft.training import StageTrainer
 
 LORA = LoraSpec(rank=4, alpha=8, dropout=0.0)
@@ -68,6 +69,7 @@ def trainer(
     folder: Path,
     trains: str = "lora",
     max_row_tokens: int = 4096,
+    layout: str = "packed",
     **schedule: object,
 ) -> StageTrainer:
     model, processor = prepared(base, trains)
@@ -75,7 +77,7 @@ def trainer(
     freeze_tower(model)
     always_look(model)
     stage = Stage("s", trains, Schedule(**{"epochs": 1, "learning_rate": 1e-3, "global_batch": 6, **schedule}))
-    collator = PackedCollator(processor, 2048, max_row_tokens)
+    collator = PackedCollator(processor, 2048, max_row_tokens, layout)
     index = indexed(conversations, collator, folder)
     config = SFTConfig(
         output_dir=str(folder),
@@ -102,22 +104,45 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("max_row_tokens", [1, 150, 4096])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_steps_gradient_is_the_plain_means_however_it_is_cut(
-    kind: str, max_row_tokens: int, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+    kind: str, max_row_tokens: int, layout: str, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
 ) -> None:
-    stage = trainer(bases[kind], conversations, tmp_path, max_row_tokens=max_row_tokens)
+    stage = trainer(bases[kind], conversations, tmp_path, max_row_tokens=max_row_tokens, layout=layout)
     (inputs,) = list(stage.get_train_dataloader())
-    assert (len(inputs) > 1) == (max_row_tokens < 4096)
+    assert len(inputs) > 1 or max_row_tokens == 4096
     loss = stage.training_step(stage.model, inputs)
     cut = gradients(stage.model)
     stage.model.zero_grad()
-    plain = stage.model(**stage.collator(conversations)).loss
+    plain = stage.model(**PackedCollator(stage.processing_class, layout="padded")(conversations)).loss
     plain.backward()
     assert loss.item() == pytest.approx(plain.item(), rel=1e-6)
     whole = gradients(stage.model)
     assert set(cut) == set(whole) == {name for name, p in stage.model.named_parameters() if p.requires_grad}
     for name in whole:
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("max_row_tokens", [60, 100, 400, 4096])
+def test_a_packed_device_batch_is_one_row_no_longer_than_its_bound(
+    max_row_tokens: int, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    """Ten questions about each of two images and some text: planned from the index, laid out from the tokens."""
+    asked = [
+        Conversation(
+            f"{i}", (Turn("user", f"<image>\nwhat is in the {'left ' * (i // 2)}lung ?"), Turn("assistant", "a heart")), c
+        )
+        for i, c in enumerate([conversations[0].images, conversations[1].images] * 10)
+    ] + conversations[5:]
+    stage = trainer(bases["llava"], asked, tmp_path, max_row_tokens=max_row_tokens, global_batch=21)
+    (step,) = stage.get_train_dataloader()
+    assert sum(batch.conversations for batch in step) == 21
+    for batch in step:
+        rows, tokens = batch.inputs["ends"].shape
+        assert rows == 1 and (tokens <= min(max_row_tokens, DENSE_FILL) or batch.conversations == 1)
+        assert "attention_mask" not in batch.inputs
+    shown = sum(len(batch.inputs.get("pixel_values", ())) for batch in step)
+    assert shown == 2 or max_row_tokens < 400, "an image is repeated only where its questions do not fit a row"
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

@@ -1,21 +1,29 @@
 """Conversations → one device batch, with which plain `model(**batch).loss` is the mean over the batch's supervised tokens.
 
-Only the padded layout is here: one row per conversation, padded on the right to the longest.
+Two layouts with the same loss and the same gradient. Padded: one row per conversation, padded on the right to the longest.
+Packed: what conversations begin with alike stands once (`tree.py`), in rows without gaps (`rows.py`), and each token sees its own
+conversation only (`masks.py`). Ten questions about one image then cost one image and ten questions, not ten images.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import accumulate
 
+import numpy as np
 import torch
+from PIL import Image
 from transformers import ProcessorMixin
 
 from ..conversations import Conversation
 from ..errors import ConfigError, DataError
-from ..images import load_image
-from .encoding import IGNORED, Encoded, Encoder, Tokenized
+from ..images import content_key, load_image
+from .encoding import IGNORED, Encoded, Encoder, Size, Tokenized
+from .masks import dense_mask
+from .rows import Row, lay_rows
+from .tree import ImageSpan, TokenSequence
 
-LAYOUTS = ("padded",)
+LAYOUTS = ("packed", "padded")
 
 Batch = dict[str, torch.Tensor]
 
@@ -26,9 +34,13 @@ class PackedCollator:
     Args:
         processor: of a LLaVA checkpoint or a stage folder.
         max_length: tokens that a conversation may have; a longer one is an error, never cut.
-        max_row_tokens: bound of rows × longest that a step's device batches are cut to (see `steps.py`); the conversations of one
-            call are one batch, whatever their number.
-        layout: `"padded"`.
+        max_row_tokens: packed: tokens of a row; where they do not suffice, the batch has several rows, padded to the longest,
+            and a conversation longer than that has a row of its own. `None`: one row, as long as it gets. Padded: no bound of one
+            call, whose conversations are one batch, but of rows × longest of a step's device batches (see `steps.py`).
+        layout: `"packed"` or `"padded"`.
+
+    A packed batch goes to a model whose language model's attention is `sdpa`, as `load_checkpoint` leaves it; another's raises
+    `ConfigError`. It must have no sliding window shorter than a conversation (`masks.check_window`): packed rows do not heed it.
 
     Raises:
         ConfigError: an unknown layout.
@@ -36,7 +48,7 @@ class PackedCollator:
     """
 
     def __init__(
-        self, processor: ProcessorMixin, max_length: int = 2048, max_row_tokens: int | None = None, layout: str = "padded"
+        self, processor: ProcessorMixin, max_length: int = 2048, max_row_tokens: int | None = None, layout: str = "packed"
     ):
         if layout not in LAYOUTS:
             raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
@@ -50,19 +62,90 @@ class PackedCollator:
 
         Args:
             conversations: as they were read, or out of an index.
-            on_image: told the path of each image before it is decoded.
+            on_image: told the path of each image before its file is opened.
 
         Returns:
-            `input_ids`, `attention_mask` and `labels`, each [rows, tokens] int64, and where there are images `pixel_values` and
-            what the model class wants beside it. No conversations give one row of padding without a label.
+            `input_ids` and `labels`, [rows, tokens] int64, and where there are images `pixel_values` and what the model class
+            wants beside it, in the order in which placeholders stand in the rows. Padded: `attention_mask`, [rows, tokens] int64.
+            Packed: `position_ids`, [rows, tokens] int64, and `attention_mask`, [rows, 1, tokens, tokens] boolean, for `sdpa`. No
+            conversations give one row of padding without a label.
 
         Raises:
             DataError: an image that cannot be decoded, a conversation longer than `max_length` or without a supervised token.
         """
-        decoded = {}
+        batch = self.inputs(conversations, on_image)
+        if "ends" in batch:
+            batch["attention_mask"] = dense_mask(batch.pop("ends"))
+        return batch
+
+    def inputs(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
+        """As a call, but packed with `ends`, [rows, tokens] int64, in the place of the mask that `masks.py` makes of it.
+
+        Raises:
+            DataError: as a call.
+        """
+        lay_out = self._packed if self.layout == "packed" else self._padded
+        return lay_out(conversations, on_image or (lambda path: None))
+
+    def sequence(self, conversation: Conversation | Tokenized, contents: Sequence[str], sizes: Sequence[Size]) -> TokenSequence:
+        """A conversation's tokens, ready to be laid out.
+
+        Args:
+            contents: of each of its images, what is equal for equal images.
+            sizes: of each of its images, (height, width) in pixels.
+
+        Raises:
+            DataError: it is longer than `max_length`, without a supervised token, or cannot be encoded.
+        """
+        counts = self.encoder.count_image_tokens(sizes)
+        encoded = check_length(conversation, self.encoder.encode(conversation, counts), self.max_length)
+        return token_sequence(encoded, contents, counts, self.encoder)
+
+    def _packed(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]) -> Batch:
+        content: dict[str, str] = {}
+        decoded: dict[str, Image.Image] = {}
         for path in dict.fromkeys(image for conversation in conversations for image in conversation.images):
-            if on_image is not None:
-                on_image(path)
+            on_image(path)
+            key = content[path] = content_key(path)
+            if key not in decoded:
+                decoded[key] = load_image(path)
+        shown = [tuple(content[path] for path in conversation.images) for conversation in conversations]
+        sequences = [
+            self.sequence(conversation, keys, [decoded[key].size[::-1] for key in keys])
+            for conversation, keys in zip(conversations, shown, strict=True)
+        ]
+        rows = lay_rows(sequences, self.max_row_tokens)
+        return self._stack(rows) | self._pixels(rows, shown, decoded)
+
+    def _pixels(self, rows: Sequence[Row], shown: Sequence[tuple[str, ...]], decoded: dict[str, Image.Image]) -> Batch:
+        """What the model gets of the images, each processed once, in the order in which their placeholders stand in the rows."""
+        groups = list(dict.fromkeys(keys for keys in shown if keys))
+        if not groups:
+            return {}
+        processed, _ = self.encoder.process_images([[decoded[key] for key in group] for group in groups])
+        first = dict(zip(groups, accumulate(map(len, groups), initial=0), strict=False))
+        standing = [(shown[sequence], number) for row in rows for sequence, number in row.images]
+        chosen = [first[group] + number for group, number in standing]
+        return dict(self.encoder.select_images(processed, chosen, [len(group) == 1 for group, _ in standing]))
+
+    def _stack(self, rows: Sequence[Row]) -> Batch:
+        """Rows padded on the right to the longest; padding sees itself alone."""
+        shape = (max(len(rows), 1), max(map(len, rows), default=2))
+        input_ids = torch.full(shape, self.encoder.pads_with)
+        position_ids = torch.zeros(shape, dtype=torch.long)
+        ends = torch.arange(1, shape[1] + 1).repeat(shape[0], 1)
+        labels = torch.full(shape, IGNORED)
+        for i, row in enumerate(rows):
+            input_ids[i, : len(row)] = torch.from_numpy(row.input_ids)
+            position_ids[i, : len(row)] = torch.from_numpy(row.positions)
+            ends[i, : len(row)] = torch.from_numpy(row.ends)
+            labels[i, : len(row)] = torch.from_numpy(row.labels)
+        return {"input_ids": input_ids, "position_ids": position_ids, "ends": ends, "labels": labels}
+
+    def _padded(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]) -> Batch:
+        decoded: dict[str, Image.Image] = {}
+        for path in dict.fromkeys(image for conversation in conversations for image in conversation.images):
+            on_image(path)
             decoded[path] = load_image(path)
         images = [[decoded[path] for path in conversation.images] for conversation in conversations]
         shown = [group for group in images if group]
@@ -92,6 +175,25 @@ class PackedCollator:
         if not rows:
             attention_mask[:] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def token_sequence(encoded: Encoded, contents: Sequence[str], tokens_per_image: Sequence[int], encoder: Encoder) -> TokenSequence:
+    """An encoded conversation with its images found in it.
+
+    Args:
+        contents: of each of its images, what is equal for equal images.
+        tokens_per_image: of each of its images.
+    """
+    input_ids = np.array(encoded.input_ids)
+    placeholders = np.flatnonzero(input_ids == encoder.processor.image_token_id)
+    begins = [int(placeholders[before]) for before in accumulate(tokens_per_image[:-1], initial=0)] if contents else []
+    # An image that is alone is processed otherwise than among others where the processor tiles lone images only.
+    tiled = encoder.tiles_lone_images_only and len(contents) == 1
+    spans = (
+        ImageSpan((content, tiled), begin, begin + tokens)
+        for content, begin, tokens in zip(contents, begins, tokens_per_image, strict=True)
+    )
+    return TokenSequence(input_ids, np.array(encoded.labels), tuple(spans))
 
 
 def check_length(conversation: Conversation | Tokenized, encoded: Encoded, max_length: int) -> Encoded:

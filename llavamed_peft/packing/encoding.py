@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Sequence
@@ -16,6 +17,7 @@ from dataclasses import asdict, dataclass
 
 import numpy as np
 import tokenizers
+import torch
 import transformers
 from PIL import Image
 from torch.utils.data import default_collate
@@ -150,6 +152,11 @@ class Encoder:
         """Image tokens that each image of one conversation becomes, from its (height, width) in pixels alone."""
         return [self._image_tokens(size, len(sizes)) for size in sizes]
 
+    @property
+    def tiles_lone_images_only(self) -> bool:
+        """An image that is alone in its conversation is cut into tiles, others are not, as LLaVA-OneVision does it."""
+        return "batch_num_images" in self.processor.image_processor.model_input_names
+
     def process_images(self, conversations: Sequence[Sequence[Image.Image]]) -> tuple[BatchFeature, list[list[int]]]:
         """Pixels of the images of some conversations, each with at least one image, and the tokens that each image becomes.
 
@@ -157,14 +164,30 @@ class Encoder:
             The image processor's tensors (`pixel_values` and what the model class wants beside it), and image tokens per image
             per conversation.
         """
-        per_conversation = "batch_num_images" in self.processor.image_processor.model_input_names
-        images = [list(group) for group in conversations] if per_conversation else [i for group in conversations for i in group]
+        images = [list(group) for group in conversations]
+        if not self.tiles_lone_images_only:
+            images = [image for group in images for image in group]
         inputs = self.processor.image_processor(images)
         # In a data-loader worker this lays the pixels down in shared memory, where they would be copied to in the end.
         inputs["pixel_values"] = default_collate(inputs["pixel_values"])
         inputs.convert_to_tensors("pt")
         counts = iter([self._count(inputs, i) for i in range(sum(len(group) for group in conversations))])
         return inputs, [[next(counts) for _ in group] for group in conversations]
+
+    def select_images(self, inputs: BatchFeature, chosen: Sequence[int], alone: Sequence[bool]) -> BatchFeature:
+        """Processed images in the order in which a model is to see them, some perhaps several times.
+
+        Args:
+            inputs: from `process_images`.
+            chosen: which of its images.
+            alone: of each chosen one, whether it was alone in its conversation; those that were not come at least two in a row.
+        """
+        selected = {name: values[list(chosen)] for name, values in inputs.items() if name != "batch_num_images"}
+        if self.tiles_lone_images_only:
+            runs = [(lone, sum(1 for _ in run)) for lone, run in itertools.groupby(alone)]
+            numbers = [number for lone, length in runs for number in ([1] * length if lone else [length])]
+            selected["batch_num_images"] = torch.tensor(numbers)
+        return BatchFeature(selected)
 
     def _repeats(self, ids: np.ndarray, tokens_per_image: Sequence[int]) -> np.ndarray:
         """How often each token stands in the end: an image token once for each of its image's tokens, any other once."""

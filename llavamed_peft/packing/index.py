@@ -32,11 +32,12 @@ from ..datasets.rejects import Reject, RejectLog
 from ..datasets.sources import Source
 from ..errors import DataError
 from ..images import MAX_PIXELS, image_size
-from .collator import Batch, PackedCollator, check_length
+from .collator import Batch, PackedCollator, check_length, token_sequence
 from .encoding import IGNORED, Tokenized, Tokens
+from .steps import Prefixes
 from .workers import WorkerNotes
 
-FORMAT = 1  # goes up with every change of what is checked, how it is encoded, or what the file holds
+FORMAT = 2  # goes up with every change of what is checked, how it is encoded, or what the file holds
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -48,6 +49,8 @@ SCHEMA = pa.schema(
         ("length", pa.int32()),
         ("image_tokens", pa.int32()),
         ("supervised_tokens", pa.int32()),
+        ("prefix", pa.int64()),
+        ("prefix_tokens", pa.int32()),
         ("file", pa.int32()),
         ("group", pa.int64()),
     ]
@@ -97,6 +100,10 @@ class Index:
     def column(self, name: str) -> np.ndarray:
         """A column of numbers, [conversations]."""
         return np.asarray(self.rows.data.column(name))
+
+    def prefixes(self) -> Prefixes:
+        """What the conversations begin with, by which packed steps are planned."""
+        return Prefixes(self.column("prefix"), self.column("prefix_tokens"))
 
     def conversation(self, row: int) -> Conversation:
         """One conversation, as it was read."""
@@ -290,11 +297,13 @@ def _check(conversation: Conversation, path: str, collator: PackedCollator) -> d
         reason = "cannot be encoded"
         tokens = collator.encoder.tokenize(conversation)
         whole = Tokenized(conversation.id, conversation.images, conversation.source, tokens)
-        encoded = collator.encoder.encode(whole, collator.encoder.count_image_tokens(sizes))
+        counts = collator.encoder.count_image_tokens(sizes)
+        encoded = collator.encoder.encode(whole, counts)
         reason = "longer than max_length" if len(encoded.input_ids) > collator.max_length else "no supervised token"
         check_length(whole, encoded, collator.max_length)
     except DataError as error:
         return Reject(path, row_number(conversation.source), conversation.id, reason, str(error))
+    sequence = token_sequence(encoded, [_real_path(image) for image in conversation.images], counts, collator.encoder)
     return {
         "id": conversation.id,
         "source": conversation.source,
@@ -305,6 +314,8 @@ def _check(conversation: Conversation, path: str, collator: PackedCollator) -> d
         "length": len(encoded.input_ids),
         "image_tokens": encoded.image_tokens,
         "supervised_tokens": encoded.supervised_tokens,
+        "prefix": sequence.prefix_key(),
+        "prefix_tokens": sequence.image_prefix,
     }
 
 
@@ -357,8 +368,8 @@ class DeviceInputs:
     """One device batch as a worker hands it over.
 
     Args:
-        inputs: of the model, `labels` included.
-        conversations: how many rows of it are conversations; 0 for a batch that only keeps step with other processes.
+        inputs: of the model, `labels` included, packed ones with `ends` in the mask's place.
+        conversations: how many it holds; 0 for a batch that only keeps step with other processes.
         supervised_tokens: how many of its tokens count in the loss.
         failed: (row of the index, reason) of conversations left out because an image could not be decoded.
     """
@@ -408,13 +419,13 @@ class DeviceBatches:
 
     def _collate(self, conversations: list[Tokenized]) -> Batch:
         if self.notes is None:
-            return self.collator(conversations)
+            return self.collator.inputs(conversations)
         shows = {image: one for one in reversed(conversations) for image in one.images}
         batch = ", ".join(one.source for one in conversations)
 
         def note(image: str) -> None:
             self.notes.write(f"{shows[image].source} (id {shows[image].id}), image {image}, in the device batch of {batch}")
 
-        inputs = self.collator(conversations, note)
+        inputs = self.collator.inputs(conversations, note)
         self.notes.clear()
         return inputs

@@ -3,19 +3,35 @@
 Everything is worked out from lengths and images alone, the same on every process and after an interruption: an epoch's order
 is a function of the seed and the epoch's number. Each step has exactly `global_batch` conversations (the last of an epoch what
 is left), whatever the number of processes and however they are cut into device batches.
+
+Packed, a device batch is one row. It is planned before any token is read, from how long each conversation is and what it begins
+with up to its image; what else is shared, such as a question asked twice, makes the row a little shorter than planned.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from torch.utils.data import Sampler
 
 from ..stages import Schedule
+from .tree import first_fit
 
 DeviceBatch = tuple[int, ...]  # rows of the index
+
+
+class Prefixes(NamedTuple):
+    """What conversations begin with, up to their last image before the first answer.
+
+    keys: [conversations], equal numbers for equal beginnings.
+    tokens: [conversations], how long they are; 0 for a conversation without an image.
+    """
+
+    keys: np.ndarray
+    tokens: np.ndarray
 
 
 def steps_in_all(steps_per_epoch: int, schedule: Schedule) -> int:
@@ -37,9 +53,12 @@ class StepSampler(Sampler[list[DeviceBatch]]):
         lengths: [conversations], tokens of each.
         groups: [conversations], equal numbers for conversations about the same images.
         schedule: `global_batch` and `shuffle` are read.
-        max_row_tokens: a device batch has rows × longest of at most this many tokens; a conversation longer than it stands alone.
+        max_row_tokens: a device batch has rows × longest of at most this many tokens, packed: a row this many; a conversation
+            longer than it stands alone.
         seed: of the order.
         rank, world_size: this process, and how many there are.
+        prefixes: what the conversations begin with, for the packed layout; `None`: the padded one.
+        fill_tokens: packed: a row of this many tokens takes up nothing that it shares no beginning with; `None`: up to its bound.
     """
 
     def __init__(
@@ -51,6 +70,8 @@ class StepSampler(Sampler[list[DeviceBatch]]):
         seed: int,
         rank: int = 0,
         world_size: int = 1,
+        prefixes: Prefixes | None = None,
+        fill_tokens: int | None = None,
     ):
         self.lengths = np.asarray(lengths)
         self.groups = np.asarray(groups)
@@ -59,6 +80,8 @@ class StepSampler(Sampler[list[DeviceBatch]]):
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
+        self.prefixes = prefixes
+        self.fill_tokens = min(max_row_tokens, fill_tokens or max_row_tokens)
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -70,7 +93,13 @@ class StepSampler(Sampler[list[DeviceBatch]]):
 
     def __iter__(self) -> Iterator[list[DeviceBatch]]:
         for step in self.steps():
-            yield share_of_step(step, self.lengths, self.max_row_tokens, self.world_size)[self.rank]
+            yield self.shares(step)[self.rank]
+
+    def shares(self, step: Sequence[int]) -> list[list[DeviceBatch]]:
+        """Every process's device batches of one step."""
+        if self.prefixes is None:
+            return share_of_step(step, self.lengths, self.max_row_tokens, self.world_size)
+        return packed_share_of_step(step, self.lengths, self.prefixes, self.max_row_tokens, self.fill_tokens, self.world_size)
 
     def steps(self) -> Iterator[np.ndarray]:
         """The epoch's steps: rows of the index, `global_batch` of them each."""
@@ -112,3 +141,57 @@ def _cut(rows: list[int], lengths: np.ndarray, max_row_tokens: int) -> list[Devi
         batches.append(tuple(rows[:fitting]))
         rows = rows[fitting:]
     return batches
+
+
+def packed_share_of_step(
+    step: Sequence[int], lengths: np.ndarray, prefixes: Prefixes, max_row_tokens: int, fill_tokens: int, world_size: int
+) -> list[list[DeviceBatch]]:
+    """Deal a step's conversations to the processes in rows of at most `max_row_tokens` tokens.
+
+    Conversations with one beginning stay together, so that it stands once; only where they are longer than a row it is repeated.
+    Then the largest first, each lot goes to the shortest of as few rows as hold them all, so many for each process. Several lots
+    make a row of at most `fill_tokens`. No process waits for a much longer one unless few images make a large step: cutting their
+    conversations apart would cost more than it saves.
+    """
+    alike: dict[Hashable, list[int]] = {}
+    for row in map(int, step):
+        key = (int(prefixes.keys[row]), int(prefixes.tokens[row])) if prefixes.tokens[row] else row
+        alike.setdefault(key, []).append(row)
+    parts: list[list[int]] = []
+    sizes: list[int] = []
+    for together in alike.values():
+        prefix = int(prefixes.tokens[together[0]])
+        branches = [int(lengths[row]) - prefix for row in together]
+        for chosen in first_fit(branches, max_row_tokens - prefix):
+            parts.append([together[i] for i in chosen])
+            sizes.append(prefix + sum(branches[i] for i in chosen))
+    rows, loads = _even(sizes, fill_tokens, world_size)
+    batches = [tuple(conversation for part in sorted(row) for conversation in parts[part]) for row in rows]
+    shares: list[list[DeviceBatch]] = [[] for _ in range(world_size)]
+    costs = [0] * world_size
+    for row in sorted(range(len(rows)), key=lambda row: -loads[row]):
+        fewest = min(map(len, shares))
+        process = min((p for p in range(world_size) if len(shares[p]) == fewest), key=lambda p: costs[p])
+        shares[process].append(batches[row])
+        costs[process] += loads[row]
+    return shares
+
+
+def _even(sizes: Sequence[int], capacity: int, multiple: int) -> tuple[list[list[int]], list[int]]:
+    """Items into as few bins as hold them, a multiple of some number, all about equally full; one too large has its own.
+
+    Returns:
+        The items of each bin, and their sum.
+    """
+    largest_first = sorted(range(len(sizes)), key=lambda item: -sizes[item])
+    number = multiple * max(1, -(-sum(min(size, capacity) for size in sizes) // (capacity * multiple)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(number)]
+        loads = [0] * number
+        for item in largest_first:
+            least = loads.index(min(loads))
+            bins[least].append(item)
+            loads[least] += sizes[item]
+        if all(load <= capacity or len(items) == 1 for load, items in zip(loads, bins, strict=True)):
+            return bins, loads
+        number += multiple

@@ -203,7 +203,7 @@ def exact_match(questions: Sequence[Question], answers: Sequence[str]) -> tuple[
 
 def held_out_loss(model: torch.nn.Module, processor: ProcessorMixin, path: Path) -> float:
     """Mean cross-entropy over the supervised tokens of a file."""
-    collator, conversations = PackedCollator(processor), list(llava_json.read(path))
+    collator, conversations = PackedCollator(processor, layout="padded"), list(llava_json.read(path))
     total = tokens = 0.0
     with torch.no_grad():
         for begin in range(0, len(conversations), 50):

@@ -1,0 +1,154 @@
+"""A packed row's `ends` → what its attention must be given, and what is refused since it would compute something else.
+
+Token i sees token j exactly if j <= i < ends[j] (`rows.py`). The language model gets this as a dense boolean mask (`sdpa`, on any
+device; tokens² bytes a row) or as FlexAttention's block mask (`flex_attention`, CUDA; its CPU kernel has no backward pass). The
+vision tower is not concerned. transformers hands a mask of four dimensions to the attention function as it is: `eager` would add
+the booleans to its scores, `flex_attention` would take them for scores and crash, and a sliding window is forgotten. So the dense
+mask can be read by `scaled_dot_product_attention` and by nothing else.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.attention.flex_attention import BlockMask
+from transformers import PreTrainedConfig, PreTrainedModel
+
+from ..errors import ConfigError
+
+BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
+# A dense mask costs the square of a row's tokens, seen or not. A tiny model (width 128; captions of 87 tokens, each with its own
+# image) trained 68 conversations per second of one CPU core in rows of 512 tokens, 40 in rows of 4,096.
+DENSE_FILL = 512
+
+# What moves or describes a mask, but computes nothing with it.
+_HANDLING = {
+    *("__get__", "__repr__", "__format__", "__len__", "__hash__", "__reduce_ex__", "size", "dim", "numel", "stride", "data_ptr"),
+    *("is_contiguous", "is_floating_point", "is_complex", "element_size", "untyped_storage", "storage_offset"),
+    *("to", "cpu", "cuda", "clone", "detach", "contiguous", "record_stream", "pin_memory", "is_pinned"),
+}
+
+
+class DenseMask(torch.Tensor):
+    """A boolean mask [rows, 1, tokens, tokens], true where a token (third) sees one (fourth), for `sdpa` alone.
+
+    It can be moved, printed and handed to `scaled_dot_product_attention`; `plain()` is the tensor to look into.
+
+    Raises:
+        ConfigError: anything else computes with it, such as `eager` attention, whose result would be wrong.
+    """
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        counted = func is torch.Tensor.sum and len(args) == 1 and not kwargs  # TRL's own trainer logs tokens by it
+        if counted or func is torch.nn.functional.scaled_dot_product_attention:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **(kwargs or {}))
+        if func.__name__ not in _HANDLING:
+            raise ConfigError(
+                f"A packed batch's attention_mask was given to {func.__name__!r}; wanted scaled_dot_product_attention, since "
+                "other attention reads it wrongly. Set the language model's: model.set_attn_implementation('sdpa'), or take "
+                "layout='padded'. To look into the mask, call its plain()."
+            )
+        return super().__torch_function__(func, types, args, kwargs)
+
+    def plain(self) -> torch.Tensor:
+        """The same booleans as a tensor like any other."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return self.as_subclass(torch.Tensor)
+
+
+def dense_mask(ends: torch.Tensor) -> DenseMask:
+    """The mask of some rows in full.
+
+    Args:
+        ends: [rows, tokens] integers.
+
+    Returns:
+        [rows, 1, tokens, tokens] boolean.
+    """
+    place = torch.arange(ends.shape[-1], device=ends.device)
+    visible = (place[None, :] <= place[:, None]) & (place[:, None] < ends[:, None, None, :])
+    return visible.as_subclass(DenseMask)
+
+
+def block_mask(ends: torch.Tensor) -> BlockMask:
+    """The mask of some rows as FlexAttention wants it, never written out in full.
+
+    Which blocks of 128 by 128 tokens are empty, full or mixed follows from the least and the greatest end of their columns.
+
+    Args:
+        ends: [rows, tokens] integers.
+    """
+    tokens = ends.shape[-1]
+    blocks = -(-tokens // BLOCK)
+    padded = torch.nn.functional.pad(ends, (0, blocks * BLOCK - tokens)).unflatten(-1, (blocks, BLOCK))
+    first = torch.arange(blocks, device=ends.device) * BLOCK
+    query, key = first[:, None], first[None, :]
+    seen = (key <= query) & (padded.amax(-1)[:, None, :] > query)
+    full = (key < query) & (padded.amin(-1)[:, None, :] >= query + BLOCK)
+
+    def visible(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+        return (key <= query) & (query < ends[row, key])
+
+    return BlockMask.from_kv_blocks(
+        *_in_order(seen & ~full), *_in_order(full), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(tokens, tokens)
+    )
+
+
+def attention_mask(ends: torch.Tensor, config: PreTrainedConfig) -> DenseMask | BlockMask:
+    """The mask in the form that a model's attention reads.
+
+    Args:
+        ends: [rows, tokens] integers, on the model's device.
+        config: the model's; its language model's attention implementation decides.
+
+    Raises:
+        ConfigError: an implementation that packed rows cannot be given to.
+    """
+    implementation = config.get_text_config()._attn_implementation
+    if implementation not in _MASKS:
+        raise ConfigError(
+            f"The language model's attention is {implementation!r}; packed rows need one of {', '.join(_MASKS)}. Call "
+            "model.set_attn_implementation('sdpa'), or take layout='padded'."
+        )
+    return _MASKS[implementation](ends)
+
+
+def choose_attention(model: PreTrainedModel, device: torch.device) -> None:
+    """Give the language model the attention with which packed rows are computed: FlexAttention on CUDA, else `sdpa`."""
+    implementation = "flex_attention" if device.type == "cuda" else "sdpa"
+    model.set_attn_implementation({"text_config": implementation})
+
+
+def fill_tokens(device: torch.device) -> int | None:
+    """Tokens from which a row takes up nothing more that it does not share; `None`: FlexAttention skips what is not seen."""
+    return None if device.type == "cuda" else DENSE_FILL
+
+
+def check_window(config: PreTrainedConfig, longest: int) -> None:
+    """Refuse sequences longer than the language model's sliding window, which a mask of four dimensions would switch off.
+
+    Args:
+        config: the model's.
+        longest: tokens of the longest sequence; a row may be longer.
+
+    Raises:
+        ConfigError: it does not fit the window.
+    """
+    window = getattr(config.get_text_config(), "sliding_window", None)
+    if window is not None and longest > window:
+        raise ConfigError(
+            f"The language model's sliding_window is {window}, the longest conversation has {longest} tokens; packed rows need "
+            f"conversations that fit the window. Set max_length={window}, or take layout='padded'."
+        )
+
+
+def _in_order(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """[rows, queries, keys] boolean → [rows, 1, queries] how many, [rows, 1, queries, keys] which, the chosen ones first."""
+    order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()
+    return chosen.sum(-1).int()[:, None].contiguous(), order[:, None].contiguous()
+
+
+_MASKS = {"sdpa": dense_mask, "flex_attention": block_mask}

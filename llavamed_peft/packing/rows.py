@@ -1,0 +1,98 @@
+"""Prefix trees → rows: every segment once, in pre-order, so that one number a token says who sees it.
+
+In pre-order a segment stands before all that goes on from it, and all of that stands together. So token j is visible to token i
+exactly if j <= i < ends[j], where ends[j] is where the subtree of j's segment ends: what i sees is its own path, nothing of its
+neighbours and nothing of another tree. Positions count along the path. `masks.py` makes attention masks of `ends`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .encoding import IGNORED
+from .tree import Forest, Segment, TokenSequence, build_forest, split_forest
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Row:
+    """Some sequences laid out, what they begin with alike once.
+
+    Args:
+        input_ids: [tokens] int64.
+        labels: [tokens] int64, not shifted: a supervised token stands right behind the token that predicts it.
+        positions: [tokens] int64, of each token in its own sequence.
+        ends: [tokens] int64; token i sees token j exactly if j <= i < ends[j].
+        last: sequence → where its last token stands.
+        images: (sequence, which of its images) in the order in which their placeholders stand.
+        forest: what was laid out.
+    """
+
+    input_ids: np.ndarray
+    labels: np.ndarray
+    positions: np.ndarray
+    ends: np.ndarray
+    last: dict[int, int]
+    images: tuple[tuple[int, int], ...]
+    forest: Forest
+
+    def __len__(self) -> int:
+        return len(self.input_ids)
+
+    def path(self, sequence: int) -> np.ndarray:
+        """Where a sequence's tokens stand, in order: what its last token sees."""
+        last = self.last[sequence]
+        return np.flatnonzero(self.ends[: last + 1] > last)
+
+
+def lay_rows(sequences: Sequence[TokenSequence], max_row_tokens: int | None = None) -> list[Row]:
+    """Lay sequences out in rows, every sequence whole in one of them.
+
+    Args:
+        sequences: each with at least one token.
+        max_row_tokens: tokens of a row; a sequence that is longer has a row of its own. `None`: one row, as long as it gets.
+    """
+    return [lay_row(forest, sequences) for forest in split_forest(build_forest(sequences), max_row_tokens)]
+
+
+def lay_row(forest: Forest, sequences: Sequence[TokenSequence]) -> Row:
+    """Lay trees out one behind the other.
+
+    Args:
+        forest: of these sequences, not empty.
+    """
+    pieces: list[tuple[Segment, int]] = []  # in pre-order, each with the end of its subtree in the row
+    last: dict[int, int] = {}
+
+    def visit(segment: Segment, begin: int) -> None:
+        pieces.append((segment, begin + segment.size))
+        begin += segment.end - segment.begin
+        if not segment.children:
+            last[segment.sequence] = begin - 1
+        for child in segment.children:
+            visit(child, begin)
+            begin += child.size
+
+    begin = 0
+    for tree in forest:
+        visit(tree, begin)
+        begin += tree.size
+    cuts = [(sequences[segment.sequence], slice(segment.begin, segment.end)) for segment, _ in pieces]
+    positions = np.concatenate([np.arange(segment.begin, segment.end) for segment, _ in pieces])
+    labels = np.concatenate([sequence.labels[cut] for sequence, cut in cuts])
+    return Row(
+        input_ids=np.concatenate([sequence.input_ids[cut] for sequence, cut in cuts]),
+        labels=np.where(positions == 0, IGNORED, labels),  # what stands before a first token does not predict it
+        positions=positions,
+        ends=np.concatenate([np.full(segment.end - segment.begin, end) for segment, end in pieces]),
+        last=last,
+        images=tuple(
+            (segment.sequence, number)
+            for segment, _ in pieces
+            for number, span in enumerate(sequences[segment.sequence].images)
+            if segment.begin <= span.begin < segment.end
+        ),
+        forest=forest,
+    )

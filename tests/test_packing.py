@@ -1,0 +1,532 @@
+"""The packed layout: trees, rows and masks by definition, and a batch's loss, gradients and logits against the padded one's."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.data import DataLoader
+from transformers import ProcessorMixin
+
+from llavamed_peft import Conversation, LoraSpec, Turn
+from llavamed_peft.errors import ConfigError, DataError
+from llavamed_peft.modeling.load import load_checkpoint
+from llavamed_peft.modeling.parts import adapter_config, attach, bare, freeze_tower, set_dtypes
+from llavamed_peft.packing import PackedCollator
+from llavamed_peft.packing.encoding import IGNORED
+from llavamed_peft.packing.masks import attention_mask, block_mask, check_window, choose_attention, dense_mask, fill_tokens
+from llavamed_peft.packing.rows import Row, lay_rows
+from llavamed_peft.packing.tree import ImageSpan, TokenSequence, build_forest, describe, first_fit
+
+untimed = settings(deadline=None)  # a busy machine is no failure
+KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevision": ("qwen2", "siglip", -1)}
+
+
+# Trees and rows
+
+
+def sequence(ids: list[int], supervised: list[int], images: tuple[ImageSpan, ...] = ()) -> TokenSequence:
+    labels = np.full(len(ids), IGNORED)
+    labels[supervised] = np.array(ids)[supervised]
+    return TokenSequence(np.array(ids), labels, images)
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> list[TokenSequence]:
+    """Random conversations over few tokens and images, so that much is shared; images have 1 to 3 placeholders (token 9)."""
+    drawn = []
+    for _ in range(draw(st.integers(1, 12))):
+        ids: list[int] = []
+        spans = []
+        for _ in range(draw(st.integers(1, 6))):
+            if draw(st.booleans()):
+                content = draw(st.integers(0, 2))
+                spans.append(ImageSpan(content, len(ids), len(ids) + 1 + content))
+                ids += [9] * (1 + content)
+            else:
+                ids += draw(st.lists(st.integers(0, 2), min_size=1, max_size=3))
+        ids += draw(st.lists(st.integers(0, 2), min_size=1, max_size=4))
+        free = [i for i in range(len(ids)) if ids[i] != 9]
+        drawn.append(sequence(ids, sorted(draw(st.sets(st.sampled_from(free), max_size=3))), tuple(spans)))
+    return drawn
+
+
+def content_at(sequence: TokenSequence, token: int) -> tuple[object, ...]:
+    for content, begin, end in sequence.images:
+        if begin <= token < end:
+            return ("image", content, token - begin)
+    return ("token", int(sequence.input_ids[token]))
+
+
+@untimed
+@given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
+def test_rows_hold_every_sequence_whole_and_share_all_they_may(given: list[TokenSequence], bound: int | None) -> None:
+    rows = lay_rows(given, bound)
+    assert sorted(number for row in rows for number in row.last) == list(range(len(given)))
+    assert bound is not None or len(rows) == 1
+    for row in rows:
+        assert bound is None or len(row) <= bound or len(row.last) == 1
+        covered = set()
+        for number in row.last:
+            path = row.path(number)
+            covered |= set(path.tolist())
+            assert row.input_ids[path].tolist() == given[number].input_ids.tolist()
+            assert row.positions[path].tolist() == list(range(len(given[number])))
+            # Hugging Face's shift: the token before a supervised one in the row is the one before it in its sequence
+            for place, token in enumerate(path.tolist()):
+                if row.labels[token] != IGNORED:
+                    assert place > 0 and path[place - 1] == token - 1
+            wanted = given[number].labels.copy()
+            wanted[0] = IGNORED
+            assert row.labels[path].tolist() == wanted.tolist()
+        assert covered == set(range(len(row))), "every token belongs to a sequence"
+    learnt = sum(int((row.labels != IGNORED).sum()) for row in rows)
+    assert learnt == sum(int((one.labels[1:] != IGNORED).sum()) for one in given), "supervised tokens count once each"
+
+
+@untimed
+@given(sequences())
+def test_one_row_holds_each_shareable_prefix_once(given: list[TokenSequence]) -> None:
+    (row,) = lay_rows(given)
+    once = set()
+    for number, one in enumerate(given):
+        seen: tuple[object, ...] = ()
+        for token in range(len(one)):
+            seen = (*seen, content_at(one, token))
+            once.add(seen if token < one.shareable else (number, token))
+    assert len(row) == len(once)
+
+
+@untimed
+@given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
+def test_images_of_a_row_are_listed_as_their_placeholders_stand(given: list[TokenSequence], bound: int | None) -> None:
+    for row in lay_rows(given, bound):
+        listed = [given[number].images[image] for number, image in row.images]
+        contents = [(span.content, place) for span in listed for place in range(span.end - span.begin)]
+        standing = {}
+        for number in row.last:
+            for place, token in enumerate(row.path(number).tolist()):
+                standing[token] = content_at(given[number], place)
+        placeholders = [standing[token] for token in np.flatnonzero(row.input_ids == 9).tolist()]
+        assert placeholders == [("image", *content) for content in contents]
+
+
+@untimed
+@given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
+def test_masks_are_what_is_visible_by_definition(given: list[TokenSequence], bound: int | None) -> None:
+    """A token sees exactly its own sequence up to itself: written down from the paths, without `ends` arithmetic."""
+    for row in lay_rows(given, bound):
+        wanted = np.zeros((len(row), len(row)), dtype=bool)
+        for number in row.last:
+            path = row.path(number)
+            for place, token in enumerate(path):
+                wanted[token, path[: place + 1]] = True
+        ends = torch.from_numpy(row.ends)[None]
+        assert (dense_mask(ends).plain()[0, 0].numpy() == wanted).all()
+        assert torch.equal(create_mask(block_mask(ends).mask_mod, 1, 1, len(row), len(row), "cpu")[0, 0], torch.tensor(wanted))
+
+
+def test_a_tree_reads_as_written() -> None:
+    image = lambda content: (ImageSpan(content, 1, 4),)  # noqa: E731
+    given = [
+        sequence([1, 9, 9, 9, 5, 6, 7], [6], image("a")),
+        sequence([1, 9, 9, 9, 5, 8, 7], [6], image("a")),
+        sequence([1, 9, 9, 9, 5, 8, 7], [6], image("a")),  # asked twice: its answer counts twice
+        sequence([1, 9, 9, 9, 5, 6, 7], [6], image("b")),
+    ]
+    forest = build_forest(given)
+    assert list(describe(forest)) == [
+        "0-1: 1 tokens shared by 4",
+        "  1-5: 4 tokens shared by 3",
+        "    5-7: 2 tokens of sequence 0",
+        "    5-7: 2 tokens of sequence 1",
+        "    5-7: 2 tokens of sequence 2",
+        "  1-7: 6 tokens of sequence 3",
+    ]
+    (row,) = lay_rows(given)
+    assert row.input_ids.tolist() == [1, 9, 9, 9, 5, 6, 7, 8, 7, 8, 7, 9, 9, 9, 5, 6, 7]
+    assert row.positions.tolist() == [0, 1, 2, 3, 4, 5, 6, 5, 6, 5, 6, 1, 2, 3, 4, 5, 6]
+    assert row.ends.tolist() == [17, 11, 11, 11, 11, 7, 7, 9, 9, 11, 11, *[17] * 6]
+    assert np.flatnonzero(row.labels != IGNORED).tolist() == [6, 8, 10, 16]
+    assert row.images == ((0, 0), (3, 0))
+
+
+def test_a_tree_longer_than_a_row_is_split_by_repeating_its_prefix() -> None:
+    given = [sequence([1, 2, 3, 4, 10 + i, 5], [5]) for i in range(5)]
+    rows = lay_rows(given, 8)
+    assert [len(row) for row in rows] == [8, 8, 6]
+    assert all(row.input_ids[:4].tolist() == [1, 2, 3, 4] for row in rows)
+    assert [len(row) for row in lay_rows(given, 5)] == [6] * 5, "a sequence longer than the bound stands alone"
+
+
+def test_an_image_is_not_cut_though_it_predicts_the_answer() -> None:
+    given = [sequence([1, 9, 9, 9, 5, i], [4, 5], (ImageSpan("a", 1, 4),)) for i in (6, 7)]
+    assert [one.shareable for one in given] == [1, 1]
+    (row,) = lay_rows(given)
+    assert row.images == ((0, 0), (1, 0)) and len(row) == 11
+
+
+@untimed
+@given(st.lists(st.integers(1, 30), max_size=40), st.integers(1, 40))
+def test_first_fit_wastes_little(sizes: list[int], capacity: int) -> None:
+    bins = first_fit(sizes, capacity)
+    assert sorted(item for items in bins for item in items) == list(range(len(sizes)))
+    loads = [sum(sizes[item] for item in items) for items in bins]
+    assert all(load <= capacity or len(items) == 1 for load, items in zip(loads, bins, strict=True))
+    fitting = sorted(load for load in loads if load <= capacity)
+    assert len(fitting) < 2 or fitting[0] + fitting[1] > capacity, "two bins could have been one"
+
+
+# Masks
+
+
+def random_ends(tokens: int, rows: int = 2, seed: int = 0) -> torch.Tensor:
+    """`ends` of random trees."""
+    generator = np.random.default_rng(seed)
+    ends = np.zeros((rows, tokens), dtype=np.int64)
+    for row in ends:
+        spans = [(0, tokens)]
+        while spans:
+            begin, end = spans.pop()
+            while begin < end:
+                stop = int(generator.integers(begin + 1, end + 1))
+                own = int(generator.integers(begin + 1, stop + 1))
+                row[begin:own] = stop
+                spans.append((own, stop))
+                begin = stop
+    return torch.from_numpy(ends)
+
+
+@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 640, 1000])
+def test_block_mask_is_what_flex_attention_finds_by_itself(tokens: int) -> None:
+    ends = random_ends(tokens)
+    ours = block_mask(ends)
+    theirs = create_block_mask(ours.mask_mod, len(ends), None, tokens, tokens, device="cpu")
+    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
+        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
+    for name in ("kv", "full_kv", "q", "full_q"):
+        counts, indices = getattr(ours, f"{name}_num_blocks"), getattr(ours, f"{name}_indices")
+        used = torch.arange(indices.shape[-1]) < counts[..., None]
+        assert torch.equal(indices[used], getattr(theirs, f"{name}_indices")[used]), name
+    assert torch.equal(ours.to_dense(), theirs.to_dense())
+    assert torch.equal(create_mask(ours.mask_mod, len(ends), 1, tokens, tokens, "cpu"), dense_mask(ends).plain())
+
+
+def test_flex_attention_and_sdpa_agree() -> None:
+    ends = random_ends(300)
+    query, key, value = torch.randn(3, 2, 2, 300, 16, generator=torch.Generator().manual_seed(0))
+    flex = flex_attention(query, key, value, block_mask=block_mask(ends))
+    dense = scaled_dot_product_attention(query, key, value, attn_mask=dense_mask(ends))
+    torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
+
+
+# Batches
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("bases")
+    return {kind: tiny.build(folder / kind, kind, *how) for kind, how in KINDS.items()}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """a, b and c of three shapes; `again` is a's content under another name."""
+    folder = tmp_path_factory.mktemp("images")
+    generator = np.random.default_rng(0)
+    for name, size in {"a": (60, 60), "b": (40, 120), "c": (120, 50)}.items():
+        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
+    shutil.copy(folder / "a.png", folder / "again.png")
+    return {name: str(folder / f"{name}.png") for name in ("a", "b", "c", "again")}
+
+
+def asked(number: int, images: tuple[str, ...], *words: str) -> Conversation:
+    """One conversation: question, answer, question, answer, …; the images are shown with the first question."""
+    shown = "<image>\n" * len(images)
+    turns = [Turn(("user", "assistant")[i % 2], (shown if i == 0 else "") + text) for i, text in enumerate(words)]
+    return Conversation(str(number), tuple(turns), images, f"d.json:{number}")
+
+
+@pytest.fixture(scope="module")
+def conversations(images: dict[str, str]) -> list[Conversation]:
+    a, b, c, again = (images[name] for name in ("a", "b", "c", "again"))
+    rows = [
+        ((a,), "what is in the image ?", "the heart"),
+        ((a,), "what is in the lung ?", "a chest x-ray shows the normal lung"),
+        ((b,), "is it left ?", "no"),
+        ((again,), "what is in the image ?", "the lung"),
+        ((a,), "what is in the image ?", "the heart"),  # a duplicate counts twice
+        ((a,), "what is in the image ?", "the heart", "is it normal ?", "yes"),
+        ((a, b), "what is left ?", "the heart"),
+        ((a, c), "what is left ?", "no heart in the image"),
+        ((a, a), "what is left ?", "the lung"),
+        ((), "what is a lung ?", "an organ"),
+        ((), "what is a heart ?", "an organ of the chest"),
+    ]
+    return [asked(number, *row) for number, row in enumerate(rows, start=1)]
+
+
+def trained(base: Path, trains: str = "full", quantization: str | None = None, dropout: float = 0.0) -> tuple[object, object]:
+    model, processor = load_checkpoint(base, quantization)
+    if trains == "full":
+        freeze_tower(model)
+        return model.train(), processor
+    torch.manual_seed(0)
+    spec = LoraSpec(rank=4, alpha=8, dropout=dropout)
+    model = attach(model, adapter_config(model, spec if trains == "lora" else None), trains)
+    set_dtypes(model, torch.float32)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:  # zeros would leave A without a gradient
+            torch.nn.init.normal_(parameter, std=0.1)
+    freeze_tower(model)
+    return model.train(), processor
+
+
+def loss_and_gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    model.zero_grad()
+    loss = model(**batch).loss
+    loss.backward()
+    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_same(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, dict[str, torch.Tensor]]) -> None:
+    assert one[0] == pytest.approx(other[0], rel=1e-6)
+    assert set(one[1]) == set(other[1]) and one[1]
+    for name, gradient in other[1].items():
+        error = (one[1][name] - gradient).norm() / gradient.norm()
+        assert error < 1e-5 or gradient.norm() == one[1][name].norm() == 0, (name, error)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("max_row_tokens", [None, 200, 1])
+def test_loss_and_every_gradient_are_the_padded_batchs(
+    kind: str, max_row_tokens: int | None, bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
+    model, processor = trained(bases[kind])
+    packed = PackedCollator(processor, 2048, max_row_tokens, "packed")(conversations)
+    padded = PackedCollator(processor, layout="padded")(conversations)
+    assert packed["input_ids"].numel() < padded["input_ids"].numel() or max_row_tokens == 1
+    assert len(packed["input_ids"]) == 1 or max_row_tokens is not None
+    assert_same(loss_and_gradients(model, packed), loss_and_gradients(model, padded))
+
+
+def test_equal_images_are_one_whatever_their_paths(bases: dict[str, Path], images: dict[str, str]) -> None:
+    processor = load_checkpoint(bases["llava"])[1]
+    given = [asked(i, (images[name],), "what is it ?", "a heart") for i, name in enumerate(("a", "again", "b"))]
+    batch = PackedCollator(processor, layout="packed")(given)
+    assert len(batch["pixel_values"]) == 2
+    assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * tiny.GRID
+
+
+def test_image_inputs_stand_in_the_rows_order(bases: dict[str, Path], images: dict[str, str]) -> None:
+    """One row a conversation (bound 1), in another order than the conversations': longest first."""
+    processor = load_checkpoint(bases["llava_onevision"])[1]
+    a, b, c = (images[name] for name in "abc")
+    given = [
+        asked(1, (a,), "what is it ?", "a heart"),
+        asked(2, (b, c), "what is it ?", "a heart"),
+        asked(3, (c,), "what is it ?", "a heart"),
+    ]
+    batch = PackedCollator(processor, max_row_tokens=1, layout="packed")(given)
+    tokens = (batch["input_ids"] == processor.image_token_id).sum(-1)
+    alone = [PackedCollator(processor, layout="packed")([one]) for one in given]
+    order = [next(i for i, one in enumerate(alone) if (one["input_ids"] == processor.image_token_id).sum() == n) for n in tokens]
+    assert sorted(order) == [0, 1, 2] and order != [0, 1, 2]
+    assert batch["image_sizes"].tolist() == [size for i in order for size in alone[i]["image_sizes"].tolist()]
+    assert batch["batch_num_images"].tolist() == [[1, 2, 1][i] for i in order]
+
+
+def test_no_conversations_are_one_row_without_a_label(bases: dict[str, Path]) -> None:
+    model, processor = load_checkpoint(bases["llava"])
+    batch = PackedCollator(processor, layout="packed")([])
+    assert batch["input_ids"].shape == (1, 2) and (batch["labels"] == IGNORED).all()
+    assert model(**{**batch, "labels": None}).logits.isfinite().all()
+
+
+def test_a_conversation_that_is_too_long_or_an_image_that_is_missing_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+    processor = load_checkpoint(bases["llava"])[1]
+    given = [asked(7, (), "what is it ?", "a heart " * 20)]
+    with pytest.raises(DataError, match=r"d\.json:7 \(id 7\): \d+ tokens, 0 of them image tokens; max_length is 20"):
+        PackedCollator(processor, max_length=20, layout="packed")(given)
+    with pytest.raises(DataError, match="no such file"):
+        PackedCollator(processor, layout="packed")([asked(8, (str(tmp_path / "none.png"),), "what is it ?", "a heart")])
+
+
+def logits_by_conversation(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[Row]) -> dict[int, torch.Tensor]:
+    with torch.no_grad():
+        logits = model(**{**batch, "labels": None}).logits
+    return {number: logits[i, row.path(number)] for i, row in enumerate(rows) for number in row.last}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_changed_branch_leaves_every_other_one_as_it_was_to_the_last_bit(
+    kind: str, bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
+    model, processor = load_checkpoint(bases[kind])
+    batch = PackedCollator(processor, layout="packed")(conversations)
+    row = row_of(batch)
+    before = logits_by_conversation(model, batch, [row])
+    for changed in (1, 9):  # one that shares an image, one that shares words
+        others = {token for other in row.last if other != changed for token in row.path(other).tolist()}
+        input_ids = batch["input_ids"].clone()
+        for token in row.path(changed).tolist():
+            if token not in others and input_ids[0, token] != processor.image_token_id:
+                input_ids[0, token] = 10 + (input_ids[0, token] + 7) % 200
+        after = logits_by_conversation(model, {**batch, "input_ids": input_ids}, [row])
+        assert not torch.equal(after[changed], before[changed])
+        for other in row.last:
+            if other != changed:
+                assert torch.equal(after[other], before[other])
+
+
+def row_of(batch: dict[str, torch.Tensor]) -> Row:
+    """The row of a batch, read back from its tensors."""
+    visible = batch["attention_mask"].plain()[0, 0]
+    ends = visible.shape[0] - visible.flip(0).int().argmax(0)
+    leaves = [i for i in range(len(ends)) if ends[i] == i + 1]
+    ids, labels, positions = (batch[name][0].numpy() for name in ("input_ids", "labels", "position_ids"))
+    return Row(ids, labels, positions, ends.numpy(), dict(enumerate(leaves)), (), ())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_logits_at_supervised_positions_are_those_among_all(
+    kind: str, bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
+    model, processor = load_checkpoint(bases[kind])
+    batch = PackedCollator(processor, max_row_tokens=200, layout="packed")(conversations)
+    labels = batch.pop("labels")
+    asked = torch.nn.functional.pad(labels[:, 1:] != IGNORED, (0, 1))
+    with torch.no_grad():
+        some, every = model(**batch, logits_to_keep=asked).logits, model(**batch).logits
+    assert len(labels) > 1 and asked.any(-1).all()
+    torch.testing.assert_close(some, every[asked], rtol=1e-5, atol=1e-6)
+
+
+def test_twenty_optimizer_steps_have_the_padded_batchs_losses(bases: dict[str, Path], conversations: list[Conversation]) -> None:
+    losses: dict[str, list[float]] = {}
+    for layout in ("packed", "padded"):
+        model, processor = trained(bases["llava"], "lora")
+        collator = PackedCollator(processor, max_row_tokens=200 if layout == "packed" else None, layout=layout)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
+        for step in range(20):
+            chosen = [conversations[i] for i in np.random.default_rng(step).choice(len(conversations), 6, replace=False)]
+            optimizer.zero_grad()
+            loss = model(**collator(chosen)).loss
+            loss.backward()
+            optimizer.step()
+            losses.setdefault(layout, []).append(loss.item())
+    assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-5)
+    assert np.mean(losses["packed"][-5:]) < 0.7 * np.mean(losses["packed"][:5]), "it learns"
+
+
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+@pytest.mark.parametrize("trains", ["projector", "lora"])
+def test_gradients_are_the_padded_ones_over_nf4_and_under_checkpointing(
+    trains: str, quantization: str | None, bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
+    model, processor = trained(bases["llava_next"], trains, quantization)
+    packed = PackedCollator(processor, max_row_tokens=400, layout="packed")(conversations)
+    plain = loss_and_gradients(model, packed)
+    bare(model).gradient_checkpointing_enable({"use_reentrant": False})
+    bare(model).enable_input_require_grads()
+    checkpointed = loss_and_gradients(model, packed)
+    assert_same(checkpointed, plain)
+    assert_same(checkpointed, loss_and_gradients(model, PackedCollator(processor, layout="padded")(conversations)))
+
+
+def test_bf16_and_lora_dropout_train(bases: dict[str, Path], conversations: list[Conversation]) -> None:
+    model, processor = trained(bases["llava"], "lora", dropout=0.1)
+    set_dtypes(model, torch.bfloat16)
+    packed = PackedCollator(processor, layout="packed")(conversations)
+    padded = PackedCollator(processor, layout="padded")(conversations)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, gradients = loss_and_gradients(model, packed)
+        model.eval()
+        same = [model(**batch).loss.item() for batch in (packed, padded)]
+    assert np.isfinite(loss) and all(gradient.isfinite().all() for gradient in gradients.values())
+    assert same[0] == pytest.approx(same[1], rel=2e-2)
+
+
+# Which attention reads a packed batch
+
+
+def test_flex_attention_reads_a_packed_batch_as_sdpa_does(bases: dict[str, Path], conversations: list[Conversation]) -> None:
+    """Forward only: FlexAttention has no backward pass on a CPU."""
+    model, processor = load_checkpoint(bases["llava_next"])
+    batch = PackedCollator(processor, max_row_tokens=400, layout="packed").inputs(conversations)
+    ends = batch.pop("ends")
+    found = {}
+    for implementation in ("sdpa", "flex_attention"):
+        model.set_attn_implementation({"text_config": implementation})
+        assert model.model.vision_tower.config._attn_implementation == "sdpa"
+        with torch.no_grad():
+            found[implementation] = model(**batch, attention_mask=attention_mask(ends, model.config)).logits[ends > 0]
+    torch.testing.assert_close(found["flex_attention"], found["sdpa"], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
+def test_attention_that_would_misread_a_dense_mask_is_refused(
+    implementation: str, bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
+    model, processor = load_checkpoint(bases["llava"])
+    batch = PackedCollator(processor, layout="packed")(conversations[:3])
+    model.set_attn_implementation({"text_config": implementation})
+    with pytest.raises(ConfigError, match=r"wanted scaled_dot_product_attention.*set_attn_implementation\('sdpa'\)"):
+        model(**batch)
+    model.set_attn_implementation("sdpa")
+    assert model(**batch).loss.isfinite()
+
+
+def test_each_device_has_one_attention_and_others_are_refused(bases: dict[str, Path]) -> None:
+    model, _ = load_checkpoint(bases["llava"])
+    assert (fill_tokens(torch.device("cuda")), fill_tokens(torch.device("cpu"))) == (None, 512)
+    choose_attention(model, torch.device("cuda"))
+    assert model.config.text_config._attn_implementation == "flex_attention"
+    assert model.model.vision_tower.config._attn_implementation == "sdpa"
+    choose_attention(model, torch.device("cpu"))
+    assert model.config.text_config._attn_implementation == "sdpa"
+    model.set_attn_implementation({"text_config": "eager"})
+    with pytest.raises(ConfigError, match="The language model's attention is 'eager'; packed rows need one of sdpa, flex_att"):
+        attention_mask(torch.tensor([[2, 2]]), model.config)
+
+
+def test_a_sliding_window_is_refused_only_where_a_conversation_is_longer(
+    bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
+    model, processor = load_checkpoint(bases["llava_next"])
+    packed = PackedCollator(processor, layout="packed")(conversations)
+    padded = PackedCollator(processor, layout="padded")(conversations)
+    longest = padded["input_ids"].shape[1]
+    assert packed["input_ids"].shape[1] > longest
+    for window in (longest, longest - 20):
+        model.config.text_config.sliding_window = window
+        with torch.no_grad():
+            losses = [model(**batch).loss.item() for batch in (packed, padded)]
+        if window == longest:
+            check_window(model.config, longest)
+            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+        else:
+            with pytest.raises(ConfigError, match=rf"sliding_window is {window}, the longest conversation has {longest} tokens"):
+                check_window(model.config, longest)
+            assert losses[0] != pytest.approx(losses[1], rel=1e-7), "why it is refused"
+
+
+def test_a_mask_can_be_moved_and_printed_and_survives_a_worker(bases: dict[str, Path], conversations: list[Conversation]) -> None:
+    processor: ProcessorMixin = load_checkpoint(bases["llava"])[1]
+    collator = PackedCollator(processor, layout="packed")
+    (batch,) = DataLoader(conversations[:4], batch_size=4, collate_fn=collator, num_workers=1)
+    mask = batch["attention_mask"]
+    assert torch.equal(mask.to("cpu").plain(), collator(conversations[:4])["attention_mask"].plain())
+    assert "True" in str(mask) and mask.shape[-1] == batch["input_ids"].shape[1]
+    with pytest.raises(ConfigError, match=r"call its plain\(\)"):
+        mask.sum(-1)
+    assert mask.sum() == mask.plain().sum() and type(mask.sum()) is torch.Tensor
