@@ -20,7 +20,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from peft import PeftModel
 from transformers import PreTrainedModel, ProcessorMixin, set_seed
-from transformers.integrations import get_available_reporting_integrations
 
 from . import __version__
 from .adapters import (
@@ -38,18 +37,19 @@ from .card import write_card
 from .checkpoints import Checkpoint, newest_checkpoint, remove_folder, standing
 from .datasets.rejects import RejectLog
 from .datasets.sources import Data, Source, open_sources
-from .errors import AdapterError, ConfigError, TrainingError, did_you_mean
-from .modeling.load import Quantization, check_quantization, load_checkpoint, read_config, resolve_dtype
-from .modeling.parts import NO_TARGET, adapter_config, attach, bare, load_tensors, set_dtypes, unfreeze_full
+from .errors import AdapterError, ConfigError, TrainingError
+from .modeling.load import Quantization, load_checkpoint, read_config
+from .modeling.parts import adapter_config, attach, bare, load_tensors, set_dtypes, unfreeze_full
 from .modeling.processor import load_processor, make_stage_processor
-from .modeling.sharding import asked_sharding, launcher_aside
-from .packing.collator import LAYOUTS, PackedCollator
+from .modeling.sharding import launcher_aside
+from .packing.collator import PackedCollator
 from .packing.index import Index, build_index
 from .packing.masks import check_window
+from .preflight import carried_lora, check_architecture, check_files, check_lineage, check_names, choose_computing
 from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, read_metrics, stage_table
 from .runs import LOCK, RUN, check_same_run, disk_faults, locked, remove_partial, write_run
-from .stages import LLAVA_MED, Curriculum, LoraSpec, Stage
-from .training import MAX_GRAD_NORM, Computing, Trained, train_stage
+from .stages import LLAVA_MED, Curriculum, Stage
+from .training import Computing, Trained, train_stage
 
 REJECTED, INDEX, LOGS, CHECKPOINTS = "rejected.jsonl", "index", "logs", "checkpoints"
 _OWN_NAMES = (INDEX, LOGS, CHECKPOINTS, METRICS, REJECTED, CURVE, TABLE, RUN, LOCK)
@@ -134,13 +134,15 @@ def curriculum_finetune(
         ... )  # doctest: +SKIP
     """
     eval_data = {} if eval_data is None else eval_data
-    _check_names(curriculum, data, eval_data, image_folder)
-    _check_files(Path(output_dir), [*data.values(), *eval_data.values()])
+    check_names(curriculum, data, eval_data, image_folder)
+    check_files(Path(output_dir), [*data.values(), *eval_data.values()], _OWN_NAMES)
     if not isinstance(max_rejected, (int, float)) or not 0 <= max_rejected <= 1:
         raise ConfigError(f"max_rejected is {max_rejected!r}; wanted a share between 0 and 1.")
     parent = start_from if isinstance(start_from, StageAdapter) or start_from is None else StageAdapter.load(start_from)
-    _check_lineage(curriculum, parent, quantization)
-    computing = _computing(dtype, layout, max_row_tokens, gradient_checkpointing, workers, eval_steps, save_steps, report_to)
+    check_lineage(curriculum, parent, quantization)
+    computing = choose_computing(
+        dtype, layout, max_row_tokens, gradient_checkpointing, workers, eval_steps, save_steps, report_to
+    )
     if computing.sharding is not None and quantization is not None:
         raise ConfigError(
             f"quantization is {quantization!r} and the launch configuration shards ({computing.sharding.method}); wanted one of "
@@ -149,7 +151,7 @@ def curriculum_finetune(
     config = read_config(model)
     base = base_record(model, config)
     if parent is not None:
-        _check_architecture(base, parent)
+        check_architecture(base, parent)
     lineage = Lineage(str(model), base, root=base).behind(parent)
     processor = load_processor(model if parent is None else parent.path, config)
     stage_processor = make_stage_processor(processor, curriculum.image_aspect_ratio)
@@ -359,7 +361,7 @@ class Run:
         if stage.trains == "full":
             config, model = None, _full_model(model, lineage)
         else:
-            config = adapter_config(model, stage.lora or _carried_lora(lineage.adapter))
+            config = adapter_config(model, stage.lora or carried_lora(lineage.adapter))
             model = attach(model, config, stage.trains)
         set_dtypes(model, self.computing.dtype)
         if config is not None and lineage.adapter is not None:
@@ -476,127 +478,6 @@ def _full_model(model: PreTrainedModel, lineage: Lineage) -> torch.nn.Module:
     peft_model = PeftModel.from_pretrained(model, str(lineage.adapter.path))
     check_arrived(peft_model, lineage.adapter)
     return unfreeze_full(peft_model.merge_and_unload())
-
-
-def _carried_lora(parent: StageAdapter | None) -> LoraSpec | None:
-    """The LoRA that a projector stage carries, frozen and without dropout, from the stage before it."""
-    config = None if parent is None else parent.peft_config()
-    if config is None or config.target_modules == NO_TARGET or config.target_modules == {NO_TARGET}:
-        return None
-    return LoraSpec(rank=config.r, alpha=config.lora_alpha, dropout=0.0)
-
-
-def _check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Mapping[str, Data], image_folder: Any) -> None:
-    if not isinstance(curriculum, Curriculum):
-        raise ConfigError(f"curriculum is {curriculum!r}; wanted a Curriculum, such as Curriculum(stages=(...,)).")
-    names = [stage.name for stage in curriculum.stages]
-    per_stage = {"data": data, "eval_data": eval_data}
-    if isinstance(image_folder, Mapping):
-        per_stage["image_folder"] = image_folder
-    for argument, given in per_stage.items():
-        if not isinstance(given, Mapping):
-            raise ConfigError(f"{argument} is {given!r}; wanted a dictionary of stage name → data.")
-        for name in given:
-            if given[name] is None:
-                raise ConfigError(f"{argument}[{name!r}] is None; wanted data, or no such entry.")
-            if name not in names:
-                raise ConfigError(
-                    f"{argument} has the key {name!r}, which is no stage of the curriculum.{did_you_mean(name, names)}"
-                )
-    missing = [name for name in names if name not in data]
-    if missing:
-        raise ConfigError(
-            f"data has nothing for stage {missing[0]!r}; wanted an entry for each of {', '.join(names)}. To train fewer "
-            f"stages, give a curriculum without {missing[0]!r}."
-        )
-
-
-def _check_files(output_dir: Path, data: Sequence[Data]) -> None:
-    """No data file may stand where the run writes its own."""
-    several = [[given] if isinstance(given, (str, Path)) else given for given in data]
-    files = [file for given in several if isinstance(given, (list, tuple)) for file in given if isinstance(file, (str, Path))]
-    for file in map(Path, files):
-        if file.name in _OWN_NAMES and file.parent.resolve() == output_dir.resolve():
-            raise ConfigError(f"data names {file}, which the run writes itself; wanted the data outside output_dir.")
-
-
-def _check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantization: Quantization) -> None:
-    check_quantization(quantization)
-    for stage in curriculum.stages:
-        if stage.trains == "full" and quantization is not None:
-            raise ConfigError(
-                f"Stage {stage.name!r} trains 'full' and quantization is {quantization!r}; wanted None, since 4-bit weights "
-                "cannot be trained. Use trains='lora'."
-            )
-    if parent is not None and parent.record["image_aspect_ratio"] != curriculum.image_aspect_ratio:
-        raise ConfigError(
-            f"Curriculum.image_aspect_ratio is {curriculum.image_aspect_ratio!r}, start_from was trained with "
-            f"{parent.record['image_aspect_ratio']!r}; wanted the same, since its processor is carried on."
-        )
-    carried = None if parent is None or parent.is_checkpoint else _carried_lora(parent)
-    for stage in curriculum.stages:
-        if stage.trains == "full":
-            return
-        if carried and stage.lora and (stage.lora.rank, stage.lora.alpha) != (carried.rank, carried.alpha):
-            raise ConfigError(
-                f"Stage {stage.name!r} has LoRA rank {stage.lora.rank} and alpha {stage.lora.alpha:g}, start_from rank "
-                f"{carried.rank} and alpha {carried.alpha:g}; wanted equal numbers, since the stage continues its tensors."
-            )
-
-
-def _check_architecture(base: Mapping[str, Any], parent: StageAdapter) -> None:
-    for part in ("model_type", "language_model", "vision_tower"):
-        if base[part] != parent.record["base"][part]:
-            raise AdapterError(
-                f"start_from ({parent.path.name}) was trained on {part} {parent.record['base'][part]!r}, the base's is "
-                f"{base[part]!r}; wanted the same architecture."
-            )
-
-
-def _computing(
-    dtype: str | torch.dtype | None,
-    layout: str,
-    max_row_tokens: int | None,
-    gradient_checkpointing: bool | None,
-    workers: int | None,
-    eval_steps: int | None,
-    save_steps: int | None,
-    report_to: str | list[str],
-) -> Computing:
-    on_gpu = torch.cuda.is_available()
-    if torch.cuda.device_count() > 1 and "WORLD_SIZE" not in os.environ:
-        raise ConfigError(
-            f"{torch.cuda.device_count()} GPUs are visible to one process; wanted one process per GPU (torchrun --nproc_per_node "
-            f"{torch.cuda.device_count()} script.py), or one visible GPU (CUDA_VISIBLE_DEVICES=0)."
-        )
-    steps = [("eval_steps", eval_steps, 1), ("save_steps", save_steps, 1)]
-    for name, number, least in (("max_row_tokens", max_row_tokens, 1), ("workers", workers, 0), *steps):
-        if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
-            raise ConfigError(f"{name} is {number!r}; wanted None or a whole number of at least {least}.")
-    for tracker in [report_to] if isinstance(report_to, str) else report_to or []:
-        available = ["none", *get_available_reporting_integrations()]
-        if tracker not in available:
-            raise ConfigError(f"report_to names {tracker!r}; installed here: {', '.join(available)}.")
-    if layout not in LAYOUTS:
-        raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
-    compute_dtype = resolve_dtype(dtype) or (torch.bfloat16 if on_gpu else torch.float32)
-    if compute_dtype not in (torch.bfloat16, torch.float32):
-        raise ConfigError(f"dtype is {dtype!r}; training computes in 'bfloat16' or 'float32' (float16 would need loss scaling).")
-    if compute_dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
-        raise ConfigError(f"{torch.cuda.get_device_name()} has no bfloat16; wanted dtype='float32' on it.")
-    sharding = asked_sharding(compute_dtype, MAX_GRAD_NORM)
-    checkpoints = on_gpu or (sharding is not None and sharding.gradient_checkpointing)
-    return Computing(
-        dtype=compute_dtype,
-        layout=layout,
-        max_row_tokens=max_row_tokens or (16384 if on_gpu else 4096),
-        gradient_checkpointing=checkpoints if gradient_checkpointing is None else gradient_checkpointing,
-        workers=(min(8, os.cpu_count() or 1) if on_gpu else 0) if workers is None else workers,
-        eval_steps=eval_steps,
-        save_steps=save_steps,
-        report_to=report_to or "none",
-        sharding=sharding,
-    )
 
 
 def _folder_of(image_folder: str | Path | Mapping[str, str | Path] | None, stage: Stage) -> str | Path | None:

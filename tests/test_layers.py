@@ -40,6 +40,7 @@ LAYERS = {
     "adapters": MODEL,
     "instruct": MODEL,
     "training": WORK,
+    "preflight": WORK,
     "checkpoints": WORK,
     "resumption": WORK,
     "evaluation": WORK,
