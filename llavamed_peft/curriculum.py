@@ -141,13 +141,8 @@ def curriculum_finetune(
     parent = start_from if isinstance(start_from, StageAdapter) or start_from is None else StageAdapter.load(start_from)
     check_lineage(curriculum, parent, quantization)
     computing = choose_computing(
-        dtype, layout, max_row_tokens, gradient_checkpointing, workers, eval_steps, save_steps, report_to
+        dtype, layout, max_row_tokens, gradient_checkpointing, workers, eval_steps, save_steps, report_to, quantization
     )
-    if computing.sharding is not None and quantization is not None:
-        raise ConfigError(
-            f"quantization is {quantization!r} and the launch configuration shards ({computing.sharding.method}); wanted one of "
-            "the two: 4-bit weights cannot be cut. Launch without FSDP and DeepSpeed: each GPU then holds the small model whole."
-        )
     config = read_config(model)
     base = base_record(model, config)
     if parent is not None:
