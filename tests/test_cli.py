@@ -111,6 +111,24 @@ def test_inspect_needs_no_weights(asked, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     assert "\npacking, in rows of at most 60 tokens\n  one, the first step: 1 conversations in 1 row(s)" in done.stdout
     assert done.stdout.endswith(f"drawn: {tmp_path / 'step.png'}\n") and (tmp_path / "step.png").stat().st_size > 1000
+    cookbook = {
+        "model": str(base),
+        "data": {stage.name: str(tmp_path / "train.json") for stage in curriculum.stages},
+        "image_folder": str(asked[2].parent),
+        "curriculum": str(tmp_path / "stages.yaml"),
+        "output_dir": str(tmp_path / "run"),
+        "max_row_tokens": 70,
+    }
+    for layout in ("packed", "padded"):
+        (tmp_path / f"{layout}.yaml").write_text(json.dumps(cookbook | {"layout": layout}), encoding="utf-8")
+    done = run("inspect", "--config", tmp_path / "packed.yaml", "--rows", 0, "--packing")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\npacking, in rows of at most 70 tokens\n  one, the first step: 1 conversations in 1 row(s)" in done.stdout
+    done = run("inspect", "--config", tmp_path / "padded.yaml", "--packing")
+    told = (
+        f"llavamed-peft: {tmp_path / 'padded.yaml'}: layout is 'padded', so nothing is packed; wanted 'packed' for --packing.\n"
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
     plain = run(*words, before=[sys.executable, "-X", "utf8=0", "-c", ASCII])
     assert (plain.returncode, plain.stderr) == (0, "")
     assert "ASSISTANT:[[ yes ?</s>]]" in plain.stdout

@@ -103,6 +103,8 @@ def test_what_is_kept_is_what_the_conversation_encodes_to(kind: str, bases: dict
     collator = collator_of(bases[kind])
     built, _ = build(data, collator, tmp_path)
     assert built.column("group").tolist() == [0, 0, 1]
+    prefixes = built.prefixes()
+    assert prefixes.keys[0] == prefixes.keys[1] != prefixes.keys[2] and (prefixes.tokens > 0).all()
     for i in range(len(built)):
         kept, read = built.tokenized(i), built.conversation(i)
         assert (kept.id, kept.images, kept.source) == (read.id, read.images, read.source)
@@ -111,7 +113,7 @@ def test_what_is_kept_is_what_the_conversation_encodes_to(kind: str, bases: dict
         assert collator.encoder.encode(kept, counts) == encoded
         assert len(encoded.input_ids) == built.column("length")[i]
         assert encoded.supervised_tokens == built.column("supervised_tokens")[i] == np.sum(kept.tokens.supervised)
-        batches = collator([read]), collator([kept])
+        batches = collator.inputs([read]), collator.inputs([kept])
         assert all((batches[0][name] == batches[1][name]).all() for name in batches[0])
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -159,6 +161,26 @@ def test_an_epoch_can_be_entered_in_its_middle_as_the_trainer_does_it(
     entered = skip_first_batches(loader, 1)
     entered.batch_sampler.batch_sampler.set_epoch(epoch)  # where the trainer looks for it in a loader that skips
     assert len(whole) == 3 and texts(entered) == whole[1:]
+
+
+def test_a_checkpoints_order_is_of_what_begins_alike_wherever_it_lies(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    def made(name: str, given: list[Conversation]) -> StageTrainer:
+        (tmp_path / name).mkdir(exist_ok=True)
+        return trainer(bases["llava"], given, tmp_path / name)
+
+    def asked(first: str, second: str) -> Conversation:
+        turns = (Turn("user", first), Turn("assistant", "yes"), Turn("user", second), Turn("assistant", "no"))
+        return Conversation("two", turns, conversations[0].images + conversations[1].images)
+
+    (tmp_path / "moved").mkdir()
+    moved = [replace(c, images=tuple(shutil.copy(image, tmp_path / "moved") for image in c.images)) for c in conversations]
+    assert made("here", conversations)._order() == made("moved", moved)._order()
+    both_first = made("both", [asked("<image> <image> what ?", "why ?")])
+    one_later = made("one", [asked("<image> what ?", "<image> why ?")])
+    assert both_first.train_index.column("length") == one_later.train_index.column("length")
+    assert both_first._order() != one_later._order()
 
 
 @pytest.mark.parametrize("trains", ["projector", "lora", "full"])
