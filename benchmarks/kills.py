@@ -1,6 +1,6 @@
 """Runs that are killed at random moments and gone on with: do they end with the tensors of a run that was left alone?
 
-    python benchmarks/kills.py --kills 200          # half an hour on 2 cores
+    python benchmarks/kills.py --kills 200          # an hour on 2 cores that did other work too
     python benchmarks/kills.py --kills 200 --log    # the same, and adds what it found to LOG.md and results/
     python benchmarks/kills.py --kills 20 --seed 7  # other moments; a seed gives the same ones again
 
@@ -316,7 +316,7 @@ def log_entry(result: dict[str, Any]) -> str:
             f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
             f"- Command: `{result['command']}`, {result['seconds']} s",
             "- What: two curricula of two stages on the demo's tiny LLaVA (projector then LoRA with dropout .1; projector then "
-            "full), fp32, a checkpoint every 2 steps",
+            "full), fp32, a checkpoint every 2 steps, held-out losses every 3",
             "- Expected: every run ends as the one that was left alone: tensors bit for bit, losses, counts, rejected rows",
             f"- Result: as expected. {sum(result['kills'].values())} kills ({hit}), {result['calls']} calls, {result['runs']} "
             "runs that came to their end, none differing",
