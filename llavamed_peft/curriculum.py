@@ -405,16 +405,18 @@ class Run:
 
     def settle(self, stage: Stage) -> None:
         """Behind a finished stage: the table and the loss curves so far, then its checkpoints go; what is there was not done."""
-        checkpoints = self.folder / CHECKPOINTS / stage.name
-        if not self.writes:
-            return
-        if checkpoints.exists():
+        if self.writes:
             records = [read_record(self.folder / done.name) for done in self.curriculum.stages if self.has(done)]
-            (self.folder / TABLE).write_text(stage_table(records), encoding="utf-8")
-            draw_losses(read_metrics(self.folder), self.folder / CURVE)
-            remove_folder(checkpoints)
-        with contextlib.suppress(OSError):  # not there, or another stage's are in it
-            checkpoints.parent.rmdir()
+            table, path = stage_table(records), self.folder / TABLE
+            if not path.exists() or path.read_text(encoding="utf-8") != table:
+                draw_losses(read_metrics(self.folder), self.folder / CURVE)
+                path.write_text(table, encoding="utf-8")
+            checkpoints = self.folder / CHECKPOINTS / stage.name
+            if checkpoints.exists():
+                remove_folder(checkpoints)
+            with contextlib.suppress(OSError):  # not there, or another stage's are in it
+                checkpoints.parent.rmdir()
+        self.processes.wait_for_everyone()
 
     def _record(
         self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None, trained: Trained
