@@ -124,7 +124,7 @@ def finetune(place: Path, out: Path, kind: str, **changes: Any) -> None:
         "max_rejected": 0.5,
         "eval_steps": 3,
         "save_steps": 2,
-        "max_row_tokens": 300,
+        "max_row_tokens": 100,
     }
     curriculum_finetune(**{**arguments, **changes})
 
