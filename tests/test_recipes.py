@@ -133,7 +133,7 @@ def test_verbs_of_the_command_line(workspace, capsys):
     Image.new("RGB", (70, 90), "gray").save(workspace / "chest.png")
     shutil.copytree(stage, workspace / "adapters" / "llava-1.5-7b-hf--vqa")
     lines = commands_in("llavamed_peft/cli.py")
-    assert [words[1] for words in lines] == ["ask", "inspect", "show", "merge", "catalogue"]
+    assert {words[1] for words in lines} == {"ask", "inspect", "show", "merge", "catalogue"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
         for words in lines:
