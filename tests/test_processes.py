@@ -23,6 +23,9 @@ from transformers import AutoModelForImageTextToText
 from llavamed_peft import StageAdapter
 from llavamed_peft.report import read_metrics
 
+# 20 to 60 s each on two cores with little beside them; with much beside them one took five minutes.
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
+
 ROOT = Path(__file__).parent.parent
 SCRIPT = """
 import os
