@@ -101,6 +101,16 @@ def content_key(path: str | os.PathLike[str]) -> str:
         return file_sha256(Path(path))
 
 
+def file_size(path: str | os.PathLike[str]) -> int:
+    """Bytes of the file; files of different sizes are different.
+
+    Raises:
+        DataError: the file is missing or cannot be looked at.
+    """
+    with _errors_of(path):
+        return os.stat(path).st_size
+
+
 def _refuse_bomb(path: str | os.PathLike[str], image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:

@@ -47,9 +47,10 @@ def test_data_path_takes_every_row_through_each_part_and_prints_its_log_entry():
     assert f"- Command: `python benchmarks/data_path.py {' '.join(small)}`" in lines
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")][1:]
     assert [row[:2] for row in cells] == [
-        ["tiny, 16×16 to 28×28, epoch 1", "300"],
-        ["tiny, 16×16 to 28×28, epoch 2", "300"],
-        ["640×480 to 336×336, epoch 1", "40"],
+        ["16×16 to 28×28, packed, epoch 1", "300"],
+        ["16×16 to 28×28, packed, epoch 2", "300"],
+        ["640×480 to 336×336, packed", "40"],
+        ["640×480 to 336×336, padded", "40"],
     ]
     assert done.stderr.count("index: 300 conversations, checked before") == 4, "three starts and the epochs find the index"
 

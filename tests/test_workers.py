@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+import pickle
 import resource
 import signal
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,28 @@ def test_workers_that_are_not_forked_yield_the_same_batches(
         assert batch.inputs.keys() == wanted.inputs.keys()
         assert all(torch.equal(batch.inputs[name], wanted.inputs[name]) for name in wanted.inputs)
     assert batches.notes.read() == []
+
+
+class SharesPixelsOnly(DeviceBatches):
+    """Fails in the worker where pixels would be copied once more, or small tensors would each be an open file."""
+
+    def __getitem__(self, rows: Sequence[int]) -> DeviceInputs:
+        made = super().__getitem__(rows)
+        assert torch.utils.data.get_worker_info() is not None and made.inputs["pixel_values"].is_shared()
+        handed_over = pickle.dumps(made)
+        assert made.inputs["input_ids"].numpy().tobytes() in handed_over, "token ids go through the pipe"
+        return made
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_pixels_are_laid_down_in_shared_memory_at_once(
+    kind: str, layout: str, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path
+) -> None:
+    batches = batches_of(bases[kind], rows, tmp_path, None)
+    batches.collator.layout = layout
+    steps = list(loader_of(SharesPixelsOnly(batches.index, batches.collator), "fork"))
+    assert sum(batch.conversations for step in steps for batch in step) == len(rows)
 
 
 @pytest.mark.parametrize("start", ["fork", "spawn"])

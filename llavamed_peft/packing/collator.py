@@ -7,7 +7,8 @@ conversation only (`masks.py`). Ten questions about one image then cost one imag
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -17,7 +18,7 @@ from transformers import ProcessorMixin
 
 from ..conversations import Conversation
 from ..errors import ConfigError, DataError
-from ..images import content_key, load_image
+from ..images import content_key, file_size, load_image
 from .encoding import IGNORED, Encoded, Encoder, Size, Tokenized
 from .masks import dense_mask
 from .rows import Row, lay_rows
@@ -102,13 +103,13 @@ class PackedCollator:
         return token_sequence(encoded, contents, counts, self.encoder)
 
     def _packed(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]) -> Batch:
-        content: dict[str, str] = {}
+        paths = list(dict.fromkeys(image for conversation in conversations for image in conversation.images))
+        content = _contents(paths, on_image)
         decoded: dict[str, Image.Image] = {}
-        for path in dict.fromkeys(image for conversation in conversations for image in conversation.images):
-            on_image(path)
-            key = content[path] = content_key(path)
-            if key not in decoded:
-                decoded[key] = load_image(path)
+        for path in paths:
+            if content[path] not in decoded:
+                on_image(path)
+                decoded[content[path]] = load_image(path)
         shown = [tuple(content[path] for path in conversation.images) for conversation in conversations]
         sequences = [
             self.sequence(conversation, keys, [decoded[key].size[::-1] for key in keys])
@@ -119,12 +120,12 @@ class PackedCollator:
 
     def _pixels(self, rows: Sequence[Row], shown: Sequence[tuple[str, ...]], decoded: dict[str, Image.Image]) -> Batch:
         """What the model gets of the images, each processed once, in the order in which their placeholders stand in the rows."""
-        groups = list(dict.fromkeys(keys for keys in shown if keys))
+        standing = [(shown[sequence], number) for row in rows for sequence, number in row.images]
+        groups = list(dict.fromkeys(group for group, _ in standing))
         if not groups:
             return {}
         processed, _ = self.encoder.process_images([[decoded[key] for key in group] for group in groups])
         first = dict(zip(groups, accumulate(map(len, groups), initial=0), strict=False))
-        standing = [(shown[sequence], number) for row in rows for sequence, number in row.images]
         chosen = [first[group] + number for group, number in standing]
         return dict(self.encoder.select_images(processed, chosen, [len(group) == 1 for group, _ in standing]))
 
@@ -169,12 +170,22 @@ class PackedCollator:
         labels = torch.full(shape, IGNORED)
         for i, row in enumerate(rows):
             length = len(row.input_ids)
-            input_ids[i, :length] = torch.tensor(row.input_ids)
-            labels[i, :length] = torch.tensor(row.labels)
+            input_ids[i, :length] = torch.from_numpy(row.input_ids)
+            labels[i, :length] = torch.from_numpy(row.labels)
             attention_mask[i, :length] = 1
         if not rows:
             attention_mask[:] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
+
+
+def _contents(paths: Collection[str], on_image: Callable[[str], None]) -> dict[str, str]:
+    """Path → what is equal for equal files; only those of one size are read for it, since others cannot be equal."""
+    sizes: dict[str, int] = {}
+    for path in paths:
+        on_image(path)
+        sizes[path] = file_size(path)
+    alike = Counter(sizes.values())
+    return {path: content_key(path) if alike[size] > 1 else path for path, size in sizes.items()}
 
 
 def token_sequence(encoded: Encoded, contents: Sequence[str], tokens_per_image: Sequence[int], encoder: Encoder) -> TokenSequence:
@@ -184,8 +195,7 @@ def token_sequence(encoded: Encoded, contents: Sequence[str], tokens_per_image: 
         contents: of each of its images, what is equal for equal images.
         tokens_per_image: of each of its images.
     """
-    input_ids = np.array(encoded.input_ids)
-    placeholders = np.flatnonzero(input_ids == encoder.processor.image_token_id)
+    placeholders = np.flatnonzero(encoded.input_ids == encoder.processor.image_token_id)
     begins = [int(placeholders[before]) for before in accumulate(tokens_per_image[:-1], initial=0)] if contents else []
     # An image that is alone is processed otherwise than among others where the processor tiles lone images only.
     tiled = encoder.tiles_lone_images_only and len(contents) == 1
@@ -193,7 +203,7 @@ def token_sequence(encoded: Encoded, contents: Sequence[str], tokens_per_image: 
         ImageSpan((content, tiled), begin, begin + tokens)
         for content, begin, tokens in zip(contents, begins, tokens_per_image, strict=True)
     )
-    return TokenSequence(input_ids, np.array(encoded.labels), tuple(spans))
+    return TokenSequence(encoded.input_ids, encoded.labels, tuple(spans))
 
 
 def check_length(conversation: Conversation | Tokenized, encoded: Encoded, max_length: int) -> Encoded:

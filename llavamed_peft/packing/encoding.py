@@ -60,25 +60,24 @@ class Tokenized:
     tokens: Tokens
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Encoded:
     """A conversation's tokens.
 
     Args:
-        input_ids: [tokens], image tokens expanded.
-        labels: [tokens], `input_ids` where supervised, else -100; not shifted, as Hugging Face models want them.
+        input_ids: [tokens] int64, image tokens expanded.
+        labels: [tokens] int64, `input_ids` where supervised, else -100; not shifted, as Hugging Face models want them.
         image_tokens: how many of the tokens are image tokens.
     """
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: np.ndarray
+    labels: np.ndarray
     image_tokens: int
 
     @property
     def supervised_tokens(self) -> int:
         """Tokens that count in the loss; the first token has none before it to predict it."""
-        predicted = self.labels[1:]
-        return len(predicted) - predicted.count(IGNORED)
+        return int(np.count_nonzero(self.labels[1:] != IGNORED))
 
 
 class Encoder:
@@ -109,9 +108,10 @@ class Encoder:
             DataError: the words hold a special token, or the template shows more or fewer images than there are.
         """
         tokens = conversation.tokens if isinstance(conversation, Tokenized) else self.tokenize(conversation)
-        repeats = self._repeats(tokens.ids, tokens_per_image)
-        labels = np.where(tokens.supervised, tokens.ids, IGNORED)
-        return Encoded(np.repeat(tokens.ids, repeats).tolist(), np.repeat(labels, repeats).tolist(), sum(tokens_per_image))
+        ids = tokens.ids.astype(np.int64)
+        repeats = self._repeats(ids, tokens_per_image)
+        labels = np.where(tokens.supervised, ids, IGNORED)
+        return Encoded(np.repeat(ids, repeats), np.repeat(labels, repeats), sum(tokens_per_image))
 
     def tokenize(self, conversation: Conversation) -> Tokens:
         """The words of one conversation as tokens.
@@ -182,7 +182,9 @@ class Encoder:
             chosen: which of its images.
             alone: of each chosen one, whether it was alone in its conversation; those that were not come at least two in a row.
         """
-        selected = {name: values[list(chosen)] for name, values in inputs.items() if name != "batch_num_images"}
+        selected = {name: values for name, values in inputs.items() if name != "batch_num_images"}
+        if list(chosen) != list(range(len(selected["pixel_values"]))):  # else they stay where they are, in shared memory
+            selected = {name: values[list(chosen)] for name, values in selected.items()}
         if self.tiles_lone_images_only:
             runs = [(lone, sum(1 for _ in run)) for lone, run in itertools.groupby(alone)]
             numbers = [number for lone, length in runs for number in ([1] * length if lone else [length])]
