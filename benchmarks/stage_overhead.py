@@ -315,7 +315,7 @@ def summarise(
         "benchmark": "stage_overhead",
         "date": date.today().isoformat(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
+        "versions": versions(),
         "command": shlex.join(["python", "benchmarks/stage_overhead.py", *sys.argv[1:]]),
         "settings": settings,
         "parameters": parameters,
@@ -326,6 +326,10 @@ def summarise(
         "held_mb": held,
         "pairs": pairs,
     }
+
+
+def versions() -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}}
 
 
 def machine() -> str:

@@ -362,24 +362,22 @@ class Run:
         if config is not None and lineage.adapter is not None:
             warn_of_another_base(lineage.record, lineage.adapter)
             load_tensors(model, lineage.adapter.tensors())
-        try:
-            trained = train_stage(
-                model,
-                self.processor,
-                stage,
-                train_index,
-                eval_index,
-                self.computing,
-                self.curriculum.seed,
-                self.folder / LOGS / stage.name,
-                checkpoints,
-                checkpoint,
-                run_log,
-            )
-        finally:
-            for index in (train_index, eval_index):
-                if index is not None and self.writes:
-                    index.report_failures(rejects)
+        trained = train_stage(
+            model,
+            self.processor,
+            stage,
+            train_index,
+            eval_index,
+            self.computing,
+            self.curriculum.seed,
+            self.folder / LOGS / stage.name,
+            checkpoints,
+            checkpoint,
+            run_log,
+        )
+        for index in (train_index, eval_index):  # only now: what is trained again may decode this time
+            if index is not None and self.writes:
+                index.report_failures(rejects)
         base_class = type(bare(model))
         del model  # a full stage's folder needs the base once more
         gc.collect()  # its parts refer to one another
