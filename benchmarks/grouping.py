@@ -10,8 +10,8 @@ the same beginning, over several seeds:
 
 - demo: the vqa stage of `make demo` behind its instruct stage. A seed draws another clinic, orders its rows otherwise and begins
   LoRA elsewhere. 600 held-out questions are answered.
-- vqa_rad: `recipes/configs/tiny-vqa-rad.yaml`, three epochs of VQA-RAD's 1,797 training questions on the demo's base, which is far
-  too small for it: its 451 held-out answers are scored beside the loss, and the loss says more.
+- vqa_rad: `recipes/configs/tiny-vqa-rad.yaml`, three epochs of VQA-RAD's 1,797 training questions on the demo's base, which is
+  far too small for it: its 451 held-out answers are scored beside the loss, and the loss says more.
 
 Only results are compared here; what grouping saves is measured by `packing.py`.
 """

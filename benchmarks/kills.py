@@ -51,7 +51,7 @@ PRELOADED += [
     "PIL.PngImagePlugin",
 ]
 # By the clock, or by how it is computed: not the same after an interruption.
-OF_THE_CLOCK = {"seconds", "seconds_left", "evaluation_seconds", "checkpoint_seconds"}
+OF_THE_CLOCK = {"seconds", "seconds_left", "evaluation_seconds", "checkpoint_seconds", "waiting_seconds", "waiting_share"}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:

@@ -43,7 +43,7 @@ from .modeling.parts import adapter_config, attach, bare, load_tensors, set_dtyp
 from .modeling.processor import load_processor, make_stage_processor
 from .modeling.sharding import launcher_aside
 from .packing.collator import PackedCollator
-from .packing.index import Index, build_index
+from .packing.index import Index, build_index, failed_in
 from .packing.masks import check_window
 from .preflight import carried_lora, check_architecture, check_files, check_lineage, check_names, choose_computing
 from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, read_metrics, stage_table
@@ -302,11 +302,13 @@ class Run:
             return
         with disk_faults(self.folder), locked(self.folder):
             goes_on = check_same_run(self.folder, identity)  # as it is now that nobody else writes
-            for name in (*(stage.name for stage in self.curriculum.stages), METRICS, RUN):
+            for name in (*(stage.name for stage in self.curriculum.stages), METRICS, REJECTED, RUN):
                 remove_partial(self.folder, glob.escape(name))
             for checkpoints in (self.folder / CHECKPOINTS, *self.folder.glob(f"{CHECKPOINTS}/*")):
                 remove_partial(checkpoints)
             with RejectLog(self.folder / REJECTED, keep=goes_on) as rejects:
+                # what was not decoded in a stage that goes on may be by now; what its checkpoint counts is written again
+                rejects.forget(failed_in(stage.name) for stage in self.curriculum.stages if not self.has(stage))
                 self.processes.wait_for_everyone()
                 yield rejects
 
@@ -362,22 +364,24 @@ class Run:
         if config is not None and lineage.adapter is not None:
             warn_of_another_base(lineage.record, lineage.adapter)
             load_tensors(model, lineage.adapter.tensors())
-        trained = train_stage(
-            model,
-            self.processor,
-            stage,
-            train_index,
-            eval_index,
-            self.computing,
-            self.curriculum.seed,
-            self.folder / LOGS / stage.name,
-            checkpoints,
-            checkpoint,
-            run_log,
-        )
-        for index in (train_index, eval_index):  # only now: what is trained again may decode this time
-            if index is not None and self.writes:
-                index.report_failures(rejects)
+        try:
+            trained = train_stage(
+                model,
+                self.processor,
+                stage,
+                train_index,
+                eval_index,
+                self.computing,
+                self.curriculum.seed,
+                self.folder / LOGS / stage.name,
+                checkpoints,
+                checkpoint,
+                run_log,
+            )
+        finally:
+            for index in (train_index, eval_index):
+                if index is not None and self.writes:
+                    index.report_failures(rejects, stage.name)
         base_class = type(bare(model))
         del model  # a full stage's folder needs the base once more
         gc.collect()  # its parts refer to one another

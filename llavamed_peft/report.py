@@ -66,14 +66,18 @@ def _record(line: str) -> dict[str, Any] | None:
 
 
 def progress_line(record: dict[str, Any]) -> str:
-    """`align 12/100  loss 2.3100  learning rate projector 1.9e-03  34.1 conversations/s  812 supervised tokens/s  0:41 left`."""
+    """`align 12/100  loss 2.3100  learning rate projector 1.9e-03  34.1 conversations/s  … waiting 2%  0:41 left`.
+
+    Waiting is the share of the time so far in which the model had no data: with `workers=0` they are decoded meanwhile.
+    """
     names = [name for name in record if name.endswith("_learning_rate")]
     rates = ", ".join(f"{name.removesuffix('_learning_rate').replace('_', ' ')} {record[name]:.1e}" for name in names)
     minutes, seconds = divmod(round(record["seconds_left"]), 60)
     return (
         f"{record['stage']:<10} {record['step']}/{record['steps']}  loss {record['loss']:.4f}  learning rate {rates}  "
         f"{record['conversations_per_second']:.1f} conversations/s  "
-        f"{record['supervised_tokens_per_second']:.0f} supervised tokens/s  {minutes}:{seconds:02d} left"
+        f"{record['supervised_tokens_per_second']:.0f} supervised tokens/s  waiting {record['waiting_share']:.0%}  "
+        f"{minutes}:{seconds:02d} left"
     )
 
 

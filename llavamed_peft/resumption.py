@@ -46,6 +46,7 @@ _COUNTED = (
     "evaluation_due",
     "evaluation_seconds",
     "checkpoint_seconds",
+    "waiting_seconds",
 )
 
 
@@ -72,6 +73,7 @@ class ResumableTrainer(SFTTrainer):
         self.evaluation_due = False  # behind the step just taken
         self.evaluation_seconds = 0.0
         self.checkpoint_seconds = 0.0
+        self.waiting_seconds = 0.0  # for the next step's data
         self._began = time.monotonic()
         self._saved_at = 0
         self._cost_shown = False

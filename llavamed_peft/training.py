@@ -309,6 +309,13 @@ class StageTrainer(ResumableTrainer):
                 f"{self.args.dataloader_num_workers}). {standing(self.checkpoint_folder)}"
             ) from error
 
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[list[DeviceInputs]], Any]:
+        """The next step's data; what it takes is time that the model waits."""
+        began = time.monotonic()
+        samples = super().get_batch_samples(*arguments)
+        self.waiting_seconds += time.monotonic() - began
+        return samples
+
     def training_step(self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None) -> torch.Tensor:
         """One optimizer step's gradient: each device batch in turn, scaled by the step's supervised tokens over all processes."""
         model.train()
@@ -451,6 +458,7 @@ class _Watch(TrainerCallback):
             record |= {f"{part}_learning_rate": rate for part, rate in self.trainer.rates.items()}
             record["conversations_per_second"] = round(self.trainer.seen_conversations / seconds, 3)
             record["supervised_tokens_per_second"] = round(self.trainer.seen_supervised_tokens / seconds, 3)
+            record["waiting_share"] = round(self.trainer.waiting_seconds / seconds, 4)
             record["seconds"] = round(seconds, 3)
             record["seconds_left"] = round(seconds / state.global_step * (state.max_steps - state.global_step), 1)
         else:
@@ -472,6 +480,7 @@ def summary(trainer: StageTrainer, trainable: int) -> dict[str, Any]:
         "seconds": round(seconds, 2),
         "evaluation_seconds": round(trainer.evaluation_seconds, 2),
         "checkpoint_seconds": round(trainer.checkpoint_seconds, 2),
+        "waiting_seconds": round(trainer.waiting_seconds, 2),
         "conversations_per_second": round(trainer.seen_conversations / seconds, 3),
         "trainable_parameters": trainable,
         "loss_first": losses[0] if losses else None,

@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +38,8 @@ from llavamed_peft.curriculum import Run
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
 from llavamed_peft.evaluation.answer import answer_questions
 from llavamed_peft.hashing import file_sha256
-from llavamed_peft.packing import PackedCollator
+from llavamed_peft.images import load_image
+from llavamed_peft.packing import PackedCollator, collator
 from llavamed_peft.report import progress_line, read_metrics
 
 KINDS = {
@@ -642,6 +644,7 @@ def test_images_that_all_vanish_leave_no_stage(
     shutil.copytree(images, folder)  # found again: the same call begins the stage, for nothing had been learnt
     adapter = curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)["vqa"]
     assert adapter.metrics["conversations"] == 4 and adapter.record["data"][0]["failed"] == 0
+    assert not (tmp_path / "run" / "rejected.jsonl").exists()
 
 
 def test_rows_that_would_fill_the_memory_or_break_the_labels_are_rejected(
@@ -662,12 +665,28 @@ def test_rows_that_would_fill_the_memory_or_break_the_labels_are_rejected(
     assert "Turn 2 holds '</s>', which the tokenizer reads as a special token" in json.loads(lines[1])["detail"]
 
 
+def test_waiting_for_images_is_counted(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def slow(path: str) -> Image.Image:
+        time.sleep(0.05)
+        return load_image(path)
+
+    monkeypatch.setattr(collator, "load_image", slow)
+    shown = [conversation for conversation in conversations if conversation.images]
+    curriculum = Curriculum((Stage("align", "projector", schedule(epochs=1, global_batch=1)),))
+    metrics = curriculum_finetune(bases["llava"], {"align": shown}, tmp_path / "run", curriculum=curriculum)["align"].metrics
+    assert 0.05 * len(shown) <= metrics["waiting_seconds"] < metrics["seconds"]
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["waiting_share"] == pytest.approx(metrics["waiting_seconds"] / metrics["seconds"], abs=0.05)
+
+
 def test_progress_line_says_loss_rates_speed_and_time_left(runs: dict[str, dict[str, StageAdapter]]) -> None:
     records = read_metrics(runs["llava"]["vqa"].path.parent)
     (first,) = [record for record in records if (record["stage"], record["step"]) == ("instruct", 1)]
     assert re.fullmatch(
         r"instruct   1/3  loss \d+\.\d{4}  learning rate projector 0\.0e\+00, language model 0\.0e\+00  "
-        r"[\d.]+ conversations/s  \d+ supervised tokens/s  \d+:\d\d left",
+        r"[\d.]+ conversations/s  \d+ supervised tokens/s  waiting \d+%  \d+:\d\d left",
         progress_line(first),
     )
 

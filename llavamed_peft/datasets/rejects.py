@@ -12,6 +12,7 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
@@ -125,9 +126,28 @@ class RejectLog:
         elif self.path.is_file():
             text = self.path.read_text(encoding="utf-8")
             whole = text[: text.rfind("\n") + 1]  # a full disk cuts the last line short
-            if whole != text:
-                self.path.write_text(whole, encoding="utf-8")
             self._written.update(map(hash, whole.splitlines(keepends=True)))
+            if whole != text:
+                self._replace(whole.splitlines(keepends=True))
+
+    def forget(self, reasons: Iterable[str]) -> None:
+        """Drop the lines of an earlier call that give one of these reasons; rows to which it still applies come again."""
+        if not self._written:
+            return
+        old, lines = set(reasons), self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        kept = [line for line in lines if json.loads(line)["reason"] not in old]
+        if len(kept) < len(lines):
+            self._replace(kept)
+
+    def _replace(self, lines: list[str]) -> None:
+        """Make these the file's lines; whoever is killed meanwhile has kept the old ones."""
+        self._written = set(map(hash, lines))
+        if not lines:
+            self.path.unlink()
+            return
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        partial.write_text("".join(lines), encoding="utf-8")
+        partial.replace(self.path)
 
     def append(self, reject: Reject, /) -> None:
         """Write one reject as a line, at once, unless it stands there; and count it."""

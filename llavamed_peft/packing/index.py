@@ -120,12 +120,12 @@ class Index:
         images = tuple(cells["images"].as_py())
         return Tokenized(cells["id"].as_py(), images, cells["source"].as_py(), Tokens(ids, supervised))
 
-    def report_failures(self, rejects: RejectLog) -> None:
-        """Name each failed row in the log of rejected ones."""
+    def report_failures(self, rejects: RejectLog, stage: str) -> None:
+        """Name each row that failed in a stage in the log of rejected ones."""
         for row, reason in sorted(self.failed.items()):
             conversation = self.tokenized(row)
             name = conversation.source.rpartition(":")[0]
-            rejects.append(Reject(name, row_number(conversation.source), conversation.id, "failed while training", reason))
+            rejects.append(Reject(name, row_number(conversation.source), conversation.id, failed_in(stage), reason))
 
     def account(self) -> list[dict[str, object]]:
         """For `stage.json`: each file with its hash and rows = used + rejected + failed."""
@@ -142,6 +142,11 @@ class Index:
             }
             for file, count in enumerate(self.files)
         ]
+
+
+def failed_in(stage: str) -> str:
+    """The reason under which rows are listed whose images could not be decoded while a stage trained."""
+    return f"failed while training {stage}"
 
 
 def build_index(
