@@ -319,6 +319,40 @@ def test_loss_and_every_gradient_are_the_padded_batchs(
     assert_same(loss_and_gradients(model, packed), loss_and_gradients(model, padded))
 
 
+SAID = ("what is it ?", "what is the heart ?", "is it left ?"), ("yes", "the heart", "the heart is normal")
+exchanges = st.lists(st.tuples(*map(st.sampled_from, SAID)), min_size=1, max_size=3)
+shown = st.lists(st.sampled_from(["a", "b", "again"]), max_size=2)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    rows=st.lists(st.tuples(shown, exchanges), min_size=1, max_size=7),
+    bound=st.sampled_from([None, 300, 120]),
+    kind=st.sampled_from([*KINDS]),
+)
+def test_random_trees_have_the_padded_batchs_gradient(
+    rows: list[tuple[list[str], list[tuple[str, str]]]],
+    bound: int | None,
+    kind: str,
+    models: dict[str, tuple[object, object]],
+    images: dict[str, str],
+) -> None:
+    """Few words and images, so that conversations have much in common: beginnings, questions, whole dialogues, everything."""
+    model, processor = models[kind]
+    given = [
+        asked(number, tuple(images[name] for name in names), *(word for exchange in said for word in exchange))
+        for number, (names, said) in enumerate(rows)
+    ]
+    packed = PackedCollator(processor, 2048, bound, "packed")(given)
+    padded = PackedCollator(processor, layout="padded")(given)
+    assert_same(loss_and_gradients(model, packed), loss_and_gradients(model, padded))
+
+
+@pytest.fixture(scope="module")
+def models(bases: dict[str, Path]) -> dict[str, tuple[object, object]]:
+    return {kind: trained(base, "lora") for kind, base in bases.items()}
+
+
 def test_equal_images_are_one_whatever_their_paths(bases: dict[str, Path], images: dict[str, str]) -> None:
     processor = load_checkpoint(bases["llava"])[1]
     given = [asked(i, (images[name],), "what is it ?", "a heart") for i, name in enumerate(("a", "again", "b"))]

@@ -45,6 +45,7 @@ from llavamed_peft.evaluation.exact_match import normalise
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.processor import load_processor
 from llavamed_peft.packing import PackedCollator
+from llavamed_peft.packing.collator import LAYOUTS
 from llavamed_peft.report import plot_losses, read_metrics
 
 HERE = Path(__file__).parent
@@ -88,14 +89,18 @@ def main() -> int:
     parser.add_argument(
         "--seeds", type=int, nargs="+", default=[0], help="of the clinic drawn, the order of its rows, LoRA; default 0"
     )
+    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of batches; default %(default)s")
     arguments = parser.parse_args()
     curriculum = Curriculum.from_yaml(arguments.curriculum)
     curricula = {seed: replace(curriculum, seed=seed) for seed in arguments.seeds}
     empty(arguments.output_dir)
     if len(curricula) == 1:
-        demos = {seed: run(curriculum, arguments.output_dir) for seed, curriculum in curricula.items()}
+        demos = {seed: run(curriculum, arguments.output_dir, arguments.layout) for seed, curriculum in curricula.items()}
     else:
-        demos = {seed: run(curriculum, arguments.output_dir / f"seed-{seed}") for seed, curriculum in curricula.items()}
+        demos = {
+            seed: run(curriculum, arguments.output_dir / f"seed-{seed}", arguments.layout)
+            for seed, curriculum in curricula.items()
+        }
         table = seeds_table(demos)
         (arguments.output_dir / "seeds.md").write_text(table, encoding="utf-8")
         print(table)
@@ -115,7 +120,7 @@ def empty(folder: Path) -> None:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
-def run(curriculum: Curriculum, folder: Path) -> Demo:
+def run(curriculum: Curriculum, folder: Path, layout: str) -> Demo:
     """The whole demo on one clinic, with its table and picture in `folder`."""
     began = time.monotonic()
     print(f"Drawing the clinic into {folder / 'data'} ...")
@@ -127,6 +132,7 @@ def run(curriculum: Curriculum, folder: Path) -> Demo:
         eval_data={stage.name: files[f"{stage.name}_heldout"] for stage in curriculum.stages},
         output_dir=folder / "stages",
         curriculum=curriculum,
+        layout=layout,
         eval_steps=10_000,  # before and after
         dtype="float32",  # also where there is a GPU: the bounds were found in it
     )
