@@ -94,13 +94,10 @@ def main() -> int:
     curriculum = Curriculum.from_yaml(arguments.curriculum)
     curricula = {seed: replace(curriculum, seed=seed) for seed in arguments.seeds}
     empty(arguments.output_dir)
-    if len(curricula) == 1:
-        demos = {seed: run(curriculum, arguments.output_dir, arguments.layout) for seed, curriculum in curricula.items()}
-    else:
-        demos = {
-            seed: run(curriculum, arguments.output_dir / f"seed-{seed}", arguments.layout)
-            for seed, curriculum in curricula.items()
-        }
+    several = len(curricula) > 1
+    folders = {seed: arguments.output_dir / f"seed-{seed}" if several else arguments.output_dir for seed in curricula}
+    demos = {seed: run(curriculum, folders[seed], arguments.layout) for seed, curriculum in curricula.items()}
+    if several:
         table = seeds_table(demos)
         (arguments.output_dir / "seeds.md").write_text(table, encoding="utf-8")
         print(table)
