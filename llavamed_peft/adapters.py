@@ -392,7 +392,10 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
         fill(partial)
+        readable = partial.stat().st_mode & 0o666  # as the umask has it; safetensors writes for the owner alone
         for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(readable)
             _flush(path)
         partial.rename(folder)
         _flush(folder.parent)

@@ -154,6 +154,11 @@ def start(main: Callable[..., object], *arguments: type) -> None:
         sys.exit(128 + stop.signal_number)
 
 
+def is_main_process() -> bool:
+    """Of several processes under a launcher, the one that speaks and writes; a process by itself is it."""
+    return int(os.environ.get("RANK", "0")) == 0
+
+
 @contextlib.contextmanager
 def _head_start() -> Iterator[None]:
     """Where one of several processes fails, let it stay until its error is the oldest.

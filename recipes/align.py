@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Literal
 
 from llavamed_peft import LLAVA_MED, Curriculum, Schedule, Stage, curriculum_finetune
-from llavamed_peft.arguments import RunArguments, start
+from llavamed_peft.arguments import RunArguments, is_main_process, start
 
 PAPER = LLAVA_MED["align"].schedule
 
@@ -81,7 +81,8 @@ def main(arguments: AlignArguments, run: RunArguments) -> None:
         start_from=arguments.start_from,
         **asdict(run),
     )
-    print(Path(arguments.output_dir, "stages.md").read_text(encoding="utf-8"))
+    if is_main_process():
+        print(Path(arguments.output_dir, "stages.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llavamed_peft import curriculum_finetune
-from llavamed_peft.arguments import CurriculumArguments, RunArguments, start
+from llavamed_peft.arguments import CurriculumArguments, RunArguments, is_main_process, start
 
 
 def main(arguments: CurriculumArguments, run: RunArguments) -> None:
@@ -55,7 +55,8 @@ def main(arguments: CurriculumArguments, run: RunArguments) -> None:
         start_from=arguments.start_from,
         **asdict(run),
     )
-    print(Path(arguments.output_dir, "stages.md").read_text(encoding="utf-8"))
+    if is_main_process():
+        print(Path(arguments.output_dir, "stages.md").read_text(encoding="utf-8"))
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ from llavamed_peft import (
     curriculum_finetune,
     load_stage,
 )
-from llavamed_peft.arguments import RunArguments, start
+from llavamed_peft.arguments import RunArguments, is_main_process, start
 from llavamed_peft.datasets import vqa_rad
 from llavamed_peft.datasets.sources import question_source
 from llavamed_peft.evaluation.answer import answer_questions
@@ -163,6 +163,8 @@ def main(arguments: VqaArguments, run: RunArguments) -> None:
     folder = Path(arguments.output_dir)
     questions = held_out_questions(arguments) if arguments.dataset == "vqa_rad" else []
     adapter = train(arguments, run)
+    if not is_main_process():
+        return
     print((folder / "stages.md").read_text(encoding="utf-8"))
     if questions:
         answers = answer(arguments, run, adapter, questions)

@@ -118,12 +118,15 @@ def test_a_launched_command_runs(words, workspace):
         command = [*launch, *words[script:], "--workers", "0"]
         log = (workspace / f"machine-{machine}.log").open("w+", encoding="utf-8")
         running.append((subprocess.Popen(command, cwd=workspace, env=environment, stdout=log, stderr=log), log))
+    tables = 0
     for process, log in running:
         code = process.wait(timeout=500)
         log.seek(0)
         said = log.read()
         log.close()
         assert code == 0, said[-4000:]
+        tables += said.count("| stage | trains |")
+    assert tables == 1, "one process of all prints the table"
     config = options_of(workspace / option(words[script:], "config"))[0]
     left = workspace / (option(words, "output_dir") if "--output_dir" in words else config.output_dir)
     sharding = launcher.rpartition("/")[2].partition("-")[0]

@@ -703,6 +703,13 @@ class TestWriting:
             write_folder(tmp_path / "align", fill)
         assert list(tmp_path.iterdir()) == []
 
+    def test_what_a_stage_leaves_may_be_read_by_whoever_may_read_a_new_file(
+        self, runs: dict[str, dict[str, StageAdapter]], tmp_path: Path
+    ) -> None:
+        (tmp_path / "new").touch()
+        modes = {path.name: path.stat().st_mode for path in runs["llava"]["vqa"].path.iterdir()}
+        assert set(modes.values()) == {(tmp_path / "new").stat().st_mode}, modes
+
     def test_a_kill_while_writing_leaves_nothing_under_the_final_name(self, tmp_path: Path) -> None:
         script = f"""
 import os, signal
