@@ -15,7 +15,7 @@ from PIL import Image
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader
-from transformers import ProcessorMixin
+from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration, ProcessorMixin
 
 from llavamed_peft import Conversation, LoraSpec, Turn
 from llavamed_peft.errors import ConfigError, DataError
@@ -520,6 +520,31 @@ def test_attention_that_would_misread_a_dense_mask_is_refused(
     assert model(**batch).loss.isfinite()
 
 
+SMALL = {
+    "vocab_size": 384,
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "num_hidden_layers": 2,
+}
+OTHERS = {
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "attn_layer_indices": [1]},
+    "llama4_text": {"head_dim": 16, "attention_chunk_size": 32, "num_local_experts": 2, "intermediate_size_mlp": 64},
+}
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_a_language_model_that_is_not_attention_alone_is_refused(language: str) -> None:
+    """Packed, it would train to the end and learn something else; the first two let a branch see its sibling."""
+    text_config = CONFIG_MAPPING[language](**SMALL, **OTHERS[language])
+    with torch.device("meta"):
+        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tiny.vision_config("clip"), text_config=text_config))
+    with pytest.raises(ConfigError, match=rf"\({language}\) has layers that do not heed .* Take layout='padded'"):
+        choose_attention(model, torch.device("cpu"))
+
+
 def test_each_device_has_one_attention_and_others_are_refused(bases: dict[str, Path]) -> None:
     model, _ = load_checkpoint(bases["llava"])
     assert (fill_tokens(torch.device("cuda")), fill_tokens(torch.device("cpu"))) == (None, 512)
@@ -563,4 +588,7 @@ def test_a_mask_can_be_moved_and_printed_and_survives_a_worker(bases: dict[str, 
     assert "True" in str(mask) and mask.shape[-1] == batch["input_ids"].shape[1]
     with pytest.raises(ConfigError, match=r"call its plain\(\)"):
         mask.sum(-1)
-    assert mask.sum() == mask.plain().sum() and type(mask.sum()) is torch.Tensor
+    assert mask.sum() == mask.shape[-1] * mask.shape[0] and type(mask.sum()) is torch.Tensor
+    for other in (lambda: mask.to(torch.float32), lambda: mask.mT, lambda: mask.to("cpu", torch.bfloat16)):
+        with pytest.raises(ConfigError, match="reads it wrongly"):
+            other()

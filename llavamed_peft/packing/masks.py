@@ -41,17 +41,21 @@ class DenseMask(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        counted = func is torch.Tensor.sum and len(args) == 1 and not kwargs  # TRL's own trainer logs tokens by it
-        if counted or func is torch.nn.functional.scaled_dot_product_attention:
+        if func is torch.Tensor.sum and len(args) == 1 and not kwargs:  # TRL's own trainer counts positions by it
+            return args[0].plain().diagonal(dim1=-2, dim2=-1).sum()  # each sees itself
+        if func is torch.nn.functional.scaled_dot_product_attention:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **(kwargs or {}))
-        if func.__name__ not in _HANDLING:
+        name = func.__name__
+        result = super().__torch_function__(func, types, args, kwargs) if name in _HANDLING else None
+        viewed = name == "__get__" and func != torch.Tensor.data.__get__  # such as its transpose
+        if name not in _HANDLING or (isinstance(result, cls) and (viewed or result.dtype != torch.bool)):
             raise ConfigError(
-                f"A packed batch's attention_mask was given to {func.__name__!r}; wanted scaled_dot_product_attention, since "
-                "other attention reads it wrongly. Set the language model's: model.set_attn_implementation('sdpa'), or take "
-                "layout='padded'. To look into the mask, call its plain()."
+                f"A packed batch's attention_mask was given to {name!r}; wanted scaled_dot_product_attention, since other "
+                "attention, or another dtype, reads it wrongly. Set the language model's: model.set_attn_implementation('sdpa'), "
+                "or take layout='padded'. To look into the mask, call its plain()."
             )
-        return super().__torch_function__(func, types, args, kwargs)
+        return result
 
     def plain(self) -> torch.Tensor:
         """The same booleans as a tensor like any other."""
@@ -117,7 +121,20 @@ def attention_mask(ends: torch.Tensor, config: PreTrainedConfig) -> DenseMask | 
 
 
 def choose_attention(model: PreTrainedModel, device: torch.device) -> None:
-    """Give the language model the attention with which packed rows are computed: FlexAttention on CUDA, else `sdpa`."""
+    """Give the language model the attention with which packed rows are computed: FlexAttention on CUDA, else `sdpa`.
+
+    Raises:
+        ConfigError: not all of its layers are attention that heeds a mask of four dimensions. A convolution or a state runs
+            along the row, from one branch into the next; attention in chunks counts its chunks along it.
+    """
+    text = model.config.get_text_config()
+    others = sorted({*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
+    others += [name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Conv1d)][:1]
+    if others:
+        raise ConfigError(
+            f"The language model ({text.model_type}) has layers that do not heed a packed row's mask ({', '.join(others)}), so "
+            "conversations would see one another; wanted attention alone. Take layout='padded'."
+        )
     implementation = "flex_attention" if device.type == "cuda" else "sdpa"
     model.set_attn_implementation({"text_config": implementation})
 
