@@ -313,6 +313,20 @@ def test_an_undecodable_image_is_counted_once_as_without_the_cache(
     assert rejected[0] == rejected[1] and rejected[0].count("6.png: cannot be decoded") == 2
 
 
+def test_a_worker_that_dies_while_filling_names_its_row(
+    bases: dict[str, Path], images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deadly(path: str) -> Image.Image:
+        if path == images[3]:
+            os._exit(1)
+        return Image.open(path).convert("RGB")
+
+    monkeypatch.setattr(features, "load_image", deadly)
+    with pytest.raises(TrainingError) as died:
+        run(bases["llava"], conversations(images), tmp_path / "run", feature_cache=True, workers=1)
+    assert f"died at in memory:4 (id three), image {images[3]}, for the feature cache" in str(died.value)
+
+
 # Whether it pays
 
 
@@ -419,7 +433,6 @@ def test_a_damaged_file_is_dropped_and_its_images_come_out_as_before(
         (one, whole[:-1] + bytes([whole[-1] ^ 1]), "has another content than was written"),
         (one, b"", r"cannot be read \(.*"),
     ):
-        features._open.cache_clear()
         (first.folder / name).unlink()
         (first.folder / name).write_bytes(damaged)
         before = {path: path.stat().st_mtime_ns for path in (first.folder / other, first.folder / third)}
@@ -617,6 +630,7 @@ assert PartialState().num_processes == int(processes), PartialState()
 """
 
 
+@pytest.mark.slow
 def test_two_processes_divide_the_images_and_learn_what_one_does(
     bases: dict[str, Path], images: list[str], tmp_path: Path
 ) -> None:

@@ -282,6 +282,7 @@ class Features:
         """
         sizes: dict[str, Size] = {}
         files: dict[str, str] = {}
+        _open.cache_clear()  # an earlier stage's may be of a file that was damaged since, and written anew
         for name in names:
             stored = set(_open(folder / name).keys())
             for image in plans[name]:
