@@ -207,6 +207,7 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
             {"vqa": options.folder / "data.json"},
             Path(runs) / "run",
             curriculum=Curriculum((stage,), seed=SEED),
+            feature_cache=False,  # the bare trainer looks at every image every time
             layout="padded",
             max_row_tokens=options.device_batch * longest(options),
         )["vqa"]

@@ -60,6 +60,10 @@ class RunArguments:
     workers: int | None = field(
         default=None, metadata={"help": "processes that decode images ahead; None: up to 8 with a GPU, none on a CPU"}
     )
+    feature_cache: Literal["auto", True, False] = field(
+        default="auto",
+        metadata={"help": "store what the vision tower makes of each image and compute it once; auto: where that pays and fits"},
+    )
     report_to: list[str] = field(
         default_factory=lambda: ["none"], metadata={"help": "further trackers, such as tensorboard or trackio"}
     )

@@ -17,6 +17,7 @@ from transformers.integrations import get_available_reporting_integrations
 from .adapters import StageAdapter
 from .datasets.sources import Data
 from .errors import AdapterError, ConfigError, did_you_mean
+from .feature_cache import Asked
 from .modeling.load import Quantization, check_quantization, resolve_dtype
 from .modeling.parts import NO_TARGET
 from .modeling.sharding import asked_sharding
@@ -113,6 +114,7 @@ def choose_computing(
     save_steps: int | None,
     report_to: str | list[str],
     quantization: Quantization,
+    feature_cache: Asked = "auto",
 ) -> Computing:
     """How a stage is computed, from the call's keywords, the launcher's variables and the device."""
     on_gpu = torch.cuda.is_available()
@@ -142,6 +144,14 @@ def choose_computing(
             f"quantization is {quantization!r} and the launch configuration shards ({sharding.method}); wanted one of the two: "
             "4-bit weights cannot be cut. Launch without FSDP and DeepSpeed: each GPU then holds the small model whole."
         )
+    if feature_cache != "auto" and not isinstance(feature_cache, bool):
+        raise ConfigError(f"feature_cache is {feature_cache!r}; wanted 'auto', True or False.")
+    if feature_cache is True and sharding is not None:
+        raise ConfigError(
+            f"feature_cache is True and the launch configuration shards ({sharding.method}); wanted 'auto' or False with it: the "
+            "processes gather the vision tower's layers together, so none can look at images of its own. Launch without FSDP and "
+            "DeepSpeed to store features."
+        )
     checkpoints = on_gpu or (sharding is not None and sharding.gradient_checkpointing)
     return Computing(
         dtype=compute_dtype,
@@ -153,4 +163,5 @@ def choose_computing(
         save_steps=save_steps,
         report_to=report_to or "none",
         sharding=sharding,
+        feature_cache=feature_cache,
     )

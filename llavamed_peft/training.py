@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
+import math
 import resource
 import time
 import warnings
@@ -30,6 +31,7 @@ from trl import SFTConfig
 
 from .checkpoints import Checkpoint, rng_state, standing
 from .errors import TrainingError
+from .feature_cache import Asked, FeatureCache, passes_in_an_epoch
 from .interruption import prepare_worker
 from .modeling.parts import (
     PROJECTOR,
@@ -44,9 +46,10 @@ from .modeling.parts import (
 )
 from .modeling.sharding import Sharding, set_masters, shard, unrounded
 from .packing import PackedCollator
+from .packing.features import Features, Pictures
 from .packing.index import DeviceBatches, DeviceInputs, Index
 from .packing.masks import attention_mask, choose_attention, fill_tokens
-from .packing.steps import StepSampler, learns_nothing
+from .packing.steps import StepSampler, learns_nothing, steps_in_all
 from .packing.workers import WorkerNotes
 from .report import RunLog
 from .resumption import ResumableTrainer
@@ -74,6 +77,8 @@ class Computing:
         save_steps: optimizer steps between two checkpoints; `None`: a tenth of the stage's.
         report_to: `"none"`, or trackers that the trainer knows, such as `"tensorboard"` or `"trackio"`.
         sharding: how the model is spread over processes; `None`: each has a whole one.
+        feature_cache: store what the frozen vision tower makes of each image: always, never, or where it pays; never of a
+            sharded model.
     """
 
     dtype: torch.dtype
@@ -85,6 +90,7 @@ class Computing:
     save_steps: int | None = None
     report_to: str | list[str] = "none"
     sharding: Sharding | None = None
+    feature_cache: Asked = "auto"
 
 
 @dataclass(slots=True)
@@ -110,6 +116,7 @@ def train_stage(
     seed: int,
     work_folder: Path,
     checkpoint_folder: Path,
+    feature_folder: Path,
     checkpoint: Checkpoint | None,
     run_log: RunLog,
 ) -> Trained:
@@ -121,13 +128,14 @@ def train_stage(
         train_index, eval_index: what to learn, and what to measure the held-out loss on before, every `eval_steps` and after.
         work_folder: where the trainer may write.
         checkpoint_folder: where it saves itself.
+        feature_folder: of the run's feature cache.
         checkpoint: of the same stage, to go on from; `None`: begin.
         run_log: takes each record of the training as it comes.
 
     Raises:
         TrainingError: the loss or a trained tensor is not finite, a worker died or hangs (the error names its row), a checkpoint
-            cannot be written.
-        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved.
+            or a file of features cannot be written.
+        Interrupted: SIGTERM or SIGINT came; a checkpoint was saved, or before the first step the features so far.
     """
     schedule = stage.schedule
     on_gpu = torch.cuda.is_available()
@@ -201,6 +209,7 @@ def train_stage(
             stacklevel=2,
         )
     with trainer.naming_rows(), trainer.stop:
+        trainer.collator.features = trainer.stored_features(computing, feature_folder)
         trainer.train()
         if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
@@ -247,7 +256,7 @@ class StageTrainer(ResumableTrainer):
     ):
         self.collator = collator
         workers = config.dataloader_num_workers
-        self.worker_notes = {index: WorkerNotes(workers) for index in ("train", "eval")} if workers else {}
+        self.worker_notes = {use: WorkerNotes(workers) for use in ("train", "eval", "features")} if workers else {}
         if workers:
             allow_open_files()
         self.rates: dict[str, float] = {}  # of the step just taken, by part
@@ -267,8 +276,8 @@ class StageTrainer(ResumableTrainer):
         """This process's share of every step of an epoch; not prepared by accelerate, which would shard it again."""
         return self._steps(self.train_index, self.schedule, "train")
 
-    def _steps(self, index: Index, schedule: Schedule, use: str) -> DataLoader[list[DeviceInputs]]:
-        sampler = StepSampler(
+    def _sampler(self, index: Index, schedule: Schedule) -> StepSampler:
+        return StepSampler(
             index.column("length"),
             index.column("group"),
             schedule,
@@ -279,15 +288,50 @@ class StageTrainer(ResumableTrainer):
             prefixes=index.prefixes() if self.collator.layout == "packed" else None,
             fill_tokens=fill_tokens(self.args.device),
         )
+
+    def _steps(self, index: Index, schedule: Schedule, use: str) -> DataLoader[list[DeviceInputs]]:
         return StepLoader(
             DeviceBatches(index, self.collator, self.worker_notes.get(use)),
-            batch_sampler=sampler,
+            batch_sampler=self._sampler(index, schedule),
             collate_fn=_as_is,
-            num_workers=self.args.dataloader_num_workers,
-            worker_init_fn=functools.partial(prepare_worker, self.stop.trains),
-            timeout=HANGS_AFTER if self.args.dataloader_num_workers else 0,
-            generator=torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
+            **self._loading(),
         )
+
+    def _loading(self) -> dict[str, Any]:
+        """How data loaders decode ahead."""
+        return {
+            "num_workers": self.args.dataloader_num_workers,
+            "worker_init_fn": functools.partial(prepare_worker, self.stop.trains),
+            "timeout": HANGS_AFTER if self.args.dataloader_num_workers else 0,
+            "generator": torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
+        }
+
+    def stored_features(self, computing: Computing, folder: Path) -> Features | None:
+        """The features of the stage's images, stored now if they are not; `None` where they are not to be."""
+        if computing.feature_cache is False or computing.sharding is not None:
+            return None
+
+        def load(pictures: Pictures) -> DataLoader[torch.Tensor | None]:
+            return DataLoader(pictures, batch_size=None, **self._loading())
+
+        cache = FeatureCache(self, self.collator.encoder, computing.dtype, folder, load, self.worker_notes.get("features"))
+        return cache.prepare(computing.feature_cache, self._tower_passes(computing))
+
+    def _tower_passes(self, computing: Computing) -> float:
+        """Images that pass the vision tower in the whole stage without a cache."""
+        sampler = self._sampler(self.train_index, self.schedule)
+        passes = self.schedule.epochs * passes_in_an_epoch(sampler, self.train_index.image_counts())
+        if self.eval_index is None:
+            return passes
+        steps = steps_in_all(len(sampler), self.schedule)
+        evaluations = 1 + math.ceil(steps / (computing.eval_steps or math.ceil(steps / _EVALUATIONS_PER_STAGE)))
+        return passes + evaluations * passes_in_an_epoch(
+            self._sampler(self.eval_index, self._once()), self.eval_index.image_counts()
+        )
+
+    def _once(self) -> Schedule:
+        """Of a held-out loss."""
+        return Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
 
     @contextlib.contextmanager
     def naming_rows(self) -> Iterator[None]:
@@ -349,11 +393,10 @@ class StageTrainer(ResumableTrainer):
         began = time.monotonic()
         model = self.model_wrapped
         model.eval()
-        once = Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
         summed = torch.zeros((), dtype=torch.float64, device=self.args.device)
         supervised = 0
         with torch.no_grad():
-            for inputs in self._steps(self.eval_index, once, "eval"):
+            for inputs in self._steps(self.eval_index, self._once(), "eval"):
                 self._note_failures(self.eval_index, inputs)
                 supervised += self._total(inputs)[1]
                 for batch in inputs:
@@ -483,6 +526,7 @@ def summary(trainer: StageTrainer, trainable: int) -> dict[str, Any]:
         "waiting_seconds": round(trainer.waiting_seconds, 2),
         "conversations_per_second": round(trainer.seen_conversations / seconds, 3),
         "trainable_parameters": trainable,
+        "cached_images": 0 if trainer.collator.features is None else len(trainer.collator.features),
         "loss_first": losses[0] if losses else None,
         "loss_last": losses[-1] if losses else None,
         "eval_loss_before": held_out[0] if held_out else None,

@@ -40,6 +40,7 @@ LAYERS = {
     "adapters": MODEL,
     "instruct": MODEL,
     "training": WORK,
+    "feature_cache": WORK,
     "preflight": WORK,
     "checkpoints": WORK,
     "resumption": WORK,

@@ -16,6 +16,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from ..errors import AdapterError, TrainingError
 from ..stages import LoraSpec, Scope
@@ -24,6 +25,7 @@ from .sharding import free_gathered, whole
 TOWER, PROJECTOR, LANGUAGE, HEAD = "model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head"
 # Matches no module. PEFT has no documented way to say "modules_to_save only"; a test pins that this one works.
 NO_TARGET = "dummy-target-modules"
+_CHANNELS = 3  # of pixels
 
 Tensors = dict[str, torch.Tensor]
 
@@ -116,12 +118,45 @@ def freeze_tower(model: torch.nn.Module) -> None:
     """Run the vision tower without a graph and always in eval mode, whatever mode the model is put in.
 
     Its parameters never require grad, but gradient checkpointing asks for gradients of every embedding's output, the tower's
-    too, and would carry them through it.
+    too, and would carry them through it. Given features (`tower_features`) in the place of pixels, it hands them on.
     """
     tower = bare(model).model.vision_tower
     tower.eval()
     tower.train = functools.partial(_stay_in_eval, tower)
-    tower.forward = torch.no_grad()(tower.forward)
+    tower.forward = functools.partial(_look_or_hand_on, model, torch.no_grad()(tower.forward))
+
+
+def tower_layers(model: torch.nn.Module) -> list[int]:
+    """Which of the vision tower's hidden states the projector is given, ascending; 0 is what goes into its first layer."""
+    config = bare(model).config
+    chosen = config.vision_feature_layer
+    states = config.vision_config.num_hidden_layers + 1
+    return sorted({layer % states for layer in ([chosen] if isinstance(chosen, int) else chosen)})
+
+
+def tower_features(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
+    """What the vision tower makes of images, as the projector needs it.
+
+    Args:
+        model: its tower frozen by `freeze_tower`.
+        pixel_values: [tiles, 3, height, width].
+
+    Returns:
+        [tiles, positions, layers, width], the layers those of `tower_layers`. In the place of `pixel_values` (those of
+        LLaVA-NeXT and OneVision have the tiles of each image in a dimension of their own) the model takes them as what they are.
+    """
+    layers = tower_layers(model)
+    states = bare(model).model.vision_tower(pixel_values, output_hidden_states=layers).hidden_states
+    return torch.stack([states[layer] for layer in layers], dim=2)
+
+
+def _look_or_hand_on(model: torch.nn.Module, forward: Any, pixel_values: torch.Tensor, **settings: Any) -> Any:
+    if pixel_values.shape[1] == _CHANNELS:  # no tower has three positions: they are a square, or one more
+        return forward(pixel_values, **settings)
+    states: list[torch.Tensor | None] = [None] * (bare(model).config.vision_config.num_hidden_layers + 1)
+    for number, layer in enumerate(tower_layers(model)):
+        states[layer] = pixel_values[:, :, number]
+    return BaseModelOutputWithPooling(hidden_states=tuple(states))
 
 
 def _stay_in_eval(tower: torch.nn.Module, mode: bool = True) -> torch.nn.Module:

@@ -14,12 +14,13 @@ from itertools import accumulate
 import numpy as np
 import torch
 from PIL import Image
-from transformers import ProcessorMixin
+from transformers import BatchFeature, ProcessorMixin
 
 from ..conversations import Conversation
 from ..errors import ConfigError, DataError
 from ..images import content_key, file_size, load_image
 from .encoding import IGNORED, Encoded, Encoder, Size, Tokenized
+from .features import Features
 from .masks import dense_mask
 from .rows import Row, lay_rows
 from .tree import ImageSpan, TokenSequence
@@ -40,6 +41,10 @@ class PackedCollator:
             call, whose conversations are one batch, but of rows × longest of a step's device batches (see `steps.py`).
         layout: `"packed"` or `"padded"`.
 
+    Where `features` is set, they stand for the images: `pixel_values` is then what the frozen tower makes of them (see
+    `parts.freeze_tower`), and no image is decoded. An image that is not among them could not be decoded when they were stored;
+    it is an error, as it would be without them, and stays one should it be mended while the stage trains.
+
     A packed batch goes to a model whose language model's attention is `sdpa`, as `load_checkpoint` leaves it; another's raises
     `ConfigError`. It must have no sliding window shorter than a conversation (`masks.check_window`): packed rows do not heed it.
 
@@ -57,6 +62,7 @@ class PackedCollator:
         self.max_length = max_length
         self.max_row_tokens = max_row_tokens
         self.layout = layout
+        self.features: Features | None = None
 
     def __call__(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
         """Inputs of the model for these conversations.
@@ -104,19 +110,42 @@ class PackedCollator:
 
     def _packed(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]) -> Batch:
         paths = list(dict.fromkeys(image for conversation in conversations for image in conversation.images))
-        content = _contents(paths, on_image)
         decoded: dict[str, Image.Image] = {}
-        for path in paths:
-            if content[path] not in decoded:
-                on_image(path)
-                decoded[content[path]] = load_image(path)
+        if self.features is None:
+            content = _contents(paths, on_image)
+            for path in paths:
+                if content[path] not in decoded:
+                    on_image(path)
+                    decoded[content[path]] = load_image(path)
+            sizes = {key: image.size[::-1] for key, image in decoded.items()}
+        else:
+            self._check_stored(conversations, self.features, on_image)
+            content, sizes = self.features.contents, self.features.sizes
         shown = [tuple(content[path] for path in conversation.images) for conversation in conversations]
         sequences = [
-            self.sequence(conversation, keys, [decoded[key].size[::-1] for key in keys])
+            self.sequence(conversation, keys, [sizes[key] for key in keys])
             for conversation, keys in zip(conversations, shown, strict=True)
         ]
         rows = lay_rows(sequences, self.max_row_tokens)
         return self._stack(rows) | self._pixels(rows, shown, decoded)
+
+    def _check_stored(
+        self, conversations: Sequence[Conversation | Tokenized], features: Features, on_image: Callable[[str], None]
+    ) -> None:
+        """Every image has its features.
+
+        Raises:
+            DataError: one has none, since it cannot be decoded, or could not.
+        """
+        for conversation in conversations:
+            for path in conversation.images:
+                if not features.has(path, len(conversation.images) == 1):
+                    on_image(path)
+                    load_image(path)
+                    raise DataError(
+                        f"{path}: could not be decoded when the stage's features were stored, and can be now; it is left out "
+                        "until the stage is begun or gone on with again."
+                    )
 
     def _pixels(self, rows: Sequence[Row], shown: Sequence[tuple[str, ...]], decoded: dict[str, Image.Image]) -> Batch:
         """What the model gets of the images, each processed once, in the order in which their placeholders stand in the rows."""
@@ -124,10 +153,18 @@ class PackedCollator:
         groups = list(dict.fromkeys(group for group, _ in standing))
         if not groups:
             return {}
+        if self.features is not None:
+            contents = [group[number] for group, number in standing]
+            return self._stored(self.features, contents, [len(group) == 1 for group, _ in standing])
         processed, _ = self.encoder.process_images([[decoded[key] for key in group] for group in groups])
         first = dict(zip(groups, accumulate(map(len, groups), initial=0), strict=False))
         chosen = [first[group] + number for group, number in standing]
         return dict(self.encoder.select_images(processed, chosen, [len(group) == 1 for group, _ in standing]))
+
+    def _stored(self, features: Features, contents: Sequence[str], alone: Sequence[bool]) -> Batch:
+        """What the model gets in the place of pixels, as `Encoder.select_images` would have them."""
+        inputs = BatchFeature(features.inputs(contents, alone))
+        return dict(self.encoder.select_images(inputs, range(len(contents)), alone))
 
     def _stack(self, rows: Sequence[Row]) -> Batch:
         """Rows padded on the right to the longest; padding sees itself alone."""
@@ -144,21 +181,29 @@ class PackedCollator:
         return {"input_ids": input_ids, "position_ids": position_ids, "ends": ends, "labels": labels}
 
     def _padded(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]) -> Batch:
-        decoded: dict[str, Image.Image] = {}
-        for path in dict.fromkeys(image for conversation in conversations for image in conversation.images):
-            on_image(path)
-            decoded[path] = load_image(path)
-        images = [[decoded[path] for path in conversation.images] for conversation in conversations]
-        shown = [group for group in images if group]
+        shown = [conversation.images for conversation in conversations if conversation.images]
         batch: Batch = {}
         counts: list[list[int]] = []
-        if shown:
-            inputs, counts = self.encoder.process_images(shown)
+        if self.features is not None:
+            self._check_stored(conversations, self.features, on_image)
+            keys = [[self.features.contents[path] for path in group] for group in shown]
+            counts = [self.encoder.count_image_tokens([self.features.sizes[key] for key in group]) for group in keys]
+            if shown:
+                alone = [len(group) == 1 for group in keys for _ in group]
+                batch.update(self._stored(self.features, [key for group in keys for key in group], alone))
+        elif shown:
+            decoded: dict[str, Image.Image] = {}
+            for path in dict.fromkeys(path for group in shown for path in group):
+                on_image(path)
+                decoded[path] = load_image(path)
+            inputs, counts = self.encoder.process_images([[decoded[path] for path in group] for group in shown])
             batch.update(inputs)
         remaining = iter(counts)
         rows = [
-            check_length(conversation, self.encoder.encode(conversation, next(remaining) if group else []), self.max_length)
-            for conversation, group in zip(conversations, images, strict=True)
+            check_length(
+                conversation, self.encoder.encode(conversation, next(remaining) if conversation.images else []), self.max_length
+            )
+            for conversation in conversations
         ]
         return self._pad(rows) | batch
 

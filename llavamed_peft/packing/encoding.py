@@ -174,6 +174,21 @@ class Encoder:
         counts = iter([self._count(inputs, i) for i in range(sum(len(group) for group in conversations))])
         return inputs, [[next(counts) for _ in group] for group in conversations]
 
+    @property
+    def sends_image_sizes(self) -> bool:
+        """The model is told how large each image was, and gets its tiles in a dimension of their own (NeXT, OneVision)."""
+        return "image_sizes" in self._probe
+
+    def process_image(self, image: Image.Image, alone: bool) -> torch.Tensor:
+        """Pixels of one image as the vision tower sees them, [tiles, 3, height, width].
+
+        Args:
+            alone: it is the only one of its conversation.
+        """
+        inputs, _ = self.process_images([[image] if alone else [image, image]])
+        pixels = inputs["pixel_values"][0]
+        return pixels if self.sends_image_sizes else pixels[None]
+
     def select_images(self, inputs: BatchFeature, chosen: Sequence[int], alone: Sequence[bool]) -> BatchFeature:
         """Processed images in the order in which a model is to see them, some perhaps several times.
 

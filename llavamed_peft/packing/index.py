@@ -26,6 +26,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from datasets import Dataset
 
@@ -106,6 +107,16 @@ class Index:
     def prefixes(self) -> Prefixes:
         """What the conversations begin with, by which packed steps are planned."""
         return Prefixes(self.column("prefix"), self.column("prefix_tokens"))
+
+    def image_counts(self) -> np.ndarray:
+        """[conversations], how many images each shows."""
+        return np.asarray(pc.list_value_length(self.rows.data.column("images")))
+
+    def shown_images(self) -> Iterator[tuple[str, list[str]]]:
+        """Of each conversation how an error names it, and the paths of its images."""
+        columns = [self.rows.data.column(name) for name in ("source", "id", "images")]
+        for source, id, images in zip(*columns, strict=True):
+            yield f"{source} (id {id})", images.as_py()
 
     def conversation(self, row: int) -> Conversation:
         """One conversation, as it was read."""

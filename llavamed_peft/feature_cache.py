@@ -1,0 +1,354 @@
+"""The feature cache of a stage: whether it pays, and filling it before the stage trains.
+
+The vision tower is frozen in every stage, so what it makes of an image can be computed once instead of in every epoch and every
+held-out loss, and then no image is decoded either. Before that, a forecast says what it takes and what it saves; by default that
+decides. Several processes divide the files between them, and all wait for all. How files are laid out, checked and found again
+is `packing/features.py`'s business.
+
+Left out: models in shards, whose processes must run the tower's layers together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import signal
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+import transformers
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import nn
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
+
+from .checkpoints import standing
+from .errors import DataError, TrainingError
+from .images import content_key, image_size
+from .interruption import Interrupted
+from .modeling.parts import bare, tower_features, tower_layers
+from .packing.encoding import Encoder, Size
+from .packing.features import (
+    FORMAT,
+    Features,
+    Pictures,
+    Planned,
+    fill,
+    image_key,
+    is_whole,
+    planned_files,
+    read_plans,
+    write_plan,
+)
+from .packing.steps import StepSampler
+from .packing.workers import WorkerNotes
+from .resumption import ResumableTrainer
+
+Asked = Literal["auto"] | bool
+
+MAX_BYTES = 50_000_000_000  # of a run's features in all; and never more than half of the disk that is free
+PAYS_FROM = 2.0  # images that pass the tower without the cache, for each that has to be computed for it
+_HEADERS_READ = 1000  # to estimate how many tiles images have
+_STEPS_PLANNED = 50  # to estimate how many images pass the tower in an epoch
+_SECONDS_BETWEEN_LINES = 5.0
+# Of the tower's configuration, what does not change its output; a checkpoint that a full stage wrote may say it otherwise.
+_NAMES_ONLY = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "_attn_implementation"}
+
+Shown = dict[tuple[str, bool], str]  # (path, whether it is alone in its conversation) → a row that shows it
+
+
+@dataclass(frozen=True, slots=True)
+class Forecast:
+    """What a stage's feature cache would take and save.
+
+    Args:
+        images: files that the stage shows.
+        uncomputed: of them, those whose features are not stored yet.
+        passes: images that pass the tower without a cache, over the stage's epochs and held-out losses; an estimate where an
+            epoch has many steps.
+        stored: bytes that the run's features take on disk.
+        missing: bytes that the stage would add; until it is planned an estimate where images have tiles.
+        free: bytes of the disk.
+    """
+
+    images: int
+    uncomputed: int
+    passes: int
+    stored: int
+    missing: int
+    free: int
+
+    @property
+    def pays(self) -> bool:
+        """Far fewer images would pass the tower."""
+        return self.passes >= PAYS_FROM * self.uncomputed
+
+    @property
+    def fits(self) -> bool:
+        """There is room, within the bound and on the disk."""
+        return self.missing <= self.room
+
+    @property
+    def room(self) -> int:
+        """Bytes that may be added."""
+        return max(0, min(MAX_BYTES - self.stored, self.free // 2))
+
+    def __str__(self) -> str:
+        return (
+            f"{self.images:,} images, {_size(self.stored + self.missing)} on disk, {_size(self.missing)} of them to be added "
+            f"({_size(self.free)} free); {self.uncomputed:,} images pass the vision tower instead of {self.passes:,}"
+        )
+
+
+def decide(forecast: Forecast, asked: Asked, stage: str, folder: Path) -> tuple[bool, str]:
+    """Whether the cache is used, and the line that says why.
+
+    Args:
+        asked: `"auto"` or True.
+        folder: of the run's features.
+
+    Raises:
+        TrainingError: it was asked for and does not fit.
+    """
+    if asked is True and not forecast.fits:
+        raise TrainingError(
+            f"feature_cache is True, and the features of stage {stage!r} do not fit into {folder}: {forecast}. Wanted at most "
+            f"{_size(forecast.room)} to be added: {_size(MAX_BYTES)} in all and half of the free disk. Make room, choose another "
+            "output_dir, or call with feature_cache='auto' or False."
+        )
+    on = asked is True or (forecast.pays and forecast.fits)
+    why = "" if on else "; too few to pay" if not forecast.pays else f"; more than the {_size(forecast.room)} that may be added"
+    return on, f"{stage:<10} feature cache {'on' if on else 'off'}: {forecast}{why}"
+
+
+def _size(number: int) -> str:
+    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if number >= unit), (1e3, "kB"))
+    return f"{number / unit:,.1f} {name}"
+
+
+def passes_in_an_epoch(sampler: StepSampler, images: np.ndarray) -> float:
+    """How many images the tower is shown in an epoch without a cache, over all processes.
+
+    Args:
+        sampler: of the epoch's steps; of the first of them if it has many.
+        images: [conversations], how many each shows.
+    """
+    conversations = passes = 0
+    for step in islice(sampler.steps(), _STEPS_PLANNED):
+        conversations += len(step)
+        for batch in (batch for share in sampler.shares(step) for batch in share):
+            rows = np.array(batch, dtype=np.int64)
+            if sampler.prefixes is not None:  # packed, the images of several conversations stand once
+                rows = rows[np.unique(sampler.groups[rows], return_index=True)[1]]
+            passes += int(images[rows].sum())
+    return passes * len(images) / max(conversations, 1)
+
+
+def fingerprint(model: nn.Module, encoder: Encoder, dtype: torch.dtype) -> str:
+    """SHA-256 of all that features depend on beside the image: the tower's weights, its layers, the processor and the dtype."""
+    config = {key: value for key, value in bare(model).config.vision_config.to_dict().items() if key not in _NAMES_ONLY}
+    settings = [FORMAT, transformers.__version__, config, tower_layers(model), str(dtype)]
+    settings.append(encoder.processor.image_processor.to_dict())
+    digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
+    for name, parameter in bare(model).model.vision_tower.named_parameters():
+        digest.update(name.encode())
+        digest.update(parameter.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+class FeatureCache:
+    """Fills a stage's feature cache.
+
+    Args:
+        trainer: of the stage, its model in place with the tower frozen.
+        encoder: of its collator.
+        dtype: to store features in: the one that is computed in.
+        folder: of the run's features.
+        load: a data loader over pictures, which decodes ahead where there are workers.
+        notes: where workers write what they are at.
+    """
+
+    def __init__(
+        self,
+        trainer: ResumableTrainer,
+        encoder: Encoder,
+        dtype: torch.dtype,
+        folder: Path,
+        load: Callable[[Pictures], Iterable[torch.Tensor | None]],
+        notes: WorkerNotes | None,
+    ):
+        self.trainer, self.encoder, self.dtype, self.load, self.notes = trainer, encoder, dtype, load, notes
+        self.root, self.folder = folder, folder / fingerprint(trainer.model, encoder, dtype)[:32]
+        vision = bare(trainer.model).config.vision_config
+        positions = bare(trainer.model).model.vision_tower.embeddings.position_embedding.num_embeddings
+        self.tile_bytes = positions * len(tower_layers(trainer.model)) * vision.hidden_size * dtype.itemsize
+        self.rank, self.processes = trainer.args.process_index, trainer.args.world_size
+        self.line_shown = time.monotonic()
+
+    def prepare(self, asked: Asked, passes: float) -> Features | None:
+        """Make the features of all the stage's images be there, where that was asked for or pays; all processes call it.
+
+        Args:
+            asked: `"auto"` or True.
+            passes: images that pass the tower without the cache, over the whole stage.
+
+        Returns:
+            Where they lie; `None`: there are no images, or no cache is used.
+
+        Raises:
+            TrainingError: it was asked for and does not fit; a file cannot be written.
+            Interrupted: SIGTERM or Ctrl-C came; whole files stay.
+        """
+        shown = self._shown()
+        if not shown or not self._agree_on(asked, *self._forecast(shown), passes):
+            return None
+        found = self._contents(list(dict.fromkeys(path for path, _ in shown)))
+        keys = {self._key(found[path][0], alone): path for path, alone in shown if path in found}
+        if self.trainer.is_world_process_zero():
+            self._plan(shown, found)
+        self.trainer.accelerator.wait_for_everyone()
+        plans = read_plans(self.folder)
+        file_of = planned_files(plans)
+        names = list(dict.fromkeys(file_of[key] for key in keys))
+        broken = gather_object([name for name in names[self.rank :: self.processes] if not is_whole(self.folder / name)])
+        if self.encoder.sends_image_sizes:  # what was an estimate is known now
+            images = [image for name in broken for image in plans[name]]
+            if not self._agree_on(asked, len(keys), len(images), self._bytes(images), passes, again=True):
+                return None
+        self._fill([(name, plans[name]) for name in broken[self.rank :: self.processes]], keys, shown)
+        self.trainer.accelerator.wait_for_everyone()
+        return Features.open(self.folder, names, plans, {path: content for path, (content, _) in found.items()}, self.encoder)
+
+    def _forecast(self, shown: Shown) -> tuple[int, int, int]:
+        """How many images are shown, how many of them have to be computed, and about the bytes of these; no image is read."""
+        plans = read_plans(self.folder)
+        planned = {(image.path, image.alone): (name, image) for name, images in plans.items() for image in images}
+        there = {name for name in plans if (self.folder / name).exists()}
+        absent = [planned[place][1] for place in shown if place in planned and planned[place][0] not in there]
+        unplanned = [place for place in shown if place not in planned]
+        size = self._bytes(absent) + self.tile_bytes * self._estimated_tiles(unplanned)
+        return len(shown), len(absent) + len(unplanned), size
+
+    def _bytes(self, images: Iterable[Planned]) -> int:
+        return self.tile_bytes * sum(image.tiles for image in images)
+
+    def _shown(self) -> Shown:
+        """The images of the stage's training and held-out data, each once, in their order."""
+        shown: Shown = {}
+        for index in (self.trainer.train_index, self.trainer.eval_index):
+            for row, images in index.shown_images() if index is not None else ():
+                alone = len(images) == 1 or not self.encoder.tiles_lone_images_only
+                for path in images:
+                    shown.setdefault((path, alone), row)
+        return shown
+
+    def _key(self, content: str, alone: bool) -> str:
+        return image_key(content, alone, self.encoder.tiles_lone_images_only)
+
+    def _tiles(self, size: Size, alone: bool) -> int:
+        """Of an image of (height, width) pixels, those that the tower sees."""
+        config = bare(self.trainer.model).config
+        if not self.encoder.sends_image_sizes or not alone:
+            return 1
+        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
+
+    def _estimated_tiles(self, places: Sequence[tuple[str, bool]]) -> int:
+        """Of all these images, from the headers of some of them."""
+        if not self.encoder.sends_image_sizes:
+            return len(places)
+        looked_at = places[:: max(1, len(places) // _HEADERS_READ)]
+        tiles = []
+        for path, alone in looked_at:
+            try:
+                tiles.append(self._tiles(image_size(path), alone))
+            except DataError:  # will be left out
+                continue
+        return round(len(places) * sum(tiles) / max(len(tiles), 1))
+
+    def _agree_on(self, asked: Asked, images: int, uncomputed: int, missing: int, passes: float, again: bool = False) -> bool:
+        """Decide in one process, which shows it, for all; the second time only where nothing came of it."""
+        answer = [False]
+        if self.trainer.is_world_process_zero():
+            stored = sum(file.stat().st_size for file in self.root.rglob("*.safetensors"))
+            free = shutil.disk_usage(self.root.parent).free
+            forecast = Forecast(images, uncomputed, round(passes), stored, missing, free)
+            answer[0], line = decide(forecast, asked, self.trainer.stage.name, self.root)
+            if not (again and answer[0]):
+                self._show(line, True)
+        broadcast_object_list(answer)
+        return answer[0]
+
+    def _contents(self, paths: Sequence[str]) -> dict[str, tuple[str, Size]]:
+        """Path → SHA-256 of the file and (height, width) of the image, of those that can be read; read in shares."""
+        found: list[tuple[str, tuple[str, Size]]] = []
+        mine = paths[self.rank :: self.processes]
+        for number, path in enumerate(mine):
+            self._obey("its images were being read")
+            self._progress(f"{number:,} of {len(mine):,} images read")
+            try:
+                found.append((path, (content_key(path), image_size(path))))
+            except DataError:  # training will meet it
+                continue
+        return dict(gather_object(found))
+
+    def _plan(self, shown: Shown, found: dict[str, tuple[str, Size]]) -> None:
+        planned = planned_files(read_plans(self.folder))
+        new: dict[str, Planned] = {}
+        for path, alone in shown:
+            if path in found:
+                content, size = found[path]
+                key = self._key(content, alone)
+                if key not in planned and key not in new:
+                    new[key] = Planned(key, path, *size, self._tiles(size, alone))
+        if new:
+            write_plan(self.folder, list(new.values()), self.tile_bytes)
+
+    def _fill(self, files: Sequence[tuple[str, tuple[Planned, ...]]], paths: dict[str, str], shown: Shown) -> None:
+        """Compute and write files, one after the other."""
+        images = [image for _, together in files for image in together]
+        if not images:
+            return
+        rows = {path: row for (path, _), row in shown.items()}
+        pixels = iter(self.load(Pictures(images, paths, rows, self.encoder, self.notes)))
+        began, done = time.monotonic(), 0
+        for number, (name, together) in enumerate(files):
+
+            def tower(tiles: torch.Tensor, number: int = number) -> torch.Tensor:
+                self._obey(f"{number:,} of {len(files):,} files that were missing are whole, and stay")
+                with self.trainer.accelerator.autocast():
+                    return tower_features(self.trainer.model, tiles.to(self.trainer.args.device)).to(self.dtype).cpu()
+
+            fill(self.folder / name, together, pixels, tower)
+            done += len(together)
+            speed = done / (time.monotonic() - began)
+            self._progress(f"{done:,} of {len(images):,} images stored, {speed:,.1f} images/s", last=done == len(images))
+
+    def _progress(self, what: str, last: bool = False) -> None:
+        """Every few seconds, and at the end; of several processes the first speaks, of its own share."""
+        if last or time.monotonic() - self.line_shown > _SECONDS_BETWEEN_LINES:
+            self.line_shown = time.monotonic()
+            if self.trainer.is_world_process_zero():
+                self._show(f"{self.trainer.stage.name:<10} feature cache: {what}", last)
+
+    def _show(self, line: str, keep: bool) -> None:
+        self.trainer.run_log.show(line, keep)
+
+    def _obey(self, done: str) -> None:
+        """Stop if that was asked.
+
+        Raises:
+            Interrupted: it was.
+        """
+        number = self.trainer.stop.received
+        if number is not None:
+            raise Interrupted(
+                number,
+                f"Stopped by {signal.Signals(number).name} while the feature cache of stage {self.trainer.stage.name!r} was "
+                f"filled; {done}. {standing(self.trainer.checkpoint_folder)}",
+            )
