@@ -50,8 +50,6 @@ PRELOADED += [
     "matplotlib.backends.backend_agg",
     "PIL.PngImagePlugin",
 ]
-# By the clock, or by how it is computed: not the same after an interruption.
-OF_THE_CLOCK = {"seconds", "seconds_left", "evaluation_seconds", "checkpoint_seconds", "waiting_seconds", "waiting_share"}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -302,7 +300,8 @@ def check_same(undisturbed: Path, out: Path) -> None:
 
 
 def without_clock(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in record.items() if key not in OF_THE_CLOCK and not key.endswith("_per_second")}
+    """What is the same after an interruption: not by the clock."""
+    return {key: value for key, value in record.items() if "second" not in key and key != "waiting_share"}
 
 
 def log_entry(result: dict[str, Any]) -> str:

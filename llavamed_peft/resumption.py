@@ -47,6 +47,7 @@ _COUNTED = (
     "evaluation_seconds",
     "checkpoint_seconds",
     "waiting_seconds",
+    "features_seconds",
 )
 
 
@@ -74,6 +75,7 @@ class ResumableTrainer(SFTTrainer):
         self.evaluation_seconds = 0.0
         self.checkpoint_seconds = 0.0
         self.waiting_seconds = 0.0  # for the next step's data
+        self.features_seconds = 0.0  # before the first step, to store or check the feature cache
         self._began = time.monotonic()
         self._saved_at = 0
         self._cost_shown = False

@@ -315,7 +315,10 @@ class StageTrainer(ResumableTrainer):
             return DataLoader(pictures, batch_size=None, **self._loading())
 
         cache = FeatureCache(self, self.collator.encoder, computing.dtype, folder, load, self.worker_notes.get("features"))
-        return cache.prepare(computing.feature_cache, self._tower_passes(computing))
+        began = time.monotonic()
+        features = cache.prepare(computing.feature_cache, self._tower_passes(computing))
+        self.features_seconds += time.monotonic() - began
+        return features
 
     def _tower_passes(self, computing: Computing) -> float:
         """Images that pass the vision tower in the whole stage without a cache."""
@@ -524,6 +527,7 @@ def summary(trainer: StageTrainer, trainable: int) -> dict[str, Any]:
         "evaluation_seconds": round(trainer.evaluation_seconds, 2),
         "checkpoint_seconds": round(trainer.checkpoint_seconds, 2),
         "waiting_seconds": round(trainer.waiting_seconds, 2),
+        "features_seconds": round(trainer.features_seconds, 2),
         "conversations_per_second": round(trainer.seen_conversations / seconds, 3),
         "trainable_parameters": trainable,
         "cached_images": 0 if trainer.collator.features is None else len(trainer.collator.features),

@@ -230,7 +230,7 @@ def _contents(paths: Collection[str], on_image: Callable[[str], None]) -> dict[s
         on_image(path)
         sizes[path] = file_size(path)
     alike = Counter(sizes.values())
-    return {path: content_key(path) if alike[size] > 1 else path for path, size in sizes.items()}
+    return {path: content_key(path) if alike[size] > 1 else f"path {path}" for path, size in sizes.items()}
 
 
 def token_sequence(encoded: Encoded, contents: Sequence[str], tokens_per_image: Sequence[int], encoder: Encoder) -> TokenSequence:
