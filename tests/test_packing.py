@@ -319,6 +319,22 @@ def test_loss_and_every_gradient_are_the_padded_batchs(
     assert_same(loss_and_gradients(model, packed), loss_and_gradients(model, padded))
 
 
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_of_their_own_have_the_padded_batchs_loss_and_gradients(
+    kind: str, shared: bool, bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
+    """Four lengths in one batch, with padding behind the shorter ones; without anything shared it needs no mask."""
+    model, processor = trained(bases[kind])
+    given = conversations if shared else [conversations[i] for i in (0, 2, 6, 9)]
+    packed = PackedCollator(processor, layout="packed", fill_tokens=1024).inputs(given)
+    assert len(packed["input_ids"]) == (7 if shared else 4)
+    packed["attention_mask"] = attention_mask(packed.pop("ends"), bare(model).config)
+    assert (packed["attention_mask"] is None) == (not shared)
+    padded = PackedCollator(processor, layout="padded")(given)
+    assert_same(loss_and_gradients(model, packed), loss_and_gradients(model, padded))
+
+
 def test_equal_images_are_one_whatever_their_paths(bases: dict[str, Path], images: dict[str, str]) -> None:
     processor = load_checkpoint(bases["llava"])[1]
     given = [asked(i, (images[name],), "what is it ?", "a heart") for i, name in enumerate(("a", "again", "b"))]
@@ -488,7 +504,7 @@ def test_attention_that_would_misread_a_dense_mask_is_refused(
 
 def test_each_device_has_one_attention_and_others_are_refused(bases: dict[str, Path]) -> None:
     model, _ = load_checkpoint(bases["llava"])
-    assert (fill_tokens(torch.device("cuda")), fill_tokens(torch.device("cpu"))) == (None, 512)
+    assert (fill_tokens(torch.device("cuda")), fill_tokens(torch.device("cpu"))) == (None, 1024)
     choose_attention(model, torch.device("cuda"))
     assert model.config.text_config._attn_implementation == "flex_attention"
     assert model.model.vision_tower.config._attn_implementation == "sdpa"

@@ -39,6 +39,8 @@ class PackedCollator:
             and a conversation longer than that has a row of its own. `None`: one row, as long as it gets. Padded: no bound of one
             call, whose conversations are one batch, but of rows × longest of a step's device batches (see `steps.py`).
         layout: `"packed"` or `"padded"`.
+        fill_tokens: packed: `None`, or conversations that do not begin with the same image stand in rows of their own; see
+            `masks.fill_tokens`.
 
     A packed batch goes to a model whose language model's attention is `sdpa`, as `load_checkpoint` leaves it; another's raises
     `ConfigError`. It must have no sliding window shorter than a conversation (`masks.check_window`): packed rows do not heed it.
@@ -49,7 +51,12 @@ class PackedCollator:
     """
 
     def __init__(
-        self, processor: ProcessorMixin, max_length: int = 2048, max_row_tokens: int | None = None, layout: str = "packed"
+        self,
+        processor: ProcessorMixin,
+        max_length: int = 2048,
+        max_row_tokens: int | None = None,
+        layout: str = "packed",
+        fill_tokens: int | None = None,
     ):
         if layout not in LAYOUTS:
             raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
@@ -57,6 +64,7 @@ class PackedCollator:
         self.max_length = max_length
         self.max_row_tokens = max_row_tokens
         self.layout = layout
+        self.fill_tokens = fill_tokens
 
     def __call__(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
         """Inputs of the model for these conversations.
@@ -115,7 +123,7 @@ class PackedCollator:
             self.sequence(conversation, keys, [decoded[key].size[::-1] for key in keys])
             for conversation, keys in zip(conversations, shown, strict=True)
         ]
-        rows = lay_rows(sequences, self.max_row_tokens)
+        rows = lay_rows(sequences, self.max_row_tokens, apart=self.fill_tokens is not None)
         return self._stack(rows) | self._pixels(rows, shown, decoded)
 
     def _pixels(self, rows: Sequence[Row], shown: Sequence[tuple[str, ...]], decoded: dict[str, Image.Image]) -> Batch:
@@ -139,6 +147,9 @@ class PackedCollator:
         for i, row in enumerate(rows):
             input_ids[i, : len(row)] = torch.from_numpy(row.input_ids)
             position_ids[i, : len(row)] = torch.from_numpy(row.positions)
+            if self.fill_tokens is not None:  # a position that begins anew would be taken for another sequence's
+                behind = int(row.positions[-1]) + 1
+                position_ids[i, len(row) :] = torch.arange(behind, behind + shape[1] - len(row))
             ends[i, : len(row)] = torch.from_numpy(row.ends)
             labels[i, : len(row)] = torch.from_numpy(row.labels)
         return {"input_ids": input_ids, "position_ids": position_ids, "ends": ends, "labels": labels}
