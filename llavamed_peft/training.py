@@ -173,7 +173,8 @@ def train_stage(
     )
     quantized = getattr(bare(model), "is_loaded_in_4bit", False)
     start = trainable_tensors(model) if quantized else None
-    collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout)
+    fills = fill_tokens(torch.device("cuda" if on_gpu else "cpu"))
+    collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout, fills)
     trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator)
     unset_hf_deepspeed_config()  # or the next stage's model would be loaded in pieces
     trainer.remove_callback(PrinterCallback)
@@ -286,7 +287,7 @@ class StageTrainer(ResumableTrainer):
             self.args.process_index,
             self.args.world_size,
             prefixes=index.prefixes() if self.collator.layout == "packed" else None,
-            fill_tokens=fill_tokens(self.args.device),
+            fill_tokens=self.collator.fill_tokens,
         )
 
     def _steps(self, index: Index, schedule: Schedule, use: str) -> DataLoader[list[DeviceInputs]]:

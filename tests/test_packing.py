@@ -324,15 +324,17 @@ exchanges = st.lists(st.tuples(*map(st.sampled_from, SAID)), min_size=1, max_siz
 shown = st.lists(st.sampled_from(["a", "b", "again"]), max_size=2)
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=20)
 @given(
     rows=st.lists(st.tuples(shown, exchanges), min_size=1, max_size=7),
     bound=st.sampled_from([None, 300, 120]),
+    apart=st.booleans(),
     kind=st.sampled_from([*KINDS]),
 )
 def test_random_trees_have_the_padded_batchs_gradient(
     rows: list[tuple[list[str], list[tuple[str, str]]]],
     bound: int | None,
+    apart: bool,
     kind: str,
     models: dict[str, tuple[object, object]],
     images: dict[str, str],
@@ -343,7 +345,8 @@ def test_random_trees_have_the_padded_batchs_gradient(
         asked(number, tuple(images[name] for name in names), *(word for exchange in said for word in exchange))
         for number, (names, said) in enumerate(rows)
     ]
-    packed = PackedCollator(processor, 2048, bound, "packed")(given)
+    packed = PackedCollator(processor, 2048, bound, "packed", 1024 if apart else None).inputs(given)
+    packed["attention_mask"] = attention_mask(packed.pop("ends"), bare(model).config)
     padded = PackedCollator(processor, layout="padded")(given)
     assert_same(loss_and_gradients(model, packed), loss_and_gradients(model, padded))
 
@@ -351,6 +354,22 @@ def test_random_trees_have_the_padded_batchs_gradient(
 @pytest.fixture(scope="module")
 def models(bases: dict[str, Path]) -> dict[str, tuple[object, object]]:
     return {kind: trained(base, "lora") for kind, base in bases.items()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("shared", [True, False])
+def test_rows_of_their_own_have_the_padded_batchs_loss_and_gradients(
+    kind: str, shared: bool, bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
+    """Four lengths in one batch, with padding behind the shorter ones; without anything shared it needs no mask."""
+    model, processor = trained(bases[kind])
+    given = conversations if shared else [conversations[i] for i in (0, 2, 6, 9)]
+    packed = PackedCollator(processor, layout="packed", fill_tokens=1024).inputs(given)
+    assert len(packed["input_ids"]) == (7 if shared else 4)
+    packed["attention_mask"] = attention_mask(packed.pop("ends"), bare(model).config)
+    assert (packed["attention_mask"] is None) == (not shared)
+    padded = PackedCollator(processor, layout="padded")(given)
+    assert_same(loss_and_gradients(model, packed), loss_and_gradients(model, padded))
 
 
 def test_equal_images_are_one_whatever_their_paths(bases: dict[str, Path], images: dict[str, str]) -> None:
@@ -547,7 +566,7 @@ def test_a_language_model_that_is_not_attention_alone_is_refused(language: str) 
 
 def test_each_device_has_one_attention_and_others_are_refused(bases: dict[str, Path]) -> None:
     model, _ = load_checkpoint(bases["llava"])
-    assert (fill_tokens(torch.device("cuda")), fill_tokens(torch.device("cpu"))) == (None, 512)
+    assert (fill_tokens(torch.device("cuda")), fill_tokens(torch.device("cpu"))) == (None, 1024)
     choose_attention(model, torch.device("cuda"))
     assert model.config.text_config._attn_implementation == "flex_attention"
     assert model.model.vision_tower.config._attn_implementation == "sdpa"

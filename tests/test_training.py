@@ -72,6 +72,7 @@ def trainer(
     trains: str = "lora",
     max_row_tokens: int = 4096,
     layout: str = "packed",
+    fill: int | None = DENSE_FILL,
     **schedule: object,
 ) -> StageTrainer:
     model, processor = prepared(base, trains)
@@ -79,7 +80,7 @@ def trainer(
     freeze_tower(model)
     always_look(model)
     stage = Stage("s", trains, Schedule(**{"epochs": 1, "learning_rate": 1e-3, "global_batch": 6, **schedule}))
-    collator = PackedCollator(processor, 2048, max_row_tokens, layout)
+    collator = PackedCollator(processor, 2048, max_row_tokens, layout, fill)
     index = indexed(conversations, collator, folder)
     config = SFTConfig(
         output_dir=str(folder),
@@ -125,9 +126,10 @@ def test_a_steps_gradient_is_the_plain_means_however_it_is_cut(
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("fill", [None, DENSE_FILL])
 @pytest.mark.parametrize("max_row_tokens", [60, 100, 400, 4096])
-def test_a_packed_device_batch_is_one_row_no_longer_than_its_bound(
-    max_row_tokens: int, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+def test_a_packed_device_batch_is_no_larger_than_its_bound(
+    max_row_tokens: int, fill: int | None, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
 ) -> None:
     """Ten questions about each of two images and some text: planned from the index, laid out from the tokens."""
     asked = [
@@ -136,12 +138,13 @@ def test_a_packed_device_batch_is_one_row_no_longer_than_its_bound(
         )
         for i, c in enumerate([conversations[0].images, conversations[1].images] * 10)
     ] + conversations[5:]
-    stage = trainer(bases["llava"], asked, tmp_path, max_row_tokens=max_row_tokens, global_batch=21)
+    stage = trainer(bases["llava"], asked, tmp_path, max_row_tokens=max_row_tokens, fill=fill, global_batch=21)
     (step,) = stage.get_train_dataloader()
     assert sum(batch.conversations for batch in step) == 21
     for batch in step:
         rows, tokens = batch.inputs["ends"].shape
-        assert rows == 1 and (tokens <= min(max_row_tokens, DENSE_FILL) or batch.conversations == 1)
+        assert rows == 1 if fill is None else rows * tokens <= fill or rows == 1
+        assert rows * tokens <= max_row_tokens or batch.conversations == 1
         assert "attention_mask" not in batch.inputs
     shown = sum(len(batch.inputs.get("pixel_values", ())) for batch in step)
     assert shown == 2 or max_row_tokens < 400, "an image is repeated only where its questions do not fit a row"

@@ -40,6 +40,8 @@ class PackedCollator:
             and a conversation longer than that has a row of its own. `None`: one row, as long as it gets. Padded: no bound of one
             call, whose conversations are one batch, but of rows × longest of a step's device batches (see `steps.py`).
         layout: `"packed"` or `"padded"`.
+        fill_tokens: packed: `None`, or conversations that do not begin with the same image stand in rows of their own; see
+            `masks.fill_tokens`.
 
     Where `features` is set, they stand for the images: `pixel_values` is then what the frozen tower makes of them (see
     `parts.freeze_tower`), and no image is decoded. An image that is not among them could not be decoded when they were stored;
@@ -54,7 +56,12 @@ class PackedCollator:
     """
 
     def __init__(
-        self, processor: ProcessorMixin, max_length: int = 2048, max_row_tokens: int | None = None, layout: str = "packed"
+        self,
+        processor: ProcessorMixin,
+        max_length: int = 2048,
+        max_row_tokens: int | None = None,
+        layout: str = "packed",
+        fill_tokens: int | None = None,
     ):
         if layout not in LAYOUTS:
             raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
@@ -62,6 +69,7 @@ class PackedCollator:
         self.max_length = max_length
         self.max_row_tokens = max_row_tokens
         self.layout = layout
+        self.fill_tokens = fill_tokens
         self.features: Features | None = None
 
     def __call__(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
@@ -126,7 +134,7 @@ class PackedCollator:
             self.sequence(conversation, keys, [sizes[key] for key in keys])
             for conversation, keys in zip(conversations, shown, strict=True)
         ]
-        rows = lay_rows(sequences, self.max_row_tokens)
+        rows = lay_rows(sequences, self.max_row_tokens, apart=self.fill_tokens is not None)
         return self._stack(rows) | self._pixels(rows, shown, decoded)
 
     def _check_stored(
@@ -176,6 +184,9 @@ class PackedCollator:
         for i, row in enumerate(rows):
             input_ids[i, : len(row)] = torch.from_numpy(row.input_ids)
             position_ids[i, : len(row)] = torch.from_numpy(row.positions)
+            if self.fill_tokens is not None:  # a position that begins anew would be taken for another sequence's
+                behind = int(row.positions[-1]) + 1
+                position_ids[i, len(row) :] = torch.arange(behind, behind + shape[1] - len(row))
             ends[i, : len(row)] = torch.from_numpy(row.ends)
             labels[i, : len(row)] = torch.from_numpy(row.labels)
         return {"input_ids": input_ids, "position_ids": position_ids, "ends": ends, "labels": labels}

@@ -7,7 +7,7 @@ neighbours and nothing of another tree. Positions count along the path. `masks.p
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -47,14 +47,20 @@ class Row:
         return np.flatnonzero(self.ends[: last + 1] > last)
 
 
-def lay_rows(sequences: Sequence[TokenSequence], max_row_tokens: int | None = None) -> list[Row]:
+def lay_rows(sequences: Sequence[TokenSequence], max_row_tokens: int | None = None, apart: bool = False) -> list[Row]:
     """Lay sequences out in rows, every sequence whole in one of them.
 
     Args:
         sequences: each with at least one token.
         max_row_tokens: tokens of a row; a sequence that is longer has a row of its own. `None`: one row, as long as it gets.
+        apart: what does not begin with the same image stands in rows of its own.
     """
-    return [lay_row(forest, sequences) for forest in split_forest(build_forest(sequences), max_row_tokens)]
+    groups: dict[Hashable, list[int]] = {}
+    for number, sequence in enumerate(sequences):
+        begins = sequence.prefix_key() if sequence.image_prefix else ("no image", number)
+        groups.setdefault(begins if apart else None, []).append(number)
+    forests = [forest for group in groups.values() for forest in split_forest(build_forest(sequences, group), max_row_tokens)]
+    return [lay_row(forest, sequences) for forest in forests]
 
 
 def lay_row(forest: Forest, sequences: Sequence[TokenSequence]) -> Row:

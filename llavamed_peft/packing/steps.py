@@ -21,6 +21,7 @@ from ..stages import Schedule
 from .tree import first_fit
 
 DeviceBatch = tuple[int, ...]  # rows of the index
+MOST_PADDING = 64  # tokens of a device batch of several packed rows; another device batch costs a small model about as much
 
 
 class Prefixes(NamedTuple):
@@ -58,7 +59,8 @@ class StepSampler(Sampler[list[DeviceBatch]]):
         seed: of the order.
         rank, world_size: this process, and how many there are.
         prefixes: what the conversations begin with, for the packed layout; `None`: the padded one.
-        fill_tokens: packed: a row of this many tokens takes up nothing that it shares no beginning with; `None`: up to its bound.
+        fill_tokens: packed: `None`: a device batch is one row, filled up to its bound. Else what shares no beginning stands in
+            rows of its own, and rows of about one length make a device batch of at most this many tokens, padding included.
     """
 
     def __init__(
@@ -81,7 +83,7 @@ class StepSampler(Sampler[list[DeviceBatch]]):
         self.rank = rank
         self.world_size = world_size
         self.prefixes = prefixes
-        self.fill_tokens = min(max_row_tokens, fill_tokens or max_row_tokens)
+        self.fill_tokens = fill_tokens
         self.epoch = 0
 
     def set_epoch(self, epoch: int) -> None:
@@ -144,14 +146,20 @@ def _cut(rows: list[int], lengths: np.ndarray, max_row_tokens: int) -> list[Devi
 
 
 def packed_share_of_step(
-    step: Sequence[int], lengths: np.ndarray, prefixes: Prefixes, max_row_tokens: int, fill_tokens: int, world_size: int
+    step: Sequence[int],
+    lengths: np.ndarray,
+    prefixes: Prefixes,
+    max_row_tokens: int,
+    fill_tokens: int | None,
+    world_size: int,
 ) -> list[list[DeviceBatch]]:
     """Deal a step's conversations to the processes in rows of at most `max_row_tokens` tokens.
 
     Conversations with one beginning stay together, so that it stands once; only where they are longer than a row it is repeated.
-    Then the largest first, each lot goes to the shortest of as few rows as hold them all, so many for each process. Several lots
-    make a row of at most `fill_tokens`. No process waits for a much longer one unless few images make a large step: cutting their
-    conversations apart would cost more than it saves.
+    Then, without `fill_tokens`, the largest first, each lot goes to the shortest of as few rows as hold them all, so many for
+    each process; a row is a device batch. With it, each lot is a row, and rows of about one length make a device batch. No
+    process waits for a much longer one unless few images make a large step: cutting their conversations apart would cost more
+    than it saves.
     """
     alike: dict[Hashable, list[int]] = {}
     for row in map(int, step):
@@ -165,7 +173,10 @@ def packed_share_of_step(
         for chosen in first_fit(branches, max_row_tokens - prefix):
             parts.append([together[i] for i in chosen])
             sizes.append(prefix + sum(branches[i] for i in chosen))
-    rows, loads = _even(sizes, fill_tokens, world_size)
+    if fill_tokens is None:
+        rows, loads = _even(sizes, max_row_tokens, world_size)
+    else:
+        rows, loads = _alike(sizes, min(fill_tokens, max_row_tokens), world_size)
     batches = [tuple(conversation for part in sorted(row) for conversation in parts[part]) for row in rows]
     shares: list[list[DeviceBatch]] = [[] for _ in range(world_size)]
     costs = [0] * world_size
@@ -175,6 +186,24 @@ def packed_share_of_step(
         shares[process].append(batches[row])
         costs[process] += loads[row]
     return shares
+
+
+def _alike(sizes: Sequence[int], capacity: int, multiple: int) -> tuple[list[list[int]], list[int]]:
+    """Items of about one size into bins, as many as make a multiple of some number; each takes up as much as the bin's largest.
+
+    Returns:
+        The items of each bin, and how much they take up.
+    """
+    bins: list[list[int]] = []
+    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        together = [sizes[other] for other in bins[-1]] + [sizes[item]] if bins else []
+        takes = len(together) * max(together, default=0)
+        if bins and takes <= capacity and takes - sum(together) <= MOST_PADDING:
+            bins[-1].append(item)
+        else:
+            bins.append([item])
+    bins += [[] for _ in range(-len(bins) % multiple)]
+    return bins, [len(items) * max((sizes[item] for item in items), default=0) for items in bins]
 
 
 def _even(sizes: Sequence[int], capacity: int, multiple: int) -> tuple[list[list[int]], list[int]]:

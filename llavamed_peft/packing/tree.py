@@ -98,8 +98,11 @@ class Segment:
 Forest = tuple[Segment, ...]
 
 
-def build_forest(sequences: Sequence[TokenSequence]) -> Forest:
+def build_forest(sequences: Sequence[TokenSequence], members: Sequence[int] | None = None) -> Forest:
     """Prefix trees of some sequences: no two trees begin with the same token that could be shared.
+
+    Args:
+        members: which of the sequences; `None`: all.
 
     Example:
         >>> sequence = lambda *ids: TokenSequence(np.array(ids), np.array([IGNORED] * (len(ids) - 1) + [ids[-1]]))
@@ -109,10 +112,11 @@ def build_forest(sequences: Sequence[TokenSequence]) -> Forest:
           2-4: 2 tokens of sequence 1
         0-2: 2 tokens of sequence 2
     """
-    keys = _keys(sequences)
-    shareable = [sequence.shareable for sequence in sequences]
+    members = range(len(sequences)) if members is None else members
+    keys = dict(zip(members, _keys([sequences[member] for member in members]), strict=True))
+    shareable = {member: sequences[member].shareable for member in members}
 
-    def grow(members: list[int], begin: int) -> Forest:
+    def grow(members: Sequence[int], begin: int) -> Forest:
         """The trees of sequences that are the same before `begin`, in the order of their first members."""
         alike: dict[Hashable, list[int]] = {}
         for member in members:
@@ -127,7 +131,7 @@ def build_forest(sequences: Sequence[TokenSequence]) -> Forest:
                 segments.append(Segment(group[0], begin, end, grow(group, end)))
         return tuple(segments)
 
-    return grow(list(range(len(sequences))), 0)
+    return grow(members, 0)
 
 
 def split_forest(forest: Forest, max_tokens: int | None) -> list[Forest]:
