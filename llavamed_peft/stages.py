@@ -74,8 +74,9 @@ class Schedule:
         weight_decay: AdamW's decoupled decay.
         max_length: tokens, image tokens included; a longer conversation is rejected by name, never cut. LLaVA-NeXT's
             tiles make up to about 2,900 tokens an image: use 4096 there, 8192 for LLaVA-OneVision.
-        shuffle: `"images"` draws whole images, their conversations together (cheap once batches share image prefixes);
-            `"conversations"` is the paper's plain shuffling.
+        shuffle: `"images"` draws whole images, their conversations together: packed, an image then stands once in a step. A step
+            shows fewer images for it, so its gradient is noisier; benchmarks/LOG.md has what that did to scores.
+            `"conversations"` is the paper's plain shuffling, in which they fall together by chance alone.
 
     Raises:
         ConfigError: a field out of its range; the message names field, value and what was wanted.
