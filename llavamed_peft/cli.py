@@ -101,7 +101,7 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         default=False,
         metavar="FILE.png",
-        help="show how each stage's first step is packed; with a file, draw it there, too",
+        help="show how each stage's first step is packed on a GPU; with a file, draw it there, too",
     )
     inspect.add_argument(
         "--max_row_tokens",
