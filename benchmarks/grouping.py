@@ -20,13 +20,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shlex
 import statistics
 import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +32,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path += [str(HERE), str(ROOT / "recipes" / "demo")]
 
-from stage_overhead import machine, versions  # noqa: E402
+from workbench import heading, write_down  # noqa: E402
 
 SHUFFLES = ("images", "conversations")
 WORKS = ("demo", "vqa_rad")
@@ -63,21 +61,11 @@ def main() -> None:
             with tempfile.TemporaryDirectory() as folder:
                 found += {"demo": demo, "vqa_rad": vqa_rad}[work](options, seed, Path(folder))
             print(json.dumps(found[-2:]), file=sys.stderr)
-    result = {
-        "benchmark": "grouping",
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "versions": versions(),
-        "command": shlex.join(["python", "benchmarks/grouping.py", *sys.argv[1:]]),
-        "found": found,
-    }
+    result = {**heading("grouping"), "found": found}
     entry = log_entry(result)
     print(entry)
     if options.log:
-        with (HERE / "LOG.md").open("a", encoding="utf-8") as log:
-            log.write(f"\n{entry}")
-        path = HERE / "results" / f"grouping-{result['date']}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_down(result, entry, f"seeds-{len(options.seeds)}")
 
 
 def demo(options: argparse.Namespace, seed: int, folder: Path) -> list[dict[str, Any]]:

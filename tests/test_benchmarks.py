@@ -56,6 +56,24 @@ def test_data_path_takes_every_row_through_each_part_and_prints_its_log_entry():
 
 
 @pytest.mark.slow
+def test_packing_compares_equal_work_and_prints_its_log_entry():
+    small = ["--works", "vqa-cached", "--pairs=1", "--conversations=4", "--steps", "2", "2"]
+    small += ["--image_size=28", "--width=64", "--layers=1", "--vocabulary=600"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "packing.py"), *small],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr  # it stops where first losses or trainable parameters of the two sides differ
+    lines = done.stdout.splitlines()
+    assert lines[0].endswith("packing: packed training beside TRL's SFTTrainer")
+    (row,) = [line for line in lines if line.startswith("| vqa-cached (4) |")]
+    assert len(row.split("|")) == 11 and row.endswith("% |")
+
+
+@pytest.mark.slow
 def test_kills_compares_and_prints_its_log_entry():
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills=1", "--seed=3"],
