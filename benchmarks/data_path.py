@@ -30,21 +30,18 @@ import io
 import json
 import multiprocessing
 import os
-import platform
 import random
-import shlex
 import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from workbench import SPECIAL, heading, llava_config, machine, make_processor, train_tokenizer, write_down
+
 PARTS = ("build", "start", "epochs", "packed", "padded")
 STARTS = 3
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow")
@@ -90,11 +87,7 @@ def main() -> None:
     entry = log_entry(result)
     print(entry)
     if options.log:
-        with (HERE / "LOG.md").open("a", encoding="utf-8") as log:
-            log.write(f"\n{entry}")
-        (HERE / "results").mkdir(exist_ok=True)
-        name = f"data_path-{result['date']}-rows-{options.rows}.json"
-        (HERE / "results" / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_down(result, entry, f"rows-{options.rows}")
 
 
 def run_part(options: argparse.Namespace, part: str) -> dict[str, Any]:
@@ -152,39 +145,11 @@ def make_real(folder: Path, rows: int) -> None:
 
 def make_base(folder: Path, size: int) -> None:
     """Configuration, tokenizer and image processor of a LLaVA-1.5; nobody loads weights here."""
-    from stage_overhead import TEMPLATE
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import LlamaConfig
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=1024, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([" ".join(WORDS), "USER: ASSISTANT:"] * 4, trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
-    LlavaConfig(
-        vision_config=CLIPVisionConfig(image_size=size, patch_size=14),
-        text_config=LlamaConfig(vocab_size=len(tokenizer)),
-        image_token_index=special.index("<image>"),
-    ).save_pretrained(folder / "base")
-    LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size}),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    ).save_pretrained(folder / "base")
+    tokenizer = train_tokenizer([" ".join(WORDS)] * 4, 1024)
+    llava_config(LlamaConfig(vocab_size=len(tokenizer)), size, SPECIAL.index("<image>")).save_pretrained(folder / "base")
+    make_processor(tokenizer, size).save_pretrained(folder / "base")
 
 
 def make_rows(folder: Path, rows: int, exchanges: int, pictures: Sequence[bytes], suffix: str) -> None:
@@ -395,14 +360,10 @@ class looking_at_memory:
 
 
 def summarise(options: argparse.Namespace, parts: dict[str, dict[str, Any]], index_mb: float) -> dict[str, Any]:
-    from stage_overhead import machine
 
     return {
-        "benchmark": "data_path",
-        "date": date.today().isoformat(),
+        **heading("data_path", LIBRARIES),
         "machine": machine() + (", shared with other work" if options.shared else ""),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "command": shlex.join(["python", "benchmarks/data_path.py", *sys.argv[1:]]),
         "settings": {name: getattr(options, name) for name in ("rows", "epochs", "real_rows", "workers")},
         "index_mb": index_mb,
         "growth_mb": growth(parts["epochs"]["memory"]),

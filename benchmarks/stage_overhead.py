@@ -27,35 +27,32 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import random
 import resource
-import shlex
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from datetime import date
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-HERE = Path(__file__).resolve().parent
+from workbench import (
+    SPECIAL,
+    heading,
+    llava_config,
+    make_processor,
+    run_apart,
+    spread,
+    train_tokenizer,
+    write_checkpoint,
+    write_down,
+)
+
 SIDES = ("ours", "bare")
 WANTED = 0.95  # times the bare trainer's speed
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
 RANK, ALPHA, RATE, SEED = 16, 32, 2e-4, 42
 SAME_LOSS = 1e-4  # the two sides sum the same losses in another order
 HAND_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}  # bytes; glibc would raise them as it goes
-
-TEMPLATE = (
-    "{% for message in messages %}{{ message['role'].upper() + ': ' }}{% for part in message['content'] %}"
-    "{{ '<image>\n' if part['type'] == 'image' else part['text'] + ' ' }}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
-)
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -89,66 +86,25 @@ def main() -> None:
     entry = log_entry(result)
     print(entry)
     if options.log:
-        with (HERE / "LOG.md").open("a", encoding="utf-8") as log:
-            log.write(f"\n{entry}")
-        name = f"stage_overhead-{result['date']}-vocabulary-{options.vocabulary}.json"
-        (HERE / "results").mkdir(exist_ok=True)
-        (HERE / "results" / name).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_down(result, entry, f"vocabulary-{options.vocabulary}")
 
 
 def build_base(options: argparse.Namespace) -> int:
     """Write a LLaVA checkpoint with random weights; returns its number of parameters."""
-    import torch
-    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import (
-        CLIPImageProcessorPil,
-        CLIPVisionConfig,
-        LlamaConfig,
-        LlavaConfig,
-        LlavaForConditionalGeneration,
-        LlavaProcessor,
-        PreTrainedTokenizerFast,
-    )
+    from transformers import LlamaConfig
 
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    special = ["<pad>", "<s>", "</s>", "<image>"]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=512, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
-    bpe.train_from_iterator([*TEXTS, "USER: ASSISTANT:"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
-    tokenizer.add_tokens([AddedToken(token, special=True) for token in special])
-    size = options.image_size
-    config = LlavaConfig(
-        vision_config=CLIPVisionConfig(
-            hidden_size=256, intermediate_size=1024, num_hidden_layers=6, num_attention_heads=4, image_size=size, patch_size=14
-        ),
-        text_config=LlamaConfig(
-            vocab_size=max(options.vocabulary, len(tokenizer)),
-            hidden_size=384,
-            intermediate_size=1024,
-            num_hidden_layers=8,
-            num_attention_heads=6,
-            num_key_value_heads=6,
-            tie_word_embeddings=False,
-        ),
-        image_token_index=special.index("<image>"),
-        vision_feature_layer=-2,
+    tokenizer = train_tokenizer(TEXTS, 512)
+    text = LlamaConfig(
+        vocab_size=max(options.vocabulary, len(tokenizer)),
+        hidden_size=384,
+        intermediate_size=1024,
+        num_hidden_layers=8,
+        num_attention_heads=6,
+        num_key_value_heads=6,
+        tie_word_embeddings=False,
     )
-    torch.manual_seed(SEED)
-    model = LlavaForConditionalGeneration(config)
-    model.save_pretrained(options.folder / "base")
-    square = {"height": size, "width": size}
-    LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size=square),
-        tokenizer,
-        patch_size=14,
-        vision_feature_select_strategy="default",
-        num_additional_image_tokens=1,
-        chat_template=TEMPLATE,
-    ).save_pretrained(options.folder / "base")
-    return model.num_parameters()
+    config = llava_config(text, options.image_size, SPECIAL.index("<image>"))
+    return write_checkpoint(options.folder / "base", config, make_processor(tokenizer, options.image_size), SEED)
 
 
 TEXTS = [f"Is finding {number} visible in the {side} field?" for number in range(10) for side in ("upper", "lower")]
@@ -188,12 +144,7 @@ def run_side(options: argparse.Namespace, side: str, variables: Mapping[str, str
     """One run in a process of its own, with some environment variables."""
     settings = ("steps", "conversations", "device_batch", "folder")
     given = [word for name in settings for word in (f"--{name}", str(getattr(options, name)))]
-    command = [sys.executable, str(Path(__file__).resolve()), "--side", side, *given]
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(variables or {})
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    if done.returncode:
-        sys.exit(f"{done.stderr}\nThe run of {side} failed with exit code {done.returncode}.")
-    return json.loads(done.stdout.splitlines()[-1])
+    return run_apart(__file__, ["--side", side, *given], variables)
 
 
 def run_ours(options: argparse.Namespace) -> dict[str, Any]:
@@ -303,20 +254,12 @@ def summarise(
     options: argparse.Namespace, parameters: int, pairs: list[dict[str, dict[str, Any]]], held: dict[str, float]
 ) -> dict[str, Any]:
     """Medians and ranges of both sides, and of the pairs' ratios."""
-
-    def spread(values: list[float]) -> dict[str, float]:
-        return {"median": round(statistics.median(values), 3), "least": round(min(values), 3), "most": round(max(values), 3)}
-
     speed = {side: [pair[side]["conversations_per_second"] for pair in pairs] for side in SIDES}
     ratios = [ours / bare for ours, bare in zip(*speed.values(), strict=True)]
     named = ("repeats", "steps", "conversations", "device_batch", "image_size", "vocabulary")
     settings = {name: getattr(options, name) for name in named}
     return {
-        "benchmark": "stage_overhead",
-        "date": date.today().isoformat(),
-        "machine": machine(),
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "command": shlex.join(["python", "benchmarks/stage_overhead.py", *sys.argv[1:]]),
+        **heading("stage_overhead"),
         "settings": settings,
         "parameters": parameters,
         "wanted_ratio": WANTED,
@@ -326,17 +269,6 @@ def summarise(
         "held_mb": held,
         "pairs": pairs,
     }
-
-
-def machine() -> str:
-    import torch
-
-    cores = len(os.sched_getaffinity(0))
-    capability = torch.backends.cpu.get_cpu_capability().replace("AVX512", "AVX-512")
-    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
-    threads = torch.get_num_threads()
-    few = "" if threads == cores else f" ({threads} thread{'s' if threads > 1 else ''} used)"
-    return f"{cores} cores{few} {platform.machine().replace('_', '-')} with {capability}, {gpu}"
 
 
 def log_entry(result: dict[str, Any]) -> str:

@@ -1,0 +1,398 @@
+"""Packed training beside TRL's `SFTTrainer` at its best legal settings: speed, memory, and how near both come to their FLOPs.
+
+    python benchmarks/packing.py --data DATA                          # every work, five pairs: 90 minutes on 2 idle cores
+    python benchmarks/packing.py --data DATA --work vqa slake --log   # two of them, and adds what it found to LOG.md and results/
+
+`DATA` holds `vqa_rad/` (MEVF's trainset.json, and images/) and `slake/` (train.json) as released; without it, both are made up.
+
+Both sides train the same LoRA (every linear of the language model) and projector of the same LLaVA with random weights on the
+same conversations (`packing_data.py`) in fp32, in the same global batch, at the same rate; every run is a process of its own
+(`packing_runs.py`), pairs follow one another directly, in alternating order. A run's optimizer steps all take the same
+conversations; another pair takes others, for vqa and slake another real step of an epoch. The losses of the first step are
+compared: they must agree to 1e-4.
+
+- packed: `curriculum_finetune` as a user calls it. cached: the same with `feature_cache=True`; since steps take the same images,
+  all but the first are a second epoch. padded: with `layout="padded"`: what is left of TRL's trainer if only its loss is
+  changed, so padded → packed is what packing alone gives.
+- trl: no activation checkpointing; questions as prompt and completion with `completion_only_loss`, dialogues as messages with
+  `assistant_only_loss`; `group_by_length`; images as paths, decoded while training; of the device batches 1 to 16, and then of
+  no worker and one, the fastest over a quarter of a step. `nll` is its only loss without full logits (`dft` computes the same,
+  `chunked_nll` is another name of it, Liger's needs a GPU); on a CPU it scores every position of a row all the same, and twice.
+- trl defaults: `SFTConfig`'s own settings (so with activation checkpointing), device batch 8, messages, as its documentation has
+  it for images; only bf16 is off, and `max_length`, which would cut images.
+- trl dialogue: all questions of an image as one dialogue, at trl's settings. That is another objective: later questions see
+  earlier answers. It says what TRL can do where that is wanted.
+
+Speed is questions (conversations) per wall second of the training loop, warm-up left out: our first step, TRL's first quarter of
+a step; TRL's cost is the same in every step. Memory is the process's greatest resident size (`VmHWM`), with everything it does.
+padded and trl dialogue explain and are not judged: the first pair alone has them. Useful positions are those that are neither
+padding nor a beginning which another row of the step holds, too.
+
+The bound by FLOPs is what TRL's padded step costs over what the packed one costs (the formula stands in `packing_runs.py`); the
+bound of packing alone takes TRL's with our head. A curve over 1 to 20 questions an image shows how near we come.
+
+Left out: GPUs (`packing_gpu.py`), several processes, what is learnt (`tests/test_packing.py` compares losses and gradients).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from packing_data import CURVE, Drawer
+from packing_runs import RANK, RUNS, SEED, Run
+from workbench import (
+    SPECIAL,
+    heading,
+    llava_config,
+    make_processor,
+    run_apart,
+    save_stage_processor,
+    spread,
+    train_tokenizer,
+    write_checkpoint,
+    write_down,
+)
+
+LEARNT_TOKENS = 4096  # of the tokenizer: with fewer than Llama's 32,000 it spells these few texts at about Llama's length
+SAME_LOSS = 1e-4  # the sides sum the same losses in another order
+WANTED_USEFUL = 0.97
+
+
+class Arm(NamedTuple):
+    """One way to train.
+
+    Args:
+        label: in the table.
+        side: which function runs it.
+        how: its settings; TRL's device batch and workers are found by probing.
+    """
+
+    label: str
+    side: str
+    how: dict[str, Any]
+
+
+class Work(NamedTuple):
+    """One kind of data, and what is wanted of packing on it.
+
+    Args:
+        data: whose rows of `packing_data.py`; several works may share them.
+        conversations: of an optimizer step, where the command does not say.
+        steps: of a packed run.
+        ours: the arm that is judged.
+        least: against "trl" and "trl defaults", how many times as fast it is to be.
+        memory: share of TRL's peak memory that it may take; `None`: not judged.
+        explained_by: arms that run in the first pair alone.
+    """
+
+    data: str
+    conversations: int
+    steps: int
+    ours: str
+    least: dict[str, float]
+    memory: float | None = None
+    explained_by: tuple[str, ...] = ()
+
+
+ARMS = {
+    "packed": Arm("packed", "ours", {}),
+    "cached": Arm("packed, features cached", "ours", {"feature_cache": True}),
+    "padded": Arm("ours, padded", "ours", {"layout": "padded"}),
+    "trl": Arm("TRL, best settings", "trl", {"form": "best"}),
+    "defaults": Arm("TRL, defaults", "trl", {"form": "defaults", "device_batch": 8, "workers": 0}),
+    "dialogue": Arm("TRL, an image's questions as one dialogue", "trl", {"form": "dialogue"}),
+}
+WORKS = {
+    "vqa": Work("vqa", 64, 4, "packed", {"trl": 8.0}, 1 / 3, ("padded", "dialogue")),
+    "vqa-cached": Work("vqa", 64, 4, "cached", {"trl": 10.0}),
+    "slake": Work("slake", 64, 4, "packed", {"trl": 8.0}),
+    "instruct": Work("instruct", 32, 2, "packed", {"trl": 1.15, "defaults": 1.3}, explained_by=("padded",)),
+    "align": Work("align", 32, 2, "packed", {"trl": 1.0, "defaults": 1.25}, explained_by=("padded",)),
+    **{f"curve-{number}": Work(f"curve-{number}", 40, 2, "packed", {}) for number in CURVE},
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    choices = [*(name for name in WORKS if not name.startswith("curve")), "curve"]
+    parser.add_argument("--work", nargs="+", choices=choices, default=choices, help="what to train on")
+    parser.add_argument("--data", type=Path, help="folder of vqa_rad/ and slake/; left out: both are made up")
+    parser.add_argument("--pairs", type=int, default=5, help="repeats")
+    parser.add_argument("--conversations", type=int, help="of an optimizer step, a multiple of 16 or fewer; left out: the work's")
+    parser.add_argument("--device_batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of TRL's, to choose from")
+    parser.add_argument("--image_size", type=int, default=336, help="pixels; (image_size / 14)² image tokens")
+    parser.add_argument("--width", type=int, default=512, help="of the language model, a multiple of 64")
+    parser.add_argument("--layers", type=int, default=8, help="of the language model")
+    parser.add_argument("--vocabulary", type=int, default=32064, help="tokens of the language model")
+    parser.add_argument("--shared", action="store_true", help="say in the log that the machine did other work too")
+    parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    works = [name for name in WORKS if name in options.work or (name.startswith("curve") and "curve" in options.work)]
+    with tempfile.TemporaryDirectory() as folder:
+        drawer = Drawer(Path(folder), options.data, options.image_size * 4 // 3, SEED)
+        parameters = build_base(Path(folder), drawer.texts, options)
+        bench = Bench(Path(folder), drawer, options.conversations, options.device_batches)
+        for pair in range(options.pairs):
+            for name in works:
+                bench.run_pair(name, pair)
+        result = summarise(options, works, parameters, bench)
+    entry = log_entry(result)
+    print(entry)
+    if options.log:
+        path = write_down(result, entry, "-".join(options.work))
+        if result["curve"]:
+            draw_curve(result["curve"], path.with_suffix(".png"))
+
+
+def build_base(folder: Path, texts: Sequence[str], options: argparse.Namespace) -> int:
+    """Write `base/`, a LLaVA with random weights, and `processor/`, a stage's; returns the number of parameters."""
+    from transformers import LlamaConfig
+
+    tokenizer = train_tokenizer(texts, LEARNT_TOKENS)
+    text = LlamaConfig(
+        vocab_size=max(options.vocabulary, len(tokenizer)),
+        hidden_size=options.width,
+        intermediate_size=options.width * 11 // 4,
+        num_hidden_layers=options.layers,
+        num_attention_heads=options.width // 64,
+        num_key_value_heads=options.width // 64,
+        max_position_embeddings=4096,
+        tie_word_embeddings=False,
+    )
+    config = llava_config(text, options.image_size, SPECIAL.index("<image>"))
+    parameters = write_checkpoint(folder / "base", config, make_processor(tokenizer, options.image_size), SEED)
+    save_stage_processor(folder)
+    return parameters
+
+
+class Bench:
+    """Runs what is asked for, each run once.
+
+    Args:
+        folder: holds the checkpoint.
+        drawer: of the data.
+        conversations: of a step; `None`: the work's.
+        device_batches: of TRL's, to choose from.
+    """
+
+    def __init__(self, folder: Path, drawer: Drawer, conversations: int | None, device_batches: Sequence[int]):
+        self.folder, self.drawer, self.conversations, self.device_batches = folder, drawer, conversations, device_batches
+        self.done: dict[tuple[str, str, int], Run] = {}  # of (data, arm, pair)
+        self.probed: dict[str, list[Run]] = {}  # of a data's kind: what TRL's settings gave
+
+    def of(self, name: str, arm: str) -> list[Run]:
+        """The runs of a work's arm, in pairs' order."""
+        return [found for (data, ran, _), found in self.done.items() if (data, ran) == (WORKS[name].data, arm)]
+
+    def run_pair(self, name: str, pair: int) -> None:
+        """Both sides, in alternating order, and what explains them; a check that they did the same work."""
+        work = WORKS[name]
+        against = ["trl"] if name == f"curve-{CURVE[0]}" else list(work.least)  # padded, a question costs the same on any curve
+        arms = [work.ours, *against][:: 1 if pair % 2 == 0 else -1]
+        for arm in [*arms, *(work.explained_by if pair == 0 else ())]:
+            if (work.data, arm, pair) not in self.done:
+                self.done[work.data, arm, pair] = self.run(name, arm, pair)
+        if "trl" in against:
+            for what, bound in (("loss_first", SAME_LOSS), ("trainable_parameters", 0)):
+                ours, other = (self.done[work.data, arm, pair][what] for arm in (work.ours, "trl"))
+                if abs(ours - other) > bound:
+                    sys.exit(f"{name}: the sides do not do the same work: {what} is {ours} in ours, {other} in TRL's.")
+
+    def run(self, name: str, arm: str, pair: int) -> Run:
+        """One run in a process of its own."""
+        work, (label, side, how) = WORKS[name], ARMS[arm]
+        conversations = self.conversations or work.conversations
+        steps = 2 if arm in work.explained_by else work.steps if side == "ours" else 1
+        if side == "trl":
+            how = self._best(work) | how
+            how["device_batch"] = min(how["device_batch"], conversations // 2)  # something must be left behind the warm-up
+        found = self._start(side, how, work.data, pair, conversations, steps)
+        line = f"{found['per_second']:.3f} questions/s, {found['peak_mb']:,.0f} MB"
+        print(f"pair {pair + 1}, {work.data}, {label}: {line}", file=sys.stderr)
+        return found
+
+    def _best(self, work: Work) -> dict[str, Any]:
+        """TRL's fastest device batch and number of workers, over the first quarter of a step."""
+        kind = {"instruct": "dialogues and captions", "align": "dialogues and captions"}.get(work.data, "questions")
+        if kind not in self.probed:
+            some = max(2, (self.conversations or work.conversations) // 4)
+            tried: list[Run] = []
+            for workers in (0, 1):
+                sizes = [size for size in self.device_batches if size <= some]
+                if workers:
+                    sizes = [max(tried, key=lambda found: found["per_second"])["device_batch"]]
+                for size in sizes:
+                    settings = {"device_batch": size, "workers": workers}
+                    found = self._start("trl", ARMS["trl"].how | settings, work.data, 0, some, 2)
+                    tried.append(settings | {key: found[key] for key in ("per_second", "per_cpu_second", "peak_mb")})
+                    print(f"probe of {kind}: {tried[-1]}", file=sys.stderr)
+            self.probed[kind] = tried
+        fastest = max(self.probed[kind], key=lambda found: found["per_second"])
+        return {key: fastest[key] for key in ("device_batch", "workers")}
+
+    def _start(self, side: str, how: dict[str, Any], data: str, step: int, conversations: int, steps: int) -> Run:
+        path, images = self.drawer.write(data, step, conversations)
+        run = {"side": side, "how": how, "steps": steps, "conversations": conversations}
+        places = {"folder": str(self.folder), "file": str(path), "images": str(images)}
+        return run_apart(str(RUNS), [json.dumps(run | places)])
+
+
+# What came out
+
+
+def summarise(options: argparse.Namespace, works: Sequence[str], parameters: int, bench: Bench) -> dict[str, Any]:
+    """Medians and ranges of every arm, and of the pairs' ratios."""
+    found: dict[str, Any] = {}
+    for name in works:
+        work = WORKS[name]
+        arms = {
+            arm: runs for arm in ARMS if (runs := bench.of(name, arm)) and (arm in ("trl", work.ours) or name != "vqa-cached")
+        }
+        if name != "vqa-cached":
+            arms.pop("cached", None)
+        ours = arms[work.ours]
+        ratios = {
+            arm: spread([one["per_second"] / other["per_second"] for one, other in zip(ours, runs, strict=False)])
+            for arm, runs in arms.items()
+        }
+        memory = [one["peak_mb"] / other["peak_mb"] for one, other in zip(ours, arms.get("trl", ours), strict=True)]
+        useful = [run["counts"]["useful"] for run in ours]
+        missed = [f"{arm} {least:g}×" for arm, least in work.least.items() if ratios[arm]["median"] < least]
+        missed += ["memory"] if work.memory is not None and spread(memory)["median"] > work.memory else []
+        missed += ["useful positions"] if min(useful) < WANTED_USEFUL else []
+        found[name] = {
+            "wanted": {**work.least, "memory": work.memory, "useful": WANTED_USEFUL},
+            "missed": missed,
+            "ratio": ratios,
+            "memory_ratio": spread(memory),
+            "useful": spread(useful),
+            "bound": spread([run["counts"]["bound"] for run in ours]),
+            "bound_packing": spread([run["counts"]["bound_packing"] for run in ours]),
+            "arms": {arm: _spreads(runs) for arm, runs in arms.items()},
+            "runs": arms,
+        }
+    return {
+        **heading("packing"),
+        "shared": options.shared,
+        "settings": {key: value for key, value in vars(options).items() if key not in ("data", "log", "shared")},
+        "real_data": options.data is not None,
+        "parameters": parameters,
+        "probed": bench.probed,
+        "works": found,
+        "curve": _curve(found),
+    }
+
+
+def _spreads(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    return {what: spread([run[what] for run in runs]) for what in ("per_second", "per_cpu_second", "peak_mb")}
+
+
+def _curve(found: dict[str, Any]) -> list[dict[str, float]]:
+    """For each number of questions an image: ratio to TRL, which needs no run of its own there, and both bounds."""
+    if f"curve-{CURVE[0]}" not in found:
+        return []
+    bare = found[f"curve-{CURVE[0]}"]["runs"]["trl"]
+    points = []
+    for number in CURVE:
+        work = found[f"curve-{number}"]
+        ratio = spread([one["per_second"] / other["per_second"] for one, other in zip(work["runs"]["packed"], bare, strict=True)])
+        bounds = {name: work[name]["median"] for name in ("bound", "bound_packing")}
+        points.append({"questions": number, "ratio": ratio, **bounds, "near": ratio["median"] / bounds["bound"]})
+    return points
+
+
+def draw_curve(curve: Sequence[dict[str, Any]], path: Path) -> None:
+    """The curve beside its bounds, as a PNG."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.subplots()
+    numbers = [point["questions"] for point in curve]
+    medians = [point["ratio"]["median"] for point in curve]
+    reach = [[abs(point["ratio"][end] - point["ratio"]["median"]) for point in curve] for end in ("least", "most")]
+    axes.errorbar(numbers, medians, yerr=reach, marker="o", capsize=3, label="measured")
+    axes.plot(numbers, [point["bound"] for point in curve], "--", label="by FLOPs, TRL's head as it is on a CPU")
+    axes.plot(numbers, [point["bound_packing"] for point in curve], ":", label="by FLOPs, packing alone")
+    axes.set_xlabel("questions an image")
+    axes.set_ylabel("times TRL's questions per second")
+    axes.set_xticks(numbers)
+    axes.set_ylim(bottom=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, format="png", dpi=120)
+
+
+def log_entry(result: dict[str, Any]) -> str:
+    """The result as a section of `LOG.md`."""
+    settings, works = result["settings"], result["works"]
+    tokens = (settings["image_size"] // 14) ** 2
+    missed = "; ".join(f"{name} ({', '.join(work['missed'])})" for name, work in works.items() if work["missed"])
+    rows = [_table_row(name, arm, work) for name, work in works.items() for arm in work["arms"] if not name.startswith("curve")]
+    probes = [
+        f"{kind}: device batch {best['device_batch']}, {best['workers']} worker(s)"
+        for kind, tried in result["probed"].items()
+        for best in [max(tried, key=lambda found: found["per_second"])]
+    ]
+    lines = [
+        f"## {result['date']} · packing: packed training beside TRL at its best",
+        "",
+        f"- Machine: {result['machine']}{', shared with other work' if result['shared'] else ''}",
+        f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
+        f"- Command: `{result['command']}`",
+        f"- What: LLaVA of {result['parameters'] / 1e6:.1f} M parameters, {tokens} image tokens, vocabulary "
+        f"{settings['vocabulary']:,}, LoRA rank {RANK} and projector, fp32; {'real' if result['real_data'] else 'made-up'} "
+        f"questions; {settings['pairs']} pairs. TRL's best: {'; '.join(probes)}",
+        "- Expected: vqa 8× at a third of the memory, cached 10×, slake 8×, instruct 1.15× (defaults 1.3×), align 1.0× (1.25×); "
+        f"{WANTED_USEFUL:.0%} of the positions useful",
+        f"- Result: {f'missed: {missed}' if missed else 'as expected'}",
+        "",
+    ]
+    if rows:
+        head = "work | trained by | questions/s, median (range) | per CPU second | peak MB | packed is, times | by FLOPs | useful"
+        lines += [f"| {head} |", "|" + "---|" * 8, *rows, ""]
+    if result["curve"]:
+        lines += [
+            "| questions an image | times TRL's speed (range) | bound by FLOPs | of packing alone | of the bound |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {point['questions']} | {_times(point['ratio'])} | {point['bound']:.1f} | {point['bound_packing']:.1f} | "
+                f"{point['near']:.0%} |"
+                for point in result["curve"]
+            ),
+            "",
+        ]
+    return "\n".join(lines)
+
+
+def _table_row(name: str, arm: str, work: dict[str, Any]) -> str:
+    found = work["arms"][arm]
+    judged = arm == WORKS[name].ours
+    ratio = "" if judged else _times(work["ratio"][arm])
+    bound = {"trl": work["bound"], "padded": work["bound_packing"]}.get(arm)
+    return (
+        f"| {name} | {ARMS[arm].label} | {_range(found['per_second'], 2)} | {found['per_cpu_second']['median']:.2f} | "
+        f"{_range(found['peak_mb'], 0)} | {ratio} | {'' if bound is None else format(bound['median'], '.1f')} | "
+        f"{format(work['useful']['median'], '.1%') if judged else ''} |"
+    )
+
+
+def _range(value: dict[str, float], digits: int) -> str:
+    return f"{value['median']:,.{digits}f} ({value['least']:,.{digits}f} to {value['most']:,.{digits}f})"
+
+
+def _times(value: dict[str, float]) -> str:
+    return f"**{value['median']:.2f}** ({value['least']:.2f} to {value['most']:.2f})"
+
+
+if __name__ == "__main__":
+    main()
