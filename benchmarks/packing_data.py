@@ -1,8 +1,7 @@
 """The conversations that `packing.py` and `packing_gpu.py` train on: one optimizer step's worth of each work, as LLaVA JSON.
 
 - vqa: a real step over VQA-RAD's training file, drawn image by image as a stage draws it (9.8 questions an image).
-- slake: the same over SLAKE's English training questions (10.9 an image); its images are not published with it
-  and are drawn.
+- slake: the same over SLAKE's English training questions (10.9 an image), images drawn: its files have none.
 - instruct: dialogues of 2.86 exchanges in the mean, as in LLaVA-Med's file of 60,000, each about an image of its own.
 - align: one caption each, about an image of its own; a quarter of the captions has fewer than 30 words, as in PMC-15M.
 - curve-k: k questions an image, questions and answers as in VQA-RAD, images drawn.
@@ -30,7 +29,11 @@ CURVE = (1, 2, 5, 11, 20)  # questions an image
 EXCHANGES = {2: 0.40, 3: 0.40, 4: 0.15, 5: 0.05}  # of a dialogue, 2.85 in the mean
 PER_IMAGE = {"vqa": 9.8, "slake": 10.9}
 GROUP, DRAWN = 16, 1024  # conversations of about one length, and of how many they are taken
-THINGS = (
+WORDS = (
+    "left",
+    "right",
+    "upper",
+    "lower",
     "lung",
     "lobe",
     "heart",
@@ -39,12 +42,8 @@ THINGS = (
     "chest",
     "nodule",
     "mass",
+    "normal",
     "fluid",
-    "left",
-    "right",
-    "upper",
-    "lower",
-    "slice",
 )
 
 Rows = list[dict[str, Any]]
@@ -191,6 +190,6 @@ def _made_up(work: str, seed: int) -> list[dict[str, str]]:
     rows = []
     for image in range(60):
         for _ in range(max(1, round(words.gauss(PER_IMAGE[work], 3)))):
-            asked = f"Is there a {' '.join(words.choices(THINGS, k=words.randint(2, 6)))}?"
-            rows.append({"id": str(len(rows)), "image": f"{work}-{image}.jpg", "question": asked, "answer": words.choice(THINGS)})
+            asked = f"Is there a {' '.join(words.choices(WORDS, k=words.randint(2, 6)))}?"
+            rows.append({"id": str(len(rows)), "image": f"{work}-{image}.jpg", "question": asked, "answer": words.choice(WORDS)})
     return rows

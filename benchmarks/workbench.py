@@ -77,16 +77,28 @@ def llava_config(text: LlamaConfig, image_size: int, image_token: int, tower: Ma
     )
 
 
-def write_checkpoint(folder: Path, config: LlavaConfig, processor: LlavaProcessor, seed: int) -> int:
-    """Write a LLaVA with random weights and its processor; returns its number of parameters."""
+def write_checkpoint(
+    folder: Path, config: LlavaConfig, processor: LlavaProcessor, seed: int, dtype: str = "float32", device: str = "cpu"
+) -> int:
+    """Write a LLaVA with random weights, drawn on a device, and its processor; returns its number of parameters."""
     import torch
-    from transformers import LlavaForConditionalGeneration
+    from transformers import AutoModelForImageTextToText
 
     torch.manual_seed(seed)
-    model = LlavaForConditionalGeneration(config)
+    with torch.device(device):
+        model = AutoModelForImageTextToText.from_config(config, dtype=getattr(torch, dtype))
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
     return model.num_parameters()
+
+
+def save_stage_processor(folder: Path) -> None:
+    """Write `processor/`, with which a stage over `base/` trains, so that stock trainers can do the same."""
+    from llavamed_peft.modeling.load import read_config
+    from llavamed_peft.modeling.processor import load_processor, make_stage_processor, save_processor
+
+    processor = load_processor(folder / "base", read_config(folder / "base"))
+    save_processor(make_stage_processor(processor, "pad"), folder / "processor")
 
 
 def run_apart(script: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> Any:

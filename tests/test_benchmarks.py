@@ -56,24 +56,6 @@ def test_data_path_takes_every_row_through_each_part_and_prints_its_log_entry():
 
 
 @pytest.mark.slow
-def test_packing_compares_equal_work_and_prints_its_log_entry():
-    small = ["--works", "vqa-cached", "--pairs=1", "--conversations=4", "--steps", "2", "2"]
-    small += ["--image_size=28", "--width=64", "--layers=1", "--vocabulary=600"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "packing.py"), *small],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr  # it stops where first losses or trainable parameters of the two sides differ
-    lines = done.stdout.splitlines()
-    assert lines[0].endswith("packing: packed training beside TRL's SFTTrainer")
-    (row,) = [line for line in lines if line.startswith("| vqa-cached (4) |")]
-    assert len(row.split("|")) == 11 and row.endswith("% |")
-
-
-@pytest.mark.slow
 def test_kills_compares_and_prints_its_log_entry():
     done = subprocess.run(
         [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills=1", "--seed=3"],
@@ -103,3 +85,53 @@ def test_processes_send_what_the_formula_says(launch: dict[str, str], tmp_path: 
     assert (found["method"], found["processes"], found["batches"]) == ("fsdp2" if launch else None, 2, 4)
     documented = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
     assert all(f"{number:,}" in documented for number in found["sent"].values())
+
+
+def table(lines: list[str]) -> list[list[str]]:
+    """Cells of the tables' rows, heads included."""
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+
+
+@pytest.mark.slow
+def test_packing_compares_equal_work_and_prints_its_log_entry():
+    small = ["--pairs=1", "--conversations=8", "--device_batches=2", "--image_size=56", "--width=64", "--layers=2"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "packing.py"), "--work", "vqa", "align", *small, "--vocabulary=512"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr  # it stops where losses or trainable parameters of the two sides differ
+    lines = done.stdout.splitlines()
+    heading = next(line for line in lines if line.startswith("## "))
+    assert heading.endswith("packing: packed training beside TRL at its best")
+    rows = table(lines)[1:]
+    assert [(row[0], row[1]) for row in rows] == [
+        ("vqa", "packed"),
+        ("vqa", "ours, padded"),
+        ("vqa", "TRL, best settings"),
+        ("vqa", "TRL, an image's questions as one dialogue"),
+        ("align", "packed"),
+        ("align", "ours, padded"),
+        ("align", "TRL, best settings"),
+        ("align", "TRL, defaults"),
+    ]
+    bounds = {row[:2][0]: float(row[6]) for row in rows if row[1] == "TRL, best settings"}
+    assert bounds["vqa"] > 4 > 1.5 > bounds["align"], "what is shared decides the bound"
+    assert float(rows[0][7].rstrip("%")) > 97
+
+
+@pytest.mark.slow
+def test_packing_gpu_runs_in_miniature_without_a_gpu():
+    small = ["--tiny", "--quantization", "none", "--row_tokens", "200", "--conversations=8", "--steps=2", "--repeats=1"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "packing_gpu.py"), *small],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    (row,) = table(done.stdout.splitlines())[1:]
+    assert row[:2] == ["bf16", "200"] and float(row[4].split("**")[1]) > 0
