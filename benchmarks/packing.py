@@ -11,9 +11,9 @@ same conversations (`packing_data.py`) in fp32, in the same global batch, at the
 conversations; another pair takes others, for vqa and slake another real step of an epoch. The losses of the first step are
 compared: they must agree to 1e-4.
 
-- packed: `curriculum_finetune` as a user calls it, but for `feature_cache=False`. cached: the same with `feature_cache=True`; since steps take the same images,
-  all but the first are a second epoch. padded: with `layout="padded"`: what is left of TRL's trainer if only its loss is
-  changed, so padded → packed is what packing alone gives.
+- packed: `curriculum_finetune` as a user calls it, but for `feature_cache=False`. cached: the same with `feature_cache=True`;
+  since steps take the same images, all but the first are a second epoch. padded: with `layout="padded"`: what is left of TRL's
+  trainer if only its loss is changed, so padded → packed is what packing alone gives.
 - trl: no activation checkpointing; questions as prompt and completion with `completion_only_loss`, dialogues as messages with
   `assistant_only_loss`; `group_by_length`; images as paths, decoded while training; of the device batches 1 to 16, and then of
   no worker and one, the fastest over a quarter of a step. `nll` is its only loss without full logits (`dft` computes the same,
