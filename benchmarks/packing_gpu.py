@@ -92,7 +92,8 @@ def build_base(folder: Path, texts: Sequence[str], image_size: int, tiny: bool) 
 def run(options: argparse.Namespace, folder: Path, drawer: Drawer, step: int, how: dict[str, Any]) -> dict[str, Any]:
     """One run, on another step of the data in every repeat."""
     path, images = drawer.write(options.work, step, options.conversations)
-    asked = {"side": "ours", "how": {**how, "feature_cache": False}, "steps": options.steps, "conversations": options.conversations}
+    asked = {"side": "ours", "how": {**how, "feature_cache": False}}
+    asked |= {"steps": options.steps, "conversations": options.conversations}
     places = {"folder": str(folder), "file": str(path), "images": str(images)}
     found = how | run_apart(str(RUNS), [json.dumps(asked | places)])
     print(f"{how}: {found['per_second']:.2f} conversations/s, {found['peak_gpu_mb']:,.0f} MB of GPU memory", file=sys.stderr)
