@@ -345,7 +345,11 @@ class StageTrainer(ResumableTrainer):
         """
         try:
             yield
-        except RuntimeError as error:
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if self.worker_notes:
+                # What a dying worker had sent cannot be fetched, a moment before torch learns of its end: that comes now.
+                with contextlib.suppress(RuntimeError):
+                    time.sleep(1)
             notes = [note for notes in self.worker_notes.values() for note in notes.read()]
             ends = [f"died at {note.text}" for note in notes if note.is_dead]
             ends += [f"has been at {note.text} for {note.seconds:.0f} s" for note in notes if note.seconds > HANGS_AFTER / 2]
