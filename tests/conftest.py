@@ -6,8 +6,6 @@ from pathlib import Path
 # Before any test imports huggingface_hub or tokenizers, which read these once.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # tokenizer threads and forked data-loader workers do not go together
-# Unbuffered, the lines of two processes that share a stream mix, and what a test looks for in them is torn apart.
-os.environ.pop("PYTHONUNBUFFERED", None)
 # Before torch is imported: idle threads sleep. Spinning ones cost tiny models on a busy machine 208 s instead of 52 s.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 if not Path("/dev/nvidia0").exists():  # DeepSpeed, once installed, otherwise says on stdout of every training that it found none
