@@ -675,7 +675,9 @@ def test_waiting_for_images_is_counted(
     monkeypatch.setattr(collator, "load_image", slow)
     shown = [conversation for conversation in conversations if conversation.images]
     curriculum = Curriculum((Stage("align", "projector", schedule(epochs=1, global_batch=1)),))
-    metrics = curriculum_finetune(bases["llava"], {"align": shown}, tmp_path / "run", curriculum=curriculum)["align"].metrics
+    metrics = curriculum_finetune(bases["llava"], {"align": shown}, tmp_path / "run", curriculum=curriculum, feature_cache=False)[
+        "align"
+    ].metrics
     assert 0.05 * len(shown) <= metrics["waiting_seconds"] < metrics["seconds"]
     last = read_metrics(tmp_path / "run")[-1]
     assert last["waiting_share"] == pytest.approx(metrics["waiting_seconds"] / metrics["seconds"], abs=0.05)
