@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
+from itertools import combinations, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +14,7 @@ from hypothesis import strategies as st
 
 from llavamed_peft import Schedule
 from llavamed_peft.packing.steps import (
-    MOST_PADDING,
+    ANOTHER_BATCH,
     DeviceBatch,
     Prefixes,
     StepSampler,
@@ -124,8 +126,34 @@ def test_packed_rows_hold_every_conversation_once_and_keep_their_bound(
             lots.setdefault(int(keys[row]) if prefixes.tokens[row] else -1 - row, []).append(row)
         if fill is not None and len(lots) > 1:
             loads = [row_tokens(tuple(lot), lengths, prefixes) for lot in lots.values()]
-            takes = len(loads) * max(loads)
-            assert takes <= min(fill, max_row_tokens) and takes - sum(loads) <= MOST_PADDING
+            assert len(loads) * max(loads) <= (max_row_tokens if len(lots) == len(batch) else min(fill, max_row_tokens))
+
+
+@given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.integers(1, 900))
+def test_rows_of_one_length_are_batched_as_cheaply_as_can_be(lengths: list[int], max_row_tokens: int) -> None:
+    prefixes = Prefixes(np.arange(len(lengths)), np.zeros(len(lengths), dtype=int))
+    (share,) = packed_share_of_step(range(len(lengths)), np.array(lengths), prefixes, max_row_tokens, 1, 1)
+
+    def takes(batch: Sequence[int]) -> int:
+        return len(batch) * max(batch)
+
+    descending = sorted(lengths, reverse=True)
+    cuts = [
+        [descending[begin:end] for begin, end in pairwise([0, *cut, len(lengths)])]
+        for number in range(len(lengths))
+        for cut in combinations(range(1, len(lengths)), number)
+    ]
+    allowed = [cut for cut in cuts if all(takes(batch) <= max_row_tokens or len(batch) == 1 for batch in cut)]
+    least = min(sum(takes(batch) + ANOTHER_BATCH for batch in cut) for cut in allowed)
+    assert sum(takes([lengths[row] for row in batch]) + ANOTHER_BATCH for batch in share) == least
+
+
+def test_rows_of_their_own_are_dealt_out_evenly() -> None:
+    lengths = np.random.default_rng(0).integers(10, 1000, size=128)
+    prefixes = Prefixes(np.arange(128), np.zeros(128, dtype=int))
+    shares = packed_share_of_step(range(128), lengths, prefixes, 4096, 1024, 4)
+    costs = [sum(len(batch) * int(lengths[list(batch)].max()) for batch in share if batch) for share in shares]
+    assert max(costs) / min(costs) < 1.05 and sum(costs) / lengths.sum() < 1.03
 
 
 def test_a_packed_step_has_the_same_conversations_on_any_number_of_processes() -> None:

@@ -21,7 +21,7 @@ from ..stages import Schedule
 from .tree import first_fit
 
 DeviceBatch = tuple[int, ...]  # rows of the index
-MOST_PADDING = 64  # tokens of a device batch of several packed rows; another device batch costs a small model about as much
+ANOTHER_BATCH = 64  # tokens whose work costs a small model about as much as one device batch more
 
 
 class Prefixes(NamedTuple):
@@ -157,9 +157,9 @@ def packed_share_of_step(
 
     Conversations with one beginning stay together, so that it stands once; only where they are longer than a row it is repeated.
     Then, without `fill_tokens`, the largest first, each lot goes to the shortest of as few rows as hold them all, so many for
-    each process; a row is a device batch. With it, each lot is a row, and rows of about one length make a device batch. No
-    process waits for a much longer one unless few images make a large step: cutting their conversations apart would cost more
-    than it saves.
+    each process; a row is a device batch. With it, each lot is a row, every process gets about the same number of tokens, and
+    rows of about one length make a device batch. No process waits for a much longer one unless few images make a large step:
+    cutting their conversations apart would cost more than it saves.
     """
     alike: dict[Hashable, list[int]] = {}
     for row in map(int, step):
@@ -175,35 +175,53 @@ def packed_share_of_step(
             sizes.append(prefix + sum(branches[i] for i in chosen))
     if fill_tokens is None:
         rows, loads = _even(sizes, max_row_tokens, world_size)
+        shares: list[list[list[int]]] = [[] for _ in range(world_size)]
+        costs = [0] * world_size
+        for row in sorted(range(len(rows)), key=lambda row: -loads[row]):
+            fewest = min(map(len, shares))
+            process = min((p for p in range(world_size) if len(shares[p]) == fewest), key=lambda p: costs[p])
+            shares[process].append(rows[row])
+            costs[process] += loads[row]
     else:
-        rows, loads = _alike(sizes, min(fill_tokens, max_row_tokens), world_size)
-    batches = [tuple(conversation for part in sorted(row) for conversation in parts[part]) for row in rows]
-    shares: list[list[DeviceBatch]] = [[] for _ in range(world_size)]
-    costs = [0] * world_size
-    for row in sorted(range(len(rows)), key=lambda row: -loads[row]):
-        fewest = min(map(len, shares))
-        process = min((p for p in range(world_size) if len(shares[p]) == fewest), key=lambda p: costs[p])
-        shares[process].append(batches[row])
-        costs[process] += loads[row]
-    return shares
+        hands, _ = _even(sizes, sum(sizes), world_size)
+        branching = [[part for part in hand if len(parts[part]) > 1] for hand in hands]
+        single = [[part for part in hand if len(parts[part]) == 1] for hand in hands]
+        fill = min(fill_tokens, max_row_tokens)
+        shares = [
+            _alike(masked, sizes, fill) + _alike(unmasked, sizes, max_row_tokens)
+            for masked, unmasked in zip(branching, single, strict=True)
+        ]
+        most = max(map(len, shares))
+        shares = [share + [[]] * (most - len(share)) for share in shares]
+    return [[tuple(conversation for part in sorted(row) for conversation in parts[part]) for row in share] for share in shares]
 
 
-def _alike(sizes: Sequence[int], capacity: int, multiple: int) -> tuple[list[list[int]], list[int]]:
-    """Items of about one size into bins, as many as make a multiple of some number; each takes up as much as the bin's largest.
+def _alike(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
+    """Items of about one size into bins, each taking up as much as its bin's largest: as little in all as can be had.
 
-    Returns:
-        The items of each bin, and how much they take up.
+    Args:
+        items: which of the sizes.
+        sizes: of the items.
+        capacity: of a bin; an item that is larger has its own.
     """
+    ordered = sorted(items, key=lambda item: -sizes[item])
+    costs, begins = [0], [0]  # of the first items, in bins as good as can be; where the last of those bins begins
+    for end in range(1, len(ordered) + 1):
+        possible: list[tuple[int, int]] = []
+        for begin in reversed(range(end)):
+            takes = (end - begin) * sizes[ordered[begin]]
+            if takes > capacity and possible:
+                break
+            possible.append((costs[begin] + takes + ANOTHER_BATCH, begin))
+        cost, begin = min(possible)
+        costs.append(cost)
+        begins.append(begin)
     bins: list[list[int]] = []
-    for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
-        together = [sizes[other] for other in bins[-1]] + [sizes[item]] if bins else []
-        takes = len(together) * max(together, default=0)
-        if bins and takes <= capacity and takes - sum(together) <= MOST_PADDING:
-            bins[-1].append(item)
-        else:
-            bins.append([item])
-    bins += [[] for _ in range(-len(bins) % multiple)]
-    return bins, [len(items) * max((sizes[item] for item in items), default=0) for items in bins]
+    end = len(ordered)
+    while end:
+        bins.append(ordered[begins[end] : end])
+        end = begins[end]
+    return bins[::-1]
 
 
 def _even(sizes: Sequence[int], capacity: int, multiple: int) -> tuple[list[list[int]], list[int]]:
