@@ -21,7 +21,7 @@ from ..stages import Schedule
 from .tree import first_fit
 
 DeviceBatch = tuple[int, ...]  # rows of the index
-ANOTHER_BATCH = 64  # tokens whose work costs a small model about as much as one device batch more
+ANOTHER_BATCH = 128  # tokens whose work costs a small model about as much as one device batch more (benchmarks/LOG.md)
 
 
 class Prefixes(NamedTuple):
