@@ -25,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from llavamed_peft import Conversation, Curriculum, Schedule, Stage, Turn, curriculum_finetune
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.parts import sharding_units, unfreeze_full
-from llavamed_peft.training import StageTrainer
+from llavamed_peft.trainer import StageTrainer
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "recipes" / "demo" / "tiny-llava"

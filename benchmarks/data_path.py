@@ -193,7 +193,7 @@ def loader_of(batches: Any, workers: int) -> Any:
     """The training loader over an index."""
     from llavamed_peft.packing.steps import StepSampler
     from llavamed_peft.stages import Schedule
-    from llavamed_peft.training import HANGS_AFTER, StepLoader
+    from llavamed_peft.trainer import HANGS_AFTER, StepLoader
 
     index = batches.index
     schedule = Schedule(epochs=1, learning_rate=1, global_batch=GLOBAL_BATCH)
@@ -222,7 +222,7 @@ def start(options: argparse.Namespace) -> dict[str, Any]:
     """From the start of the process to the first step out of the workers."""
     from llavamed_peft.packing.index import DeviceBatches
     from llavamed_peft.packing.workers import WorkerNotes
-    from llavamed_peft.training import StepLoader  # noqa: F401 - with the other imports
+    from llavamed_peft.trainer import StepLoader  # noqa: F401 - with the other imports
 
     imported = seconds_of_this_process()
     index, collator = index_of(options.folder / "tiny")

@@ -8,7 +8,6 @@ instead, with the same `stage.json`. Folders are written under another name and 
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import warnings
 from collections.abc import Callable, Iterable, Mapping
@@ -25,6 +24,7 @@ from safetensors.torch import load_file, save
 from transformers import PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from .errors import AdapterError, ConfigError
+from .files import flush
 from .hashing import file_sha256, weights_sha256
 from .modeling.load import Quantization, load_checkpoint
 from .modeling.parts import LANGUAGE, PROJECTOR, Tensors, check_places, load_tensors
@@ -396,22 +396,14 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         for path in partial.rglob("*"):
             if path.is_file():
                 path.chmod(readable)
-            _flush(path)
+            flush(path)
         partial.rename(folder)
-        _flush(folder.parent)
+        flush(folder.parent)
     except (OSError, SafetensorError) as error:
         raise AdapterError(f"{folder}: cannot be written ({error}); nothing was left under that name.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def refuse_existing(folder: Path) -> None:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, TrainingError
+from .files import flush
 
 RUN, LOCK = "run.json", "run.lock"
 SCHEMA_VERSION = 1
@@ -53,11 +54,8 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 def write_run(folder: Path, identity: Mapping[str, Any]) -> None:
     """Make the folder this run's."""
     partial = folder / f".{RUN}.partial"
-    with partial.open("w", encoding="utf-8") as file:
-        json.dump({"schema_version": SCHEMA_VERSION, **identity}, file, indent=2)
-        file.write("\n")
-        file.flush()
-        os.fsync(file.fileno())
+    partial.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **identity}, indent=2) + "\n", encoding="utf-8")
+    flush(partial)
     partial.replace(folder / RUN)
 
 

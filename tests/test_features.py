@@ -51,7 +51,7 @@ from llavamed_peft.packing import PackedCollator, features  # noqa: E402
 from llavamed_peft.packing.features import Features, read_plans  # noqa: E402
 from llavamed_peft.packing.index import DeviceBatches, build_index  # noqa: E402
 from llavamed_peft.report import RunLog  # noqa: E402
-from llavamed_peft.training import Computing, StageTrainer  # noqa: E402
+from llavamed_peft.trainer import StageTrainer  # noqa: E402
 
 KINDS = {
     "llava": (),
@@ -132,7 +132,7 @@ def trainer(
 
 
 def stored(made: StageTrainer, folder: Path, asked_for: bool | str = True, dtype: torch.dtype = torch.float32) -> Features | None:
-    return made.stored_features(Computing(dtype, "packed", 4096, False, feature_cache=asked_for), folder / "features")
+    return made.stored_features(asked_for, dtype, folder / "features")
 
 
 def tensors_of(found: Features) -> dict[str, torch.Tensor]:
@@ -601,7 +601,7 @@ import torch
 from accelerate import PartialState
 from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, Turn, curriculum_finetune, feature_cache
 from llavamed_peft.packing import features
-from llavamed_peft.training import StageTrainer
+from llavamed_peft.trainer import StageTrainer
 
 base, images, out, processes = sys.argv[1:]
 

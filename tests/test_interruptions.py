@@ -47,7 +47,7 @@ from llavamed_peft.errors import ConfigError, TrainingError  # noqa: E402
 from llavamed_peft.interruption import Interrupted, StopSignals  # noqa: E402
 from llavamed_peft.packing.index import DeviceInputs  # noqa: E402
 from llavamed_peft.runs import differences, locked  # noqa: E402
-from llavamed_peft.training import StageTrainer  # noqa: E402
+from llavamed_peft.trainer import StageTrainer  # noqa: E402
 
 STEPS = {"align": 6, "vqa": 8}
 

@@ -34,7 +34,7 @@ import torch
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, Turn, curriculum_finetune
-from llavamed_peft.training import StageTrainer
+from llavamed_peft.trainer import StageTrainer
 
 base, images, out, processes, how, dtype, stopped = sys.argv[1:]
 
@@ -109,7 +109,7 @@ from pathlib import Path
 from llavamed_peft import Conversation, Curriculum, Schedule, Stage, Turn, curriculum_finetune
 from llavamed_peft.arguments import start
 from llavamed_peft.errors import TrainingError
-from llavamed_peft.training import StageTrainer
+from llavamed_peft.trainer import StageTrainer
 
 @dataclass
 class Words:

@@ -34,7 +34,7 @@ from llavamed_peft.modeling.parts import (
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.index import DeviceBatches, DeviceInputs, Index, build_index
 from llavamed_peft.packing.masks import DENSE_FILL
-from llavamed_peft.training import StageTrainer
+from llavamed_peft.trainer import StageTrainer
 
 LORA = LoraSpec(rank=4, alpha=8, dropout=0.0)
 KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevision": ("qwen2", "siglip", -1)}

@@ -16,7 +16,7 @@ import tiny
 import torch
 from PIL import Image
 
-from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, StageAdapter, Turn, curriculum_finetune, training
+from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, StageAdapter, Turn, curriculum_finetune, trainer
 from llavamed_peft.curriculum import Run
 from llavamed_peft.datasets.rejects import RejectLog
 from llavamed_peft.datasets.sources import open_sources
@@ -27,7 +27,7 @@ from llavamed_peft.packing import PackedCollator, collator
 from llavamed_peft.packing.index import DeviceBatches, DeviceInputs, build_index
 from llavamed_peft.packing.steps import StepSampler
 from llavamed_peft.packing.workers import WorkerNotes
-from llavamed_peft.training import StepLoader
+from llavamed_peft.trainer import StepLoader
 
 KINDS = {"llava": (), "llava_onevision": ("qwen2", "siglip", -1)}  # the second with a processor class of our own
 ONE_STAGE = Curriculum((Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=2)),))
@@ -166,7 +166,7 @@ def test_training_names_the_row_at_which_a_worker_hangs(
         return stage(self, *arguments)
 
     monkeypatch.setattr(Run, "stage", hang_first)
-    monkeypatch.setattr(training, "HANGS_AFTER", 4.0)
+    monkeypatch.setattr(trainer, "HANGS_AFTER", 4.0)
     question = [Question("asked", str(tmp_path / "6.png"), "what?", "a heart", "closed")]
     data, eval_data = ({"vqa": rows[:6]}, {"vqa": question}) if held_out else ({"vqa": rows}, None)
     with pytest.raises(TrainingError) as raised:
@@ -180,10 +180,10 @@ def test_training_names_the_row_at_which_a_worker_hangs(
 def test_another_error_in_training_is_left_as_it_is(
     bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(self: training.StageTrainer, *arguments: object) -> None:
+    def fail(self: trainer.StageTrainer, *arguments: object) -> None:
         raise RuntimeError("no memory on the device")
 
-    monkeypatch.setattr(training.StageTrainer, "training_step", fail)
+    monkeypatch.setattr(trainer.StageTrainer, "training_step", fail)
     with pytest.raises(RuntimeError, match=r"^no memory on the device$"):
         curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=ONE_STAGE, workers=1)
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from safetensors.torch import save_file
 from torch.utils.data import Dataset, default_collate
 
 from ..errors import DataError, TrainingError
+from ..files import flush
 from ..images import content_key, load_image
 from .encoding import Encoder, Size
 from .workers import WorkerNotes
@@ -195,9 +195,9 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
-        _flush(partial)
+        flush(partial)
         partial.replace(path)
-        _flush(path.parent)
+        flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise TrainingError(
             f"{path}: cannot be written ({error}); nothing was left under that name. Make room or mend the folder, and the same "
@@ -205,14 +205,6 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         ) from error
     finally:
         partial.unlink(missing_ok=True)
-
-
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 class Pictures(Dataset[torch.Tensor | None]):

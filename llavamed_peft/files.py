@@ -1,0 +1,19 @@
+"""Files that stay whole: what is written is on the disk before it gets its name."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def flush(path: Path) -> None:
+    """Wait until what was written to a file, or which names stand in a folder, is on the disk.
+
+    Raises:
+        OSError: it cannot be opened or flushed.
+    """
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

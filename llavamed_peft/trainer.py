@@ -1,0 +1,305 @@
+"""TRL's `SFTTrainer` over exact optimizer steps of conversations: the one subclass behind every stage.
+
+Four things are ours and everything else is the trainer's: the data loader (one item is one process's share of one optimizer
+step, a list of device batches, so `gradient_accumulation_steps` is 1 and accelerate does not re-shard it), the step (the mean
+over all of the step's supervised tokens, however they are cut), the held-out loss (the same mean), and the optimizer's groups
+(two learning rates). Logits are computed at supervised positions only. That a killed stage goes on bit for bit is
+`resumption.py`'s business.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import math
+import resource
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from transformers import ProcessorMixin
+from trl import SFTConfig
+
+from .checkpoints import rng_state, standing
+from .errors import TrainingError
+from .feature_cache import Asked, FeatureCache, passes_in_an_epoch
+from .interruption import prepare_worker
+from .modeling.parts import PROJECTOR, bare
+from .packing import PackedCollator
+from .packing.features import Features, Pictures
+from .packing.index import DeviceBatches, DeviceInputs, Index
+from .packing.masks import attention_mask
+from .packing.steps import StepSampler, steps_in_all
+from .packing.workers import WorkerNotes
+from .resumption import ResumableTrainer
+from .stages import Schedule, Stage
+
+HANGS_AFTER = 600.0  # seconds that training waits for its workers' next step; a slow disk takes seconds, a dead one for ever
+# Each tensor on its way from a worker is one: 8 workers may have 2,000 under way, where 1,024 is the usual limit
+OPEN_FILES = 65_536
+
+
+class StageTrainer(ResumableTrainer):
+    """TRL's trainer over exact steps of conversations.
+
+    Args:
+        model: with the stage's trainable parameters.
+        config: the trainer's settings.
+        processor: the stage's.
+        stage: its schedule's batch, order and learning rates.
+        train_index, eval_index: the data.
+        collator: lays a device batch out; its `max_row_tokens` bounds one.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: SFTConfig,
+        processor: ProcessorMixin,
+        stage: Stage,
+        train_index: Index,
+        eval_index: Index | None,
+        collator: PackedCollator,
+    ):
+        self.collator = collator
+        workers = config.dataloader_num_workers
+        self.worker_notes = {use: WorkerNotes(workers) for use in ("train", "eval", "features")} if workers else {}
+        if workers:
+            allow_open_files()
+        self.rates: dict[str, float] = {}  # of the step just taken, by part
+        super().__init__(
+            stage,
+            train_index,
+            eval_index,
+            model=model,
+            args=config,
+            data_collator=_as_is,
+            train_dataset=train_index.rows,
+            eval_dataset=None if eval_index is None else eval_index.rows,
+            processing_class=processor,
+        )
+
+    def get_train_dataloader(self) -> DataLoader[list[DeviceInputs]]:
+        """This process's share of every step of an epoch; not prepared by accelerate, which would shard it again."""
+        return self._steps(self.train_index, self.schedule, "train")
+
+    def _sampler(self, index: Index, schedule: Schedule) -> StepSampler:
+        return StepSampler(
+            index.column("length"),
+            index.column("group"),
+            schedule,
+            self.collator.max_row_tokens,
+            self.args.seed,
+            self.args.process_index,
+            self.args.world_size,
+            prefixes=index.prefixes() if self.collator.layout == "packed" else None,
+            fill_tokens=self.collator.fill_tokens,
+        )
+
+    def _steps(self, index: Index, schedule: Schedule, use: str) -> DataLoader[list[DeviceInputs]]:
+        return StepLoader(
+            DeviceBatches(index, self.collator, self.worker_notes.get(use)),
+            batch_sampler=self._sampler(index, schedule),
+            collate_fn=_as_is,
+            **self._loading(),
+        )
+
+    def _loading(self) -> dict[str, Any]:
+        """How data loaders decode ahead."""
+        return {
+            "num_workers": self.args.dataloader_num_workers,
+            "worker_init_fn": functools.partial(prepare_worker, self.stop.trains),
+            "timeout": HANGS_AFTER if self.args.dataloader_num_workers else 0,
+            "generator": torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
+        }
+
+    def stored_features(self, asked: Asked, dtype: torch.dtype, folder: Path) -> Features | None:
+        """The features of the stage's images, stored now if they are not; `None` where they are not to be.
+
+        Args:
+            asked: always, never, or where it pays.
+            dtype: in which they are stored.
+            folder: of the run's feature cache.
+        """
+        if asked is False:
+            return None
+
+        def load(pictures: Pictures) -> DataLoader[torch.Tensor | None]:
+            return DataLoader(pictures, batch_size=None, **self._loading())
+
+        cache = FeatureCache(self, self.collator.encoder, dtype, folder, load, self.worker_notes.get("features"))
+        began = time.monotonic()
+        features = cache.prepare(asked, self._tower_passes())
+        self.features_seconds += time.monotonic() - began
+        return features
+
+    def _tower_passes(self) -> float:
+        """Images that pass the vision tower in the whole stage without a cache."""
+        sampler = self._sampler(self.train_index, self.schedule)
+        passes = self.schedule.epochs * passes_in_an_epoch(sampler, self.train_index.image_counts())
+        if self.eval_index is None:
+            return passes
+        steps = steps_in_all(len(sampler), self.schedule)
+        every = self.args.eval_steps if self.args.eval_steps >= 1 else math.ceil(steps * self.args.eval_steps)
+        evaluations = 1 + math.ceil(steps / every)
+        return passes + evaluations * passes_in_an_epoch(
+            self._sampler(self.eval_index, self._once()), self.eval_index.image_counts()
+        )
+
+    def _once(self) -> Schedule:
+        """Of a held-out loss."""
+        return Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
+
+    @contextlib.contextmanager
+    def naming_rows(self) -> Iterator[None]:
+        """Where a worker dies or hangs, an error that names the row it was at.
+
+        A worker's death is raised in whatever the training process does at that moment, not only where it asks for data.
+        """
+        try:
+            yield
+        except (RuntimeError, ConnectionError, EOFError) as error:
+            if self.worker_notes:
+                # What a dying worker had sent cannot be fetched, a moment before torch learns of its end: that comes now.
+                with contextlib.suppress(RuntimeError):
+                    time.sleep(1)
+            notes = [note for notes in self.worker_notes.values() for note in notes.read()]
+            ends = [f"died at {note.text}" for note in notes if note.is_dead]
+            ends += [f"has been at {note.text} for {note.seconds:.0f} s" for note in notes if note.seconds > HANGS_AFTER / 2]
+            if not ends and not str(error).startswith("DataLoader worker (pid"):  # torch has no class for it
+                raise
+            raise TrainingError(
+                f"A worker that decodes images {'; another '.join(ends or ['died'])} ({str(error).strip()}). Look at the image "
+                "in a process of its own, and leave the row out if it is the cause; if memory ran out, take fewer workers (now "
+                f"{self.args.dataloader_num_workers}). {standing(self.checkpoint_folder)}"
+            ) from error
+
+    def get_batch_samples(self, *arguments: Any) -> tuple[list[list[DeviceInputs]], Any]:
+        """The next step's data; what it takes is time that the model waits."""
+        began = time.monotonic()
+        samples = super().get_batch_samples(*arguments)
+        self.waiting_seconds += time.monotonic() - began
+        return samples
+
+    def training_step(self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None) -> torch.Tensor:
+        """One optimizer step's gradient: each device batch in turn, scaled by the step's supervised tokens over all processes."""
+        model.train()
+        before = rng_state()
+        self._note_failures(self.train_index, inputs)
+        conversations, supervised = self._total(inputs)
+        self.rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        # DDP averages gradients over processes; the step's loss is a mean over tokens, wherever they are
+        scale = self.accelerator.num_processes / max(supervised, 1)
+        total = torch.zeros((), device=self.args.device)
+        for position, batch in enumerate(inputs):
+            if self.stop.received and self.accelerator.num_processes == 1:  # several agree between steps
+                self.save_and_stop(before)
+            last = position == len(inputs) - 1
+            self.accelerator.sync_gradients = last  # DeepSpeed takes its step where this is true
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(model):
+                with self.compute_loss_context_manager():
+                    loss = self._summed_loss(model, batch) * scale
+                self.accelerator.backward(loss)
+            total += loss.detach()
+            del loss  # or its graph's memory would still be held while the next batch runs forward
+        if not torch.isfinite(total):
+            raise TrainingError(f"The loss of step {self.state.global_step + 1} is {total.item()}. {self.would_recur()}")
+        self.seen_conversations += conversations
+        self.seen_supervised_tokens += supervised
+        return total
+
+    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+        """The held-out loss: the mean over all supervised tokens of the held-out data."""
+        assert self.eval_index is not None
+        began = time.monotonic()
+        model = self.model_wrapped
+        model.eval()
+        summed = torch.zeros((), dtype=torch.float64, device=self.args.device)
+        supervised = 0
+        with torch.no_grad():
+            for inputs in self._steps(self.eval_index, self._once(), "eval"):
+                self._note_failures(self.eval_index, inputs)
+                supervised += self._total(inputs)[1]
+                for batch in inputs:
+                    with self.compute_loss_context_manager():
+                        summed += self._summed_loss(model, batch)
+        if supervised == 0:
+            raise TrainingError(f"No held-out conversation of stage {self.stage.name!r} could be decoded; wanted its images.")
+        loss = self.accelerator.reduce(summed, "sum").item() / supervised
+        self.evaluated_at, self.evaluation_due = self.state.global_step, False
+        self.evaluation_seconds += time.monotonic() - began
+        metrics = {f"{metric_key_prefix}_loss": loss}
+        self.log(dict(metrics))
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """AdamW (or what `args.optim` names) over the trainables, projector and language model in groups of their own rates."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(self.optimizer_groups(model), **settings)
+        return self.optimizer
+
+    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
+        """Parameter groups, each with its name, learning rate and weight decay; norms and biases are not decayed."""
+        decayed = set(self.get_decay_parameter_names(model))
+        rates = {"language_model": self.schedule.learning_rate}
+        rates["projector"] = self.schedule.projector_learning_rate or self.schedule.learning_rate
+        groups: dict[tuple[str, float], dict[str, Any]] = {}
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                part = "projector" if PROJECTOR in name else "language_model"
+                decay = self.args.weight_decay if name in decayed else 0.0
+                group = groups.setdefault((part, decay), {"name": part, "lr": rates[part], "weight_decay": decay, "params": []})
+                group["params"].append(parameter)
+        return list(groups.values())
+
+    def _summed_loss(self, model: nn.Module, batch: DeviceInputs) -> torch.Tensor:
+        """Cross-entropy summed over a device batch's supervised tokens; zero, with a graph, for a batch without any."""
+        inputs: dict[str, torch.Tensor] = self._prepare_input(dict(batch.inputs))
+        if "ends" in inputs:
+            inputs["attention_mask"] = attention_mask(inputs.pop("ends"), bare(self.model).config)
+        labels = inputs.pop("labels")[:, 1:]
+        learnt = labels != -100
+        asked = nn.functional.pad(learnt, (0, 1))  # the position before a supervised token predicts it
+        if batch.supervised_tokens == 0:
+            asked[0, 0] = True
+        logits = model(**inputs, logits_to_keep=asked, use_cache=False).logits.float()
+        if batch.supervised_tokens == 0:
+            return logits.sum() * 0.0
+        return nn.functional.cross_entropy(logits, labels[learnt], reduction="sum")
+
+    def _total(self, inputs: list[DeviceInputs]) -> tuple[int, int]:
+        """Conversations and supervised tokens of a step, over all processes; here they also agree on stopping before it."""
+        local = [sum(batch.conversations for batch in inputs), sum(batch.supervised_tokens for batch in inputs)]
+        conversations, supervised = self.agree_on_stopping(*local)
+        return conversations, supervised
+
+    def _note_failures(self, index: Index, inputs: list[DeviceInputs]) -> None:
+        for batch in inputs:
+            index.failed.update(batch.failed)
+
+
+def allow_open_files() -> None:
+    """Raise this process's own limit of open files as far as it may itself, up to `OPEN_FILES`."""
+    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
+    if least != resource.RLIM_INFINITY and least < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+
+
+class StepLoader(DataLoader[list[DeviceInputs]]):
+    """A data loader whose sampler knows epochs; the trainer tells it through `set_epoch`, which torch's own does not have."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch whose order the next iteration follows."""
+        self.batch_sampler.set_epoch(epoch)
+
+
+def _as_is(batches: Any) -> Any:
+    return batches
