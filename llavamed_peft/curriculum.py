@@ -102,7 +102,7 @@ def curriculum_finetune(
         layout: of device batches. `"packed"`: what the conversations of a step begin with alike (a system prompt, an image)
             stands once, in rows without gaps; with FlexAttention on CUDA (not yet run there), masked `sdpa` elsewhere.
             `"padded"`: a row each, padded to the longest. The losses are the same; LoRA dropout draws other numbers.
-        max_row_tokens: bound of a device batch: packed, the tokens of a row; padded, rows × longest. `None`: 4,096 on a CPU,
+        max_row_tokens: bound of a device batch's tokens, rows × longest; packed on CUDA it is one row. `None`: 4,096 on a CPU,
             16,384 on CUDA (not yet measured there).
         max_rejected: share of unusable rows above which a data set is refused as a whole.
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.

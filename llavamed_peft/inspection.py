@@ -34,7 +34,7 @@ from .modeling.processor import load_processor, make_stage_processor
 from .packing.collator import PackedCollator
 from .packing.encoding import IGNORED
 from .packing.index import Index, build_index, fault_of_share
-from .packing.steps import StepSampler, learns_nothing, steps_in_all
+from .packing.steps import StepSampler, steps_in_all, why_nothing_is_learnt
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Scope, Stage
 from .step_view import describe_step, draw_steps, first_step
 
@@ -380,11 +380,10 @@ def _steps(curriculum: Curriculum, indexes: Mapping[str, Index]) -> Iterator[str
         supervised = int(index.column("supervised_tokens").sum())
         in_all = steps_in_all(len(sampler), schedule)
         table.append([stage.name, *(f"{n:,}" for n in counts), f"{schedule.epochs:g}", f"{in_all:,}", f"{supervised:,}"])
-        if len(index) and learns_nothing(len(sampler), schedule):
-            idle.append(stage.name)
+        if len(index) and (why := why_nothing_is_learnt(stage, len(sampler), index.image_counts().sum())):
+            idle.append(f"{stage.name} would learn nothing: {why}")
     yield from _aligned(table, right=set(range(1, 8)))
-    if idle:
-        yield f"{', '.join(idle)}: warm-up takes the only step at rate 0, so nothing would be learnt"
+    yield from idle
 
 
 def _packing(

@@ -35,7 +35,7 @@ from .modeling.sharding import Sharding, set_masters, shard, unrounded
 from .packing import PackedCollator
 from .packing.index import Index
 from .packing.masks import choose_attention, fill_tokens
-from .packing.steps import learns_nothing
+from .packing.steps import why_nothing_is_learnt
 from .report import RunLog
 from .stages import Stage
 from .trainer import StageTrainer
@@ -52,7 +52,7 @@ class Computing:
     Args:
         dtype: of the frozen weights and of autocast; trainable tensors are fp32.
         layout: of a device batch, see `PackedCollator`.
-        max_row_tokens: bound of a device batch: packed, the tokens of its row; padded, rows × longest.
+        max_row_tokens: bound of a device batch's tokens, rows × longest.
         gradient_checkpointing: recompute activations in the backward pass.
         workers: processes that decode images ahead; 0 decodes in the training process.
         eval_steps: optimizer steps between two held-out losses; `None`: a tenth of the stage's.
@@ -183,14 +183,8 @@ def train_stage(
         trainer.add_callback(_Masters(unrounded(model, computing.dtype)))
         if stage.trains == "projector":  # what it carries frozen, DeepSpeed would hand on rounded
             carried = {name: tensor for name, tensor in trainable_tensors(model).items() if ".lora_" in name}
-    steps_per_epoch = len(trainer.get_train_dataloader())
-    if learns_nothing(steps_per_epoch, schedule):
-        steps = steps_per_epoch * schedule.epochs
-        warnings.warn(
-            f"Stage {stage.name!r} has {steps:g} optimizer step, which warm-up takes at rate 0: nothing will be learnt. Give it "
-            "more data or epochs, a smaller global_batch, or warmup_ratio=0.",
-            stacklevel=2,
-        )
+    if why := why_nothing_is_learnt(stage, len(trainer.get_train_dataloader()), train_index.image_counts().sum()):
+        warnings.warn(f"Stage {stage.name!r} will learn nothing: {why}", stacklevel=2)
     with trainer.naming_rows(), trainer.stop:
         if sharding is None:
             trainer.collator.features = trainer.stored_features(computing.feature_cache, computing.dtype, feature_folder)

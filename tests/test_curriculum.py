@@ -683,6 +683,19 @@ def test_waiting_for_images_is_counted(
     assert last["waiting_share"] == pytest.approx(metrics["waiting_seconds"] / metrics["seconds"], abs=0.05)
 
 
+def test_a_stage_that_will_learn_nothing_is_warned_of(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    texts = [conversation for conversation in conversations if not conversation.images]
+    for name, how, why in (
+        ("text", {"epochs": 4, "global_batch": 1}, "it trains the projector alone, and not one of its conversations shows an"),
+        ("once", {"epochs": 1, "global_batch": 8}, "warm-up begins at rate 0, and there is 1 optimizer step"),
+    ):
+        curriculum = Curriculum((Stage(name, "projector", schedule(**how)),))
+        with pytest.warns(UserWarning, match=f"^Stage '{name}' will learn nothing: {why}"):
+            curriculum_finetune(bases["llava"], {name: texts}, tmp_path / name, curriculum=curriculum)
+
+
 def test_progress_line_says_loss_rates_speed_and_time_left(runs: dict[str, dict[str, StageAdapter]]) -> None:
     records = read_metrics(runs["llava"]["vqa"].path.parent)
     (first,) = [record for record in records if (record["stage"], record["step"]) == ("instruct", 1)]

@@ -136,7 +136,8 @@ def test_stages_that_differ_in_files_or_max_length_are_checked_apart(place):
 def test_a_single_step_of_warm_up_is_named(place):
     curriculum = Curriculum((Stage("align", "projector", replace(SHORT, epochs=1, global_batch=8)),))
     assert said(place, curriculum=curriculum).endswith(
-        "\n  align: warm-up takes the only step at rate 0, so nothing would be learnt\n"
+        "\n  align would learn nothing: warm-up begins at rate 0, and there is 1 optimizer step. Give it more data or epochs, a "
+        "smaller global_batch, or warmup_ratio=0.\n"
     )
 
 

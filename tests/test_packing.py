@@ -168,6 +168,14 @@ def test_a_tree_longer_than_a_row_is_split_by_repeating_its_prefix() -> None:
     assert [len(row) for row in lay_rows(given, 5)] == [6] * 5, "a sequence longer than the bound stands alone"
 
 
+def test_a_path_of_many_segments_is_cut_short() -> None:
+    """Each goes on where the last one's question ended: deeper than Python recurses, were all of it shared."""
+    given = [sequence([*range(10, 11 + i), 1, 2], [i + 2]) for i in range(2000)]
+    (row,) = lay_rows(given)
+    assert all(row.input_ids[row.path(i)].tolist() == given[i].input_ids.tolist() for i in range(0, 2000, 50))
+    assert len(row) < sum(map(len, given))
+
+
 def test_an_image_is_not_cut_though_it_predicts_the_answer() -> None:
     given = [sequence([1, 9, 9, 9, 5, i], [4, 5], (ImageSpan("a", 1, 4),)) for i in (6, 7)]
     assert [one.shareable for one in given] == [1, 1]

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from torch.utils.data import Sampler
 
-from ..stages import Schedule
+from ..stages import Schedule, Stage
 from .tree import first_fit
 
 DeviceBatch = tuple[int, ...]  # rows of the index
@@ -40,9 +40,21 @@ def steps_in_all(steps_per_epoch: int, schedule: Schedule) -> int:
     return math.ceil(steps_per_epoch * schedule.epochs)
 
 
-def learns_nothing(steps_per_epoch: int, schedule: Schedule) -> bool:
-    """Warm-up begins at rate 0, so a stage of one optimizer step stays where it began."""
-    return steps_per_epoch * schedule.epochs <= 1 and schedule.warmup_ratio > 0
+def why_nothing_is_learnt(stage: Stage, steps_per_epoch: int, images: int) -> str | None:
+    """Why a stage would stay where it began; `None` where it would not.
+
+    Args:
+        images: that its conversations show, in all.
+    """
+    steps = steps_per_epoch * stage.schedule.epochs
+    if steps <= 1 and stage.schedule.warmup_ratio > 0:
+        return (
+            f"warm-up begins at rate 0, and there is {steps:g} optimizer step. Give it more data or epochs, a smaller "
+            "global_batch, or warmup_ratio=0."
+        )
+    if stage.trains == "projector" and images == 0:
+        return "it trains the projector alone, and not one of its conversations shows an image. Give it such that do."
+    return None
 
 
 class StepSampler(Sampler[list[DeviceBatch]]):

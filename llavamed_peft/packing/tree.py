@@ -20,6 +20,8 @@ import numpy as np
 
 from .encoding import IGNORED
 
+DEEPEST = 100  # segments on a path; what is deeper still stands once for each of its sequences
+
 
 class ImageSpan(NamedTuple):
     """An image's placeholders in a conversation: tokens `begin` to `end` (exclusive); equal `content` is the same image."""
@@ -116,11 +118,11 @@ def build_forest(sequences: Sequence[TokenSequence], members: Sequence[int] | No
     keys = dict(zip(members, _keys([sequences[member] for member in members]), strict=True))
     shareable = {member: sequences[member].shareable for member in members}
 
-    def grow(members: Sequence[int], begin: int) -> Forest:
+    def grow(members: Sequence[int], begin: int, depth: int) -> Forest:
         """The trees of sequences that are the same before `begin`, in the order of their first members."""
         alike: dict[Hashable, list[int]] = {}
         for member in members:
-            alone = shareable[member] <= begin
+            alone = shareable[member] <= begin or depth == DEEPEST
             alike.setdefault(("alone", member) if alone else int(keys[member][begin]), []).append(member)
         segments = []
         for group in alike.values():
@@ -128,10 +130,10 @@ def build_forest(sequences: Sequence[TokenSequence], members: Sequence[int] | No
                 segments.append(Segment(group[0], begin, len(keys[group[0]])))
             else:
                 end = begin + _common([keys[member][begin : shareable[member]] for member in group])
-                segments.append(Segment(group[0], begin, end, grow(group, end)))
+                segments.append(Segment(group[0], begin, end, grow(group, end, depth + 1)))
         return tuple(segments)
 
-    return grow(members, 0)
+    return grow(members, 0, depth=1)
 
 
 def split_forest(forest: Forest, max_tokens: int | None) -> list[Forest]:
