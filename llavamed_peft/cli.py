@@ -107,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max_row_tokens",
         type=_whole_number,
         metavar="N",
-        help="of a packed row (default: 4096, or what --config says)",
+        help="of a packed row (default: 16384, as on a GPU, or what --config says)",
     )
     inspect.set_defaults(verb=_inspect, usage_error=inspect.error)
 
@@ -164,7 +164,7 @@ def _inspect(options: argparse.Namespace) -> None:
         "--image_folder": options.image_folder,
         "--curriculum": options.curriculum,
     }
-    max_rejected, max_row_tokens = 0.05, 4096
+    max_rejected, max_row_tokens = 0.05, None
     if options.config is not None:
         if twice := [name for name, value in words.items() if value]:
             options.usage_error(f"--config says {', '.join(twice)}; give one or the other")
@@ -172,7 +172,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
         arguments, run = parse(CurriculumArguments, RunArguments, command_line=["--config", options.config])
         base, curriculum, max_rejected = arguments.model, arguments.stages(), run.max_rejected
-        max_row_tokens = run.max_row_tokens or max_row_tokens
+        max_row_tokens = run.max_row_tokens
         if options.packing and run.layout != "packed":
             raise ConfigError(f"{options.config}: layout is {run.layout!r}, so nothing is packed; wanted 'packed' for --packing.")
         data, image_folder = arguments.files("data"), arguments.folders()
@@ -186,7 +186,13 @@ def _inspect(options: argparse.Namespace) -> None:
         names = [stage.name for stage in curriculum.stages]
         if options.stage not in names:
             raise ConfigError(f"--stage is {options.stage!r}, no stage of the curriculum.{did_you_mean(options.stage, names)}")
+        for argument, given in (("data", data), ("image_folder", image_folder)):
+            if isinstance(given, dict):
+                curriculum.check_keys(argument, given)
         curriculum = replace(curriculum, stages=(curriculum[options.stage],))
+        data = {options.stage: data[options.stage]} if options.stage in data else {}
+        if isinstance(image_folder, dict):
+            image_folder = image_folder.get(options.stage)
     for line in inspect(
         base,
         data,

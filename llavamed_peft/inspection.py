@@ -34,6 +34,7 @@ from .modeling.processor import load_processor, make_stage_processor
 from .packing.collator import PackedCollator
 from .packing.encoding import IGNORED
 from .packing.index import Index, build_index, fault_of_share
+from .packing.masks import MAX_ROW_TOKENS
 from .packing.steps import StepSampler, steps_in_all, why_nothing_is_learnt
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Scope, Stage
 from .step_view import describe_step, draw_steps, first_step
@@ -71,7 +72,7 @@ def inspect(
     rows: int = 3,
     max_rejected: float = 0.05,
     packing: bool | Path = False,
-    max_row_tokens: int = 4096,
+    max_row_tokens: int | None = None,
     width: int = 100,
     colour: bool = False,
 ) -> Iterator[str]:
@@ -85,7 +86,7 @@ def inspect(
         rows: how many usable rows of each data set are shown, supervised tokens marked.
         max_rejected: share of unusable rows above which training would refuse a data set.
         packing: show how each stage's first step is packed; a path: and draw it there as PNG.
-        max_row_tokens: of that step, as on one GPU.
+        max_row_tokens: of that step, as on one GPU; `None`: what a run takes there.
         width: characters of a line.
         colour: supervised tokens underlined and green, for a terminal; else they stand in `[[…]]`.
 
@@ -93,9 +94,13 @@ def inspect(
         Lines, as they are found out. What cannot be opened at all raises before the first.
 
     Raises:
+        ConfigError: `data` or `image_folder` has a key that is no stage of the curriculum.
         CheckpointError: the configuration or the processor cannot be used.
         DataError: a file that is missing, or broken as a whole.
     """
+    curriculum.check_keys("data", data)
+    curriculum.check_keys("image_folder", image_folder if isinstance(image_folder, Mapping) else ())
+    max_row_tokens = max_row_tokens or MAX_ROW_TOKENS["cuda"]
     config = read_config(base)
     processor = make_stage_processor(load_processor(base, config), curriculum.image_aspect_ratio)
     # Stages that share files, image folder and max_length share one check.

@@ -16,12 +16,13 @@ from transformers.integrations import get_available_reporting_integrations
 
 from .adapters import StageAdapter
 from .datasets.sources import Data
-from .errors import AdapterError, ConfigError, did_you_mean
+from .errors import AdapterError, ConfigError
 from .feature_cache import Asked
 from .modeling.load import Quantization, check_quantization, resolve_dtype
 from .modeling.parts import NO_TARGET
 from .modeling.sharding import asked_sharding
 from .packing.collator import LAYOUTS
+from .packing.masks import MAX_ROW_TOKENS
 from .stages import Curriculum, LoraSpec
 from .training import MAX_GRAD_NORM, Computing
 
@@ -38,20 +39,16 @@ def check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Map
     """Every stage has data, and nothing is given for a stage that the curriculum does not have."""
     if not isinstance(curriculum, Curriculum):
         raise ConfigError(f"curriculum is {curriculum!r}; wanted a Curriculum, such as Curriculum(stages=(...,)).")
-    names = [stage.name for stage in curriculum.stages]
     per_stage = {"data": data, "eval_data": eval_data}
     if isinstance(image_folder, Mapping):
         per_stage["image_folder"] = image_folder
     for argument, given in per_stage.items():
         if not isinstance(given, Mapping):
             raise ConfigError(f"{argument} is {given!r}; wanted a dictionary of stage name → data.")
-        for name in given:
-            if given[name] is None:
-                raise ConfigError(f"{argument}[{name!r}] is None; wanted data, or no such entry.")
-            if name not in names:
-                raise ConfigError(
-                    f"{argument} has the key {name!r}, which is no stage of the curriculum.{did_you_mean(name, names)}"
-                )
+        if nothing := [name for name in given if given[name] is None]:
+            raise ConfigError(f"{argument}[{nothing[0]!r}] is None; wanted data, or no such entry.")
+        curriculum.check_keys(argument, given)
+    names = [stage.name for stage in curriculum.stages]
     missing = [name for name in names if name not in data]
     if missing:
         raise ConfigError(
@@ -156,7 +153,7 @@ def choose_computing(
     return Computing(
         dtype=compute_dtype,
         layout=layout,
-        max_row_tokens=max_row_tokens or (16384 if on_gpu else 4096),
+        max_row_tokens=max_row_tokens or MAX_ROW_TOKENS["cuda" if on_gpu else "cpu"],
         gradient_checkpointing=checkpoints if gradient_checkpointing is None else gradient_checkpointing,
         workers=(min(8, os.cpu_count() or 1) if on_gpu else 0) if workers is None else workers,
         eval_steps=eval_steps,

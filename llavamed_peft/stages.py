@@ -234,11 +234,28 @@ class Curriculum:
                 lineage = stage
 
     def __getitem__(self, name: str) -> Stage:
-        """The stage of that name."""
+        """The stage of that name.
+
+        Raises:
+            KeyError: there is none.
+        """
         for stage in self.stages:
             if stage.name == name:
                 return stage
         raise KeyError(f"no stage {name!r}.{did_you_mean(str(name), [stage.name for stage in self.stages])}")
+
+    def check_keys(self, argument: str, keys: Iterable[str]) -> None:
+        """What is given by stage is given for stages of this curriculum.
+
+        Raises:
+            ConfigError: a key is none of them; the message names the argument.
+        """
+        names = [stage.name for stage in self.stages]
+        for key in keys:
+            if key not in names:
+                raise ConfigError(
+                    f"{argument} has the key {key!r}, which is no stage of the curriculum.{did_you_mean(str(key), names)}"
+                )
 
     def to_dict(self) -> dict[str, Any]:
         """Plain dictionaries, lists and numbers."""

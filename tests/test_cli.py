@@ -124,6 +124,11 @@ def test_inspect_needs_no_weights(asked, tmp_path):
     done = run("inspect", "--config", tmp_path / "packed.yaml", "--rows", 0, "--packing")
     assert (done.returncode, done.stderr) == (0, "")
     assert "\npacking, in rows of at most 70 tokens\n  one, the first step: 1 conversations in 1 row(s)" in done.stdout
+    (tmp_path / "misspelt.yaml").write_text(json.dumps(cookbook | {"image_folder": {"tow": "images"}}), encoding="utf-8")
+    for narrowed in ((), ("--stage", "two")):
+        done = run("inspect", "--config", tmp_path / "misspelt.yaml", *narrowed)
+        told = "image_folder has the key 'tow', which is no stage of the curriculum. Did you mean 'two'?"
+        assert (done.returncode, done.stdout, done.stderr) == (2, "", f"llavamed-peft: {told}\n")
     done = run("inspect", "--config", tmp_path / "padded.yaml", "--packing")
     told = (
         f"llavamed-peft: {tmp_path / 'padded.yaml'}: layout is 'padded', so nothing is packed; wanted 'packed' for --packing.\n"

@@ -133,6 +133,14 @@ def test_stages_that_differ_in_files_or_max_length_are_checked_apart(place):
     assert "the first rows" not in found
 
 
+def test_what_is_given_for_no_stage_is_refused_as_in_training(place):
+    data = {"align": [place / "train.json"]}
+    for argument, given in (("data", {"data": data | {"instrct": []}}), ("image_folder", {"image_folder": {"instrct": place}})):
+        told = f"{argument} has the key 'instrct', which is no stage of the curriculum. Did you mean 'instruct'?"
+        with pytest.raises(ConfigError, match=re.escape(told)):
+            said(place, **{"data": data, **given})
+
+
 def test_a_single_step_of_warm_up_is_named(place):
     curriculum = Curriculum((Stage("align", "projector", replace(SHORT, epochs=1, global_batch=8)),))
     assert said(place, curriculum=curriculum).endswith(

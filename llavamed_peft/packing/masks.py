@@ -21,6 +21,7 @@ BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
 # Tokens of a device batch of several rows that need a mask; of larger ones the mask's square and the activations are paid for in
 # memory, and on a model of 64 M parameters 4,096 trained 7 % faster (benchmarks/LOG.md, "rows of their own").
 DENSE_FILL = 1024
+MAX_ROW_TOKENS = {"cpu": 4096, "cuda": 16_384}  # of a device batch, by default; not yet measured on CUDA
 
 # What moves or describes a mask, but computes nothing with it.
 _HANDLING = {
