@@ -255,11 +255,8 @@ def summarise(options: argparse.Namespace, works: Sequence[str], parameters: int
     found: dict[str, Any] = {}
     for name in works:
         work = WORKS[name]
-        arms = {
-            arm: runs for arm in ARMS if (runs := bench.of(name, arm)) and (arm in ("trl", work.ours) or name != "vqa-cached")
-        }
-        if name != "vqa-cached":
-            arms.pop("cached", None)
+        its_own = {work.ours, "trl", *work.least, *work.explained_by}  # vqa and vqa-cached share their data's runs
+        arms = {arm: runs for arm in ARMS if arm in its_own and (runs := bench.of(name, arm))}
         ours = arms[work.ours]
         ratios = {
             arm: spread([one["per_second"] / other["per_second"] for one, other in zip(ours, runs, strict=False)])
@@ -352,7 +349,7 @@ def log_entry(result: dict[str, Any]) -> str:
         f"- What: LLaVA of {result['parameters'] / 1e6:.1f} M parameters, {tokens} image tokens, vocabulary "
         f"{settings['vocabulary']:,}, LoRA rank {RANK} and projector, fp32; {'real' if result['real_data'] else 'made-up'} "
         f"questions; {settings['pairs']} pairs. TRL's best: {'; '.join(probes)}",
-        "- Expected: vqa 8× at a third of the memory, cached 10×, slake 8×, instruct 1.15× (defaults 1.3×), align 1.0× (1.25×); "
+        f"- Expected: {'; '.join([_wanted(name) for name in works if WORKS[name].least] or ['near the bound'])}; "
         f"{WANTED_USEFUL:.0%} of the positions useful",
         f"- Result: {f'missed: {missed}' if missed else 'as expected'}",
         "",
@@ -384,6 +381,13 @@ def _table_row(name: str, arm: str, work: dict[str, Any]) -> str:
         f"{_range(found['peak_mb'], 0)} | {ratio} | {'' if bound is None else format(bound['median'], '.1f')} | "
         f"{format(work['useful']['median'], '.1%') if judged else ''} |"
     )
+
+
+def _wanted(name: str) -> str:
+    """What is wanted of a work, such as `vqa 8× trl at .33 of its memory`."""
+    work = WORKS[name]
+    memory = f" at {work.memory:.2f} of its memory".replace("0.", ".") if work.memory is not None else ""
+    return f"{name} {', '.join(f'{least:g}× {arm}' for arm, least in work.least.items())}{memory}"
 
 
 def _range(value: dict[str, float], digits: int) -> str:

@@ -123,8 +123,13 @@ class StageAdapter:
             out: the folder to write; it must not be there yet.
             dtype: of the merged weights; `None` takes the base's stored one.
 
+        Returns:
+            `out`.
+
         Raises:
             AdapterError: the adapter does not fit the base, it is a full checkpoint already, or `out` is there.
+            CheckpointError: the base cannot be loaded.
+            ConfigError: an unknown `dtype`.
         """
         if self.is_checkpoint:
             raise AdapterError(f"{self.path}: is a checkpoint already; nothing to merge. Load it as it is.")
@@ -195,7 +200,7 @@ def load_stage(
     quantization: Quantization = None,
     dtype: str | torch.dtype | None = None,
 ) -> tuple[torch.nn.Module, ProcessorMixin]:
-    """A model with a stage's adapter on it, in eval mode, and the stage's processor.
+    """A model with a stage's adapter on it (a full stage: its own checkpoint), in eval mode, and the stage's processor.
 
     Args:
         base: Hub id or folder of the raw base; for a `full` stage's checkpoint it is not read.
@@ -206,6 +211,7 @@ def load_stage(
     Raises:
         AdapterError: the folder is damaged, or was trained on another architecture.
         CheckpointError: the base cannot be loaded.
+        ConfigError: an unknown `quantization` or `dtype`.
 
     Warns:
         UserWarning: the base has the right shape but is not the one the stage was trained on.

@@ -111,6 +111,9 @@ class Question:
         split: the data set's own split, such as `"train"` or `"test"`.
         source: `"file.json:17"`, for error messages.
         attributes: further columns of the row as (name, value) pairs, such as `("image_organ", "HEAD")`.
+
+    Raises:
+        DataError: question or answer has no words or holds an image marker, or `answer_type` is another.
     """
 
     id: str

@@ -211,25 +211,19 @@ def run_fresh(code: str) -> subprocess.CompletedProcess[str]:
 
 def test_importing_the_package_has_no_effect() -> None:
     code = f"""
-import json, os, sys, time
+import json, os, sys
 environment = dict(os.environ)
-started = time.perf_counter()
 import llavamed_peft
-seconds = time.perf_counter() - started
 changed = dict(os.environ) != environment
 heavy = sorted({HEAVY!r} & set(sys.modules))
-sys.__stdout__.write(json.dumps([seconds, changed, heavy]) + "\\n")
+sys.__stdout__.write(json.dumps([changed, heavy]) + "\\n")
 """
-    seconds = []
-    for _ in range(3):
-        done = run_fresh(code)
-        lines = done.stdout.splitlines()
-        assert (len(lines), done.stderr) == (1, ""), "importing the package printed something"
-        took, changed, heavy = json.loads(lines[0])
-        assert not changed, "importing the package changed os.environ"
-        assert not heavy, f"importing the package imported {heavy}"
-        seconds.append(took)
-    assert min(seconds) < 0.5, f"importing the package took {min(seconds):.2f} s at best"
+    done = run_fresh(code)
+    lines = done.stdout.splitlines()
+    assert (len(lines), done.stderr) == (1, ""), "importing the package printed something"
+    changed, heavy = json.loads(lines[0])
+    assert not changed, "importing the package changed os.environ"
+    assert not heavy, f"importing the package imported {heavy}"
 
 
 def test_value_layers_run_without_torch() -> None:

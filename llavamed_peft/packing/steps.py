@@ -4,8 +4,9 @@ Everything is worked out from lengths and images alone, the same on every proces
 is a function of the seed and the epoch's number. Each step has exactly `global_batch` conversations (the last of an epoch what
 is left), whatever the number of processes and however they are cut into device batches.
 
-Packed, a device batch is one row. It is planned before any token is read, from how long each conversation is and what it begins
-with up to its image; what else is shared, such as a question asked twice, makes the row a little shorter than planned.
+Packed, a device batch is one row, or (off CUDA) several of about one length. It is planned before any token is read, from how
+long each conversation is and what it begins with up to its image; what else is shared, such as a question asked twice, makes a
+row a little shorter than planned.
 """
 
 from __future__ import annotations
@@ -66,8 +67,8 @@ class StepSampler(Sampler[list[DeviceBatch]]):
         lengths: [conversations], tokens of each.
         groups: [conversations], equal numbers for conversations about the same images.
         schedule: `global_batch` and `shuffle` are read.
-        max_row_tokens: a device batch has rows × longest of at most this many tokens, packed: a row this many; a conversation
-            longer than it stands alone.
+        max_row_tokens: a device batch has rows × longest of at most this many tokens; a conversation longer than it stands
+            alone.
         seed: of the order.
         rank, world_size: this process, and how many there are.
         prefixes: what the conversations begin with, for the packed layout; `None`: the padded one.
