@@ -220,7 +220,7 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
 
 def start(options: argparse.Namespace) -> dict[str, Any]:
     """From the start of the process to the first step out of the workers."""
-    from llavamed_peft.packing.index import DeviceBatches
+    from llavamed_peft.packing.batches import DeviceBatches
     from llavamed_peft.packing.workers import WorkerNotes
     from llavamed_peft.trainer import StepLoader  # noqa: F401 - with the other imports
 
@@ -276,7 +276,7 @@ def timed_batches(index: Any, collator: Any, workers: int) -> Any:
     import torch
 
     from llavamed_peft.packing import collator as collation
-    from llavamed_peft.packing.index import DeviceBatches
+    from llavamed_peft.packing.batches import DeviceBatches
     from llavamed_peft.packing.workers import WorkerNotes
 
     class Timed(DeviceBatches):

@@ -30,8 +30,9 @@ from .feature_cache import Asked, FeatureCache, passes_in_an_epoch
 from .interruption import prepare_worker
 from .modeling.parts import PROJECTOR, bare
 from .packing import PackedCollator
+from .packing.batches import DeviceBatches, DeviceInputs
 from .packing.features import Features, Pictures
-from .packing.index import DeviceBatches, DeviceInputs, Index
+from .packing.index import Index
 from .packing.masks import attention_mask
 from .packing.steps import StepSampler, steps_in_all
 from .packing.workers import WorkerNotes

@@ -45,7 +45,7 @@ from llavamed_peft.checkpoints import (  # noqa: E402
 )
 from llavamed_peft.errors import ConfigError, TrainingError  # noqa: E402
 from llavamed_peft.interruption import Interrupted, StopSignals  # noqa: E402
-from llavamed_peft.packing.index import DeviceInputs  # noqa: E402
+from llavamed_peft.packing.batches import DeviceInputs  # noqa: E402
 from llavamed_peft.runs import differences, locked  # noqa: E402
 from llavamed_peft.trainer import StageTrainer  # noqa: E402
 

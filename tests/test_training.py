@@ -32,7 +32,8 @@ from llavamed_peft.modeling.parts import (
     unfreeze_full,
 )
 from llavamed_peft.packing import PackedCollator
-from llavamed_peft.packing.index import DeviceBatches, DeviceInputs, Index, build_index
+from llavamed_peft.packing.batches import DeviceBatches, DeviceInputs
+from llavamed_peft.packing.index import Index, build_index
 from llavamed_peft.packing.masks import DENSE_FILL
 from llavamed_peft.trainer import StageTrainer
 

@@ -24,7 +24,8 @@ from llavamed_peft.errors import TrainingError
 from llavamed_peft.modeling.load import read_config
 from llavamed_peft.modeling.processor import load_processor, make_stage_processor
 from llavamed_peft.packing import PackedCollator, collator
-from llavamed_peft.packing.index import DeviceBatches, DeviceInputs, build_index
+from llavamed_peft.packing.batches import DeviceBatches, DeviceInputs
+from llavamed_peft.packing.index import build_index
 from llavamed_peft.packing.steps import StepSampler
 from llavamed_peft.packing.workers import WorkerNotes
 from llavamed_peft.trainer import StepLoader
