@@ -24,24 +24,21 @@ import gc
 import json
 import multiprocessing
 import os
-import platform
 import random
-import shlex
 import signal
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from datetime import date
-from importlib.metadata import version
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from workbench import heading, write_down
+
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "recipes" / "demo" / "tiny-llava"
-LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate")
 KINDS = ("lora", "full")  # what the second stage trains
 PRELOADED = ["llavamed_peft.curriculum", "transformers.models.llava.modeling_llava", "transformers.models.clip.modeling_clip"]
 PRELOADED += [
@@ -68,11 +65,7 @@ def main() -> None:
         write_data(place)
         hit, runs, calls = kill_often(place, {kind: measure(place, kind) for kind in KINDS}, options.kills, options.seed)
     result = {
-        "benchmark": "kills",
-        "date": date.today().isoformat(),
-        "machine": f"{len(os.sched_getaffinity(0))} cores {platform.machine().replace('_', '-')}",
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in LIBRARIES}},
-        "command": shlex.join(["python", "benchmarks/kills.py", *sys.argv[1:]]),
+        **heading("kills"),
         "kills": dict(hit),
         "runs": runs,
         "calls": calls,
@@ -81,10 +74,7 @@ def main() -> None:
     entry = log_entry(result)
     print(entry)
     if options.log:
-        with (HERE / "LOG.md").open("a", encoding="utf-8") as log:
-            log.write(f"\n{entry}")
-        path = HERE / "results" / f"kills-{result['date']}-seed-{options.seed}.json"
-        path.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        write_down(result, entry, f"seed-{options.seed}")
 
 
 def write_data(place: Path) -> None:

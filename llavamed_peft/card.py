@@ -39,7 +39,7 @@ def _origin(record: dict[str, Any]) -> str:
     return f" It was trained from `{root['id'] or root['name']}` (content hash `{root['sha256']}`)."
 
 
-def write_card(record: dict[str, Any], base_name: str) -> str:
+def card_text(record: dict[str, Any], base_name: str) -> str:
     """The card of a stage's folder, as Markdown with the Hub's metadata in front.
 
     Args:

@@ -34,7 +34,7 @@ from .adapters import (
     write_adapter,
     write_checkpoint,
 )
-from .card import write_card
+from .card import card_text
 from .checkpoints import Checkpoint, newest_checkpoint, remove_folder, standing
 from .datasets.rejects import RejectLog
 from .datasets.sources import Data, Source, open_sources
@@ -148,16 +148,16 @@ def curriculum_finetune(
     parent = start_from if isinstance(start_from, StageAdapter) or start_from is None else StageAdapter.load(start_from)
     check_lineage(curriculum, parent, quantization)
     computing = choose_computing(
-        dtype,
-        layout,
-        max_row_tokens,
-        gradient_checkpointing,
-        workers,
-        eval_steps,
-        save_steps,
-        report_to,
-        quantization,
-        feature_cache,
+        dtype=dtype,
+        layout=layout,
+        max_row_tokens=max_row_tokens,
+        gradient_checkpointing=gradient_checkpointing,
+        workers=workers,
+        eval_steps=eval_steps,
+        save_steps=save_steps,
+        report_to=report_to,
+        quantization=quantization,
+        feature_cache=feature_cache,
     )
     config = read_config(model)
     base = base_record(model, config)
@@ -388,13 +388,13 @@ class Run:
                 stage,
                 train_index,
                 eval_index,
-                self.computing,
-                self.curriculum.seed,
-                self.folder / LOGS / stage.name,
-                checkpoints,
-                self.folder / FEATURES,
-                checkpoint,
-                run_log,
+                computing=self.computing,
+                seed=self.curriculum.seed,
+                work_folder=self.folder / LOGS / stage.name,
+                checkpoint_folder=checkpoints,
+                feature_folder=self.folder / FEATURES,
+                checkpoint=checkpoint,
+                run_log=run_log,
             )
         finally:
             for index in (train_index, eval_index):
@@ -406,7 +406,7 @@ class Run:
         folder = self.folder / stage.name
         if self.writes:
             record = self._record(stage, lineage, train_index, eval_index, trained)
-            card = functools.partial(write_card, base_name=public_name(lineage.record))
+            card = functools.partial(card_text, base_name=public_name(lineage.record))
             try:
                 if config is None:
                     write_checkpoint(folder, lineage.base, trained.tensors, self.processor, record, card)
@@ -479,7 +479,7 @@ def _parent(lineage: Lineage) -> dict[str, str] | None:
 def _others_wait(processes: PartialState) -> Iterator[None]:
     """What may take long for one process; the others wait at the end of it, a day if need be.
 
-    The barrier of the training group would give up after 10 minutes (NCCL) or 30 (gloo).
+    The barrier of the training group would give up after `_LONGEST_WAIT`.
     """
     if processes.num_processes == 1:
         yield

@@ -6,6 +6,18 @@ import os
 from pathlib import Path
 
 
+def replace_text(path: Path, text: str) -> None:
+    """Make this a file's text (UTF-8); who is killed meanwhile leaves the old file, and `.<name>.partial` beside it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    flush(partial)
+    partial.replace(path)
+
+
 def flush(path: Path) -> None:
     """Wait until what was written to a file, or which names stand in a folder, is on the disk.
 

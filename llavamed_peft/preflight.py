@@ -102,6 +102,7 @@ def check_architecture(base: Mapping[str, Any], parent: StageAdapter) -> None:
 
 
 def choose_computing(
+    *,
     dtype: str | torch.dtype | None,
     layout: str,
     max_row_tokens: int | None,
@@ -111,7 +112,7 @@ def choose_computing(
     save_steps: int | None,
     report_to: str | list[str],
     quantization: Quantization,
-    feature_cache: Asked = "auto",
+    feature_cache: Asked,
 ) -> Computing:
     """How a stage is computed, from the call's keywords, the launcher's variables and the device."""
     on_gpu = torch.cuda.is_available()

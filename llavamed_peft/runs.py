@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from .errors import ConfigError, TrainingError
-from .files import flush
+from .files import replace_text
 
 RUN, LOCK = "run.json", "run.lock"
 SCHEMA_VERSION = 1
@@ -53,10 +53,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 def write_run(folder: Path, identity: Mapping[str, Any]) -> None:
     """Make the folder this run's."""
-    partial = folder / f".{RUN}.partial"
-    partial.write_text(json.dumps({"schema_version": SCHEMA_VERSION, **identity}, indent=2) + "\n", encoding="utf-8")
-    flush(partial)
-    partial.replace(folder / RUN)
+    replace_text(folder / RUN, json.dumps({"schema_version": SCHEMA_VERSION, **identity}, indent=2) + "\n")
 
 
 def check_same_run(folder: Path, identity: Mapping[str, Any]) -> bool:

@@ -94,6 +94,7 @@ def train_stage(
     stage: Stage,
     train_index: Index,
     eval_index: Index | None,
+    *,
     computing: Computing,
     seed: int,
     work_folder: Path,

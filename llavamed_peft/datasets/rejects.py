@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Literal, Protocol, TextIO
 
 from ..errors import DataError
+from ..files import replace_text
 
 # The phrases by which the readers' rejects are counted; they stay as they are, since they end up in `stage.json`.
 Reason = Literal[
@@ -145,9 +146,7 @@ class RejectLog:
         if not lines:
             self.path.unlink()
             return
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        partial.write_text("".join(lines), encoding="utf-8")
-        partial.replace(self.path)
+        replace_text(self.path, "".join(lines))
 
     def append(self, reject: Reject, /) -> None:
         """Write one reject as a line, at once, unless it stands there; and count it."""

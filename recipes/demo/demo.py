@@ -41,7 +41,7 @@ from llavamed_peft import Curriculum, Question, StageAdapter, curriculum_finetun
 from llavamed_peft.datasets import llava_json
 from llavamed_peft.errors import ConfigError, LlavaMedError
 from llavamed_peft.evaluation.answer import answer_questions
-from llavamed_peft.evaluation.exact_match import normalise
+from llavamed_peft.evaluation.exact_match import normalise, score
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.processor import load_processor
 from llavamed_peft.packing import PackedCollator
@@ -198,10 +198,8 @@ def take_exam(
 
 def exact_match(questions: Sequence[Question], answers: Sequence[str]) -> tuple[float, float]:
     """Share of closed and of open questions answered with the truth's words."""
-    right: dict[str, list[bool]] = {"closed": [], "open": []}
-    for question, answer in zip(questions, answers, strict=True):
-        right[question.answer_type].append(normalise(answer) == normalise(question.answer))
-    return tuple(sum(kind) / len(kind) for kind in right.values())
+    scores = score(questions, answers, {})
+    return scores["closed"].accuracy, scores["open"].accuracy
 
 
 def held_out_loss(model: torch.nn.Module, processor: ProcessorMixin, path: Path) -> float:
