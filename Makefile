@@ -32,8 +32,9 @@ demo: venv
 demo-seeds: venv
 	$(IN_VENV) recipes/demo/demo.py --seeds 0 1 2 --output_dir runs/demo-seeds
 
+# Two processes, a file of tests each: what takes long waits more than it computes. One: make test ARGS="-n 0"
 test: venv
-	$(IN_VENV) -m pytest $(ARGS)
+	$(IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: venv
 	$(IN_VENV) -m ruff format --check .
