@@ -22,7 +22,7 @@ PROGRAM = [sys.executable, "-m", "llavamed_peft.cli"]
 
 
 def run(*words, before=PROGRAM):
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8"}
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
     return subprocess.run(
         [*before, *map(str, words)], capture_output=True, text=True, encoding="utf-8", env=environment, timeout=120
     )

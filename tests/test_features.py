@@ -500,7 +500,7 @@ def in_files_of_two() -> None:
 def at_flush(number: int, then: Callable[..., object], *arguments: object) -> None:
     """Before something is flushed for the so-manieth time: the plan and its folder come first, then a file and its folder."""
     in_files_of_two()
-    flush, flushed = features._flush, 0
+    flush, flushed = features.flush, 0
 
     def watched(path: Path) -> None:
         nonlocal flushed
@@ -509,7 +509,7 @@ def at_flush(number: int, then: Callable[..., object], *arguments: object) -> No
             then(*arguments)
         flush(path)
 
-    features._flush = watched
+    features.flush = watched
 
 
 def signal_myself(number: int) -> None:
