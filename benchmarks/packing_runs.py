@@ -198,7 +198,7 @@ def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int) ->
     from llavamed_peft.packing.encoding import IGNORED
     from llavamed_peft.packing.index import Index
     from llavamed_peft.packing.masks import fill_tokens
-    from llavamed_peft.packing.rows import lay_row, lay_rows
+    from llavamed_peft.packing.rows import lay_row
     from llavamed_peft.packing.steps import StepSampler
     from llavamed_peft.packing.tree import build_forest
 
@@ -215,7 +215,7 @@ def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int) ->
             collator.sequence(one, [content_key(image) for image in one.images], [image_size(image) for image in one.images])
             for one in conversations
         ]
-        stacked = lay_rows(sequences, max_row_tokens, apart=fill is not None)
+        stacked = collator.rows(sequences, [one.images for one in conversations])
         laid += len(stacked) * max(map(len, stacked))
         every += sequences
         rows += stacked

@@ -691,7 +691,7 @@ def test_a_stage_that_will_learn_nothing_is_warned_of(
     texts = [conversation for conversation in conversations if not conversation.images]
     for name, how, why in (
         ("text", {"epochs": 4, "global_batch": 1}, "it trains the projector alone, and not one of its conversations shows an"),
-        ("once", {"epochs": 1, "global_batch": 8}, "warm-up begins at rate 0, and there is 1 optimizer step"),
+        ("once", {"epochs": 1, "global_batch": 8}, "warm-up begins at rate 0, and there is one optimizer step"),
     ):
         curriculum = Curriculum((Stage(name, "projector", schedule(**how)),))
         with pytest.warns(UserWarning, match=f"^Stage '{name}' will learn nothing: {why}"):

@@ -144,8 +144,8 @@ def test_what_is_given_for_no_stage_is_refused_as_in_training(place):
 def test_a_single_step_of_warm_up_is_named(place):
     curriculum = Curriculum((Stage("align", "projector", replace(SHORT, epochs=1, global_batch=8)),))
     assert said(place, curriculum=curriculum).endswith(
-        "\n  align would learn nothing: warm-up begins at rate 0, and there is 1 optimizer step. Give it more data or epochs, a "
-        "smaller global_batch, or warmup_ratio=0.\n"
+        "\n  align would learn nothing: warm-up begins at rate 0, and there is one optimizer step. Give it more data or epochs, "
+        "a smaller global_batch, or warmup_ratio=0.\n"
     )
 
 

@@ -229,6 +229,13 @@ def test_block_mask_is_what_flex_attention_finds_by_itself(tokens: int) -> None:
     assert torch.equal(create_mask(ours.mask_mod, len(ends), 1, tokens, tokens, "cpu"), dense_mask(ends).plain())
 
 
+def test_only_rows_of_one_sequence_go_without_a_mask(bases: dict[str, Path]) -> None:
+    config = load_checkpoint(bases["llava"])[0].config
+    assert attention_mask(torch.tensor([[4, 4, 4, 4], [2, 2, 3, 4]]), config) is None
+    for branching in ([[2, 2, 6, 5, 6, 7]], [[4, 2, 4, 4]], [[2, 2, 4, 4]]):
+        assert attention_mask(torch.tensor(branching), config) is not None
+
+
 def test_flex_attention_and_sdpa_agree() -> None:
     ends = random_ends(300)
     query, key, value = torch.randn(3, 2, 2, 300, 16, generator=torch.Generator().manual_seed(0))
@@ -386,6 +393,19 @@ def test_equal_images_are_one_whatever_their_paths(bases: dict[str, Path], image
     batch = PackedCollator(processor, layout="packed")(given)
     assert len(batch["pixel_values"]) == 2
     assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * tiny.GRID
+
+
+def test_rows_that_equal_images_make_too_long_are_laid_out_as_planned(bases: dict[str, Path], images: dict[str, str]) -> None:
+    """Planned by paths as four rows of one length; the two that show equal images would make one of nearly twice that length."""
+    processor = load_checkpoint(bases["llava"])[1]
+    said = "is it left " * 40
+    given = [asked(i, (images[name],), said, "a heart") for i, name in enumerate(("a", "again", "b", "c"))]
+    longest = PackedCollator(processor, layout="packed")(given[:1])["input_ids"].shape[1]
+    batch = PackedCollator(processor, 2048, 4 * longest, "packed", 1024).inputs(given)
+    assert batch["input_ids"].shape == (4, longest)
+    short = [asked(i, (images[name],), "what is it ?", "a heart") for i, name in enumerate(("a", "again", "b", "c"))]
+    batch = PackedCollator(processor, 2048, 4 * longest, "packed", 1024).inputs(short)
+    assert len(batch["input_ids"]) == len(batch["pixel_values"]) == 3, "where there is room, equal images are one"
 
 
 def test_image_inputs_stand_in_the_rows_order(bases: dict[str, Path], images: dict[str, str]) -> None:

@@ -128,9 +128,9 @@ def attention_mask(ends: torch.Tensor, config: PreTrainedConfig) -> DenseMask | 
 
 
 def _is_causal(ends: torch.Tensor) -> bool:
-    """Every row is one sequence, and padding that nobody asks for what it saw."""
-    tokens = ends[:, :1]
-    return bool(((ends == tokens) | (torch.arange(ends.shape[-1], device=ends.device) >= tokens)).all())
+    """Every row is one sequence, and padding (each sees itself alone) that nobody asks for what it saw."""
+    tokens, places = ends[:, :1], torch.arange(ends.shape[-1], device=ends.device)
+    return bool(((ends == tokens) | ((places >= tokens) & (ends == places + 1))).all())
 
 
 def choose_attention(model: PreTrainedModel, device: torch.device) -> None:

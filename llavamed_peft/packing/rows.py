@@ -47,18 +47,20 @@ class Row:
         return np.flatnonzero(self.ends[: last + 1] > last)
 
 
-def lay_rows(sequences: Sequence[TokenSequence], max_row_tokens: int | None = None, apart: bool = False) -> list[Row]:
+def lay_rows(
+    sequences: Sequence[TokenSequence], max_row_tokens: int | None = None, beginnings: Sequence[Hashable] | None = None
+) -> list[Row]:
     """Lay sequences out in rows, every sequence whole in one of them.
 
     Args:
         sequences: each with at least one token.
         max_row_tokens: tokens of a row; a sequence that is longer has a row of its own. `None`: one row, as long as it gets.
-        apart: what does not begin with the same image stands in rows of its own.
+        beginnings: of each sequence; those with another beginning, or `None`, stand in rows of their own. `None`: all may stand
+            in one row.
     """
     groups: dict[Hashable, list[int]] = {}
-    for number, sequence in enumerate(sequences):
-        begins = sequence.prefix_key() if sequence.image_prefix else ("no image", number)
-        groups.setdefault(begins if apart else None, []).append(number)
+    for number, beginning in enumerate(beginnings or [""] * len(sequences)):
+        groups.setdefault(("alone", number) if beginning is None else beginning, []).append(number)
     forests = [forest for group in groups.values() for forest in split_forest(build_forest(sequences, group), max_row_tokens)]
     return [lay_row(forest, sequences) for forest in forests]
 

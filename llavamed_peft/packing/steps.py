@@ -47,11 +47,10 @@ def why_nothing_is_learnt(stage: Stage, steps_per_epoch: int, images: int) -> st
     Args:
         images: that its conversations show, in all.
     """
-    steps = steps_per_epoch * stage.schedule.epochs
-    if steps <= 1 and stage.schedule.warmup_ratio > 0:
+    if steps_in_all(steps_per_epoch, stage.schedule) == 1 and stage.schedule.warmup_ratio > 0:
         return (
-            f"warm-up begins at rate 0, and there is {steps:g} optimizer step. Give it more data or epochs, a smaller "
-            "global_batch, or warmup_ratio=0."
+            "warm-up begins at rate 0, and there is one optimizer step. Give it more data or epochs, a smaller global_batch, "
+            "or warmup_ratio=0."
         )
     if stage.trains == "projector" and images == 0:
         return "it trains the projector alone, and not one of its conversations shows an image. Give it such that do."
@@ -73,7 +72,7 @@ class StepSampler(Sampler[list[DeviceBatch]]):
         rank, world_size: this process, and how many there are.
         prefixes: what the conversations begin with, for the packed layout; `None`: the padded one.
         fill_tokens: packed: `None`: a device batch is one row, filled up to its bound. Else what shares no beginning stands in
-            rows of its own, and rows of about one length make a device batch of at most this many tokens, padding included.
+            rows of its own, and rows of about one length make a device batch, of at most this many tokens where they need a mask.
     """
 
     def __init__(
