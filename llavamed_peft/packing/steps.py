@@ -168,44 +168,55 @@ def packed_share_of_step(
     """Deal a step's conversations to the processes in rows of at most `max_row_tokens` tokens.
 
     Conversations with one beginning stay together, so that it stands once; only where they are longer than a row it is repeated.
-    Then, without `fill_tokens`, the largest first, each lot goes to the shortest of as few rows as hold them all, so many for
-    each process; a row is a device batch. With it, each lot is a row, every process gets about the same number of tokens, and
-    rows of about one length make a device batch. No process waits for a much longer one unless few images make a large step:
-    cutting their conversations apart would cost more than it saves.
+    No process waits for a much longer one unless few images make a large step: cutting their conversations apart would cost more
+    than it saves.
     """
     alike: dict[Hashable, list[int]] = {}
-    for row in map(int, step):
-        key = (int(prefixes.keys[row]), int(prefixes.tokens[row])) if prefixes.tokens[row] else row
-        alike.setdefault(key, []).append(row)
-    parts: list[list[int]] = []
+    for conversation in map(int, step):
+        prefix = int(prefixes.tokens[conversation])
+        key = (int(prefixes.keys[conversation]), prefix) if prefix else conversation
+        alike.setdefault(key, []).append(conversation)
+    lots: list[list[int]] = []
     sizes: list[int] = []
     for together in alike.values():
         prefix = int(prefixes.tokens[together[0]])
-        branches = [int(lengths[row]) - prefix for row in together]
+        branches = [int(lengths[conversation]) - prefix for conversation in together]
         for chosen in first_fit(branches, max_row_tokens - prefix):
-            parts.append([together[i] for i in chosen])
+            lots.append([together[i] for i in chosen])
             sizes.append(prefix + sum(branches[i] for i in chosen))
     if fill_tokens is None:
-        rows, loads = _even(sizes, max_row_tokens, world_size)
-        shares: list[list[list[int]]] = [[] for _ in range(world_size)]
-        costs = [0] * world_size
-        for row in sorted(range(len(rows)), key=lambda row: -loads[row]):
-            fewest = min(map(len, shares))
-            process = min((p for p in range(world_size) if len(shares[p]) == fewest), key=lambda p: costs[p])
-            shares[process].append(rows[row])
-            costs[process] += loads[row]
+        shares = _share_rows(sizes, max_row_tokens, world_size)
     else:
-        hands, _ = _even(sizes, sum(sizes), world_size)
-        branching = [[part for part in hand if len(parts[part]) > 1] for hand in hands]
-        single = [[part for part in hand if len(parts[part]) == 1] for hand in hands]
-        fill = min(fill_tokens, max_row_tokens)
-        shares = [
-            _alike(masked, sizes, fill) + _alike(unmasked, sizes, max_row_tokens)
-            for masked, unmasked in zip(branching, single, strict=True)
-        ]
-        most = max(map(len, shares))
-        shares = [share + [[]] * (most - len(share)) for share in shares]
-    return [[tuple(conversation for part in sorted(row) for conversation in parts[part]) for row in share] for share in shares]
+        masked = [len(lot) > 1 for lot in lots]
+        shares = _share_lots(sizes, masked, max_row_tokens, min(fill_tokens, max_row_tokens), world_size)
+    return [[tuple(conversation for lot in sorted(batch) for conversation in lots[lot]) for batch in share] for share in shares]
+
+
+def _share_rows(sizes: Sequence[int], max_row_tokens: int, world_size: int) -> list[list[list[int]]]:
+    """Each process's device batches of lots, each batch one row: as few rows as hold all lots, as many for each process."""
+    rows, loads = _even(sizes, max_row_tokens, world_size)
+    shares: list[list[list[int]]] = [[] for _ in range(world_size)]
+    costs = [0] * world_size
+    for row in sorted(range(len(rows)), key=lambda row: -loads[row]):
+        fewest = min(map(len, shares))
+        process = min((p for p in range(world_size) if len(shares[p]) == fewest), key=lambda p: costs[p])
+        shares[process].append(rows[row])
+        costs[process] += loads[row]
+    return shares
+
+
+def _share_lots(
+    sizes: Sequence[int], masked: Sequence[bool], max_row_tokens: int, fill_tokens: int, world_size: int
+) -> list[list[list[int]]]:
+    """Each process's device batches of lots, each lot one row: about as many tokens for each, rows of one length together."""
+    hands, _ = _even(sizes, sum(sizes), world_size)
+    shares = [
+        _alike([lot for lot in hand if masked[lot]], sizes, fill_tokens)
+        + _alike([lot for lot in hand if not masked[lot]], sizes, max_row_tokens)
+        for hand in hands
+    ]
+    most = max(map(len, shares))
+    return [share + [[]] * (most - len(share)) for share in shares]
 
 
 def _alike(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
