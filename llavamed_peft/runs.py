@@ -40,7 +40,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """
     path = folder / RUN
     try:
-        identity = json.loads(path.read_text(encoding="utf-8"))
+        identity: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         return None
     except (OSError, ValueError) as error:

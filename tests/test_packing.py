@@ -398,8 +398,8 @@ def test_equal_images_are_one_whatever_their_paths(bases: dict[str, Path], image
 def test_rows_that_equal_images_make_too_long_are_laid_out_as_planned(bases: dict[str, Path], images: dict[str, str]) -> None:
     """Planned by paths as four rows of one length; the two that show equal images would make one of nearly twice that length."""
     processor = load_checkpoint(bases["llava"])[1]
-    said = "is it left " * 40
-    given = [asked(i, (images[name],), said, "a heart") for i, name in enumerate(("a", "again", "b", "c"))]
+    answer = "the heart is normal " * 40
+    given = [asked(i, (images[name],), "what is it ?", answer) for i, name in enumerate(("a", "again", "b", "c"))]
     longest = PackedCollator(processor, layout="packed")(given[:1])["input_ids"].shape[1]
     batch = PackedCollator(processor, 2048, 4 * longest, "packed", 1024).inputs(given)
     assert batch["input_ids"].shape == (4, longest)
