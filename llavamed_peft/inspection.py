@@ -85,7 +85,7 @@ def inspect(
         curriculum: what would be trained.
         rows: how many usable rows of each data set are shown, supervised tokens marked.
         max_rejected: share of unusable rows above which training would refuse a data set.
-        packing: show how each stage's first step is packed; a path: and draw it there as PNG.
+        packing: show how each stage's first step is packed; a path: and draw it there; its name ends in `.png`.
         max_row_tokens: of that step, as on one GPU; `None`: what a run takes there.
         width: characters of a line.
         colour: supervised tokens underlined and green, for a terminal; else they stand in `[[…]]`.
@@ -94,12 +94,14 @@ def inspect(
         Lines, as they are found out. What cannot be opened at all raises before the first.
 
     Raises:
-        ConfigError: `data` or `image_folder` has a key that is no stage of the curriculum.
+        ConfigError: `data` or `image_folder` has a key that is no stage of the curriculum; the picture is no PNG file.
         CheckpointError: the configuration or the processor cannot be used.
         DataError: a file that is missing, or broken as a whole.
     """
     curriculum.check_keys("data", data)
     curriculum.check_keys("image_folder", image_folder if isinstance(image_folder, Mapping) else ())
+    if isinstance(packing, Path) and packing.suffix.lower() != ".png":
+        raise ConfigError(f"The picture of the packed steps is to be {packing}; wanted a name that ends in .png.")
     max_row_tokens = max_row_tokens or MAX_ROW_TOKENS["cuda"]
     config = read_config(base)
     processor = make_stage_processor(load_processor(base, config), curriculum.image_aspect_ratio)

@@ -72,6 +72,7 @@ class StageTrainer(ResumableTrainer):
         if workers:
             allow_open_files()
         self.rates: dict[str, float] = {}  # of the step just taken, by part
+        self.step_supervised_tokens = 0  # of the step just taken, over all processes
         super().__init__(
             stage,
             train_index,
@@ -192,6 +193,7 @@ class StageTrainer(ResumableTrainer):
         before = rng_state()
         self._note_failures(self.train_index, inputs)
         conversations, supervised = self._total(inputs)
+        self.step_supervised_tokens = supervised
         self.rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         # DDP averages gradients over processes; the step's loss is a mean over tokens, wherever they are
         scale = self.accelerator.num_processes / max(supervised, 1)

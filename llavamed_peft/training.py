@@ -193,9 +193,12 @@ def train_stage(
         if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
             trainer.evaluate()
         trainer.agree_on_stopping()
-    for index in (train_index, eval_index):
+    for index, kind in ((train_index, "training"), (eval_index, "held-out")):
         if index is not None:
             index.failed.update(gather_object(list(index.failed.items())))
+            if index.failed and trainer.is_world_process_zero():
+                lost = f"{len(index.failed):,} of {len(index):,} {kind} conversations could not be decoded and were left out"
+                run_log.show(f"{stage.name:<10} {lost}, such as: {next(iter(index.failed.values()))}", True)
     if trainer.seen_conversations == 0:
         why = next(iter(train_index.failed.values()), "")
         raise TrainingError(f"Not one conversation of stage {stage.name!r} could be decoded; nothing was written. {why}")
@@ -228,7 +231,7 @@ class _Watch(TrainerCallback):
         record: dict[str, Any] = {"stage": self.trainer.stage.name, "step": state.global_step, "steps": state.max_steps}
         if "eval_loss" in logs:
             record["eval_loss"] = logs["eval_loss"]
-        elif "loss" in logs:
+        elif "loss" in logs and self.trainer.step_supervised_tokens:  # else none of its images could be decoded
             seconds = self.trainer.training_seconds()
             record["epoch"] = round(state.epoch, 4)
             record["loss"] = logs["loss"]

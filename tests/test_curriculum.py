@@ -386,7 +386,9 @@ def test_nf4_trains_and_its_adapter_loads_on_the_raw_base(
     assert moved, "the projector stood still in bf16 steps"
 
 
-def test_undecodable_image_leaves_its_step_and_is_counted(bases: dict[str, Path], images: Path, tmp_path: Path) -> None:
+def test_undecodable_image_leaves_its_step_and_is_counted(
+    bases: dict[str, Path], images: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     Image.effect_noise((90, 60), 50).save(tmp_path / "cut.png")
     whole = (tmp_path / "cut.png").read_bytes()
     (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # the header is fine, the pixels end too soon
@@ -399,6 +401,12 @@ def test_undecodable_image_leaves_its_step_and_is_counted(bases: dict[str, Path]
     assert adapter.metrics["conversations"] == 10 and adapter.metrics["steps"] == 4
     (line,) = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["id"] == "bad" and json.loads(line)["row"] == 6
+    told = f"vqa        1 of 6 training conversations could not be decoded and were left out, such as: {tmp_path / 'cut.png'}: "
+    assert told in capsys.readouterr().err
+    curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=1)),))
+    alone = curriculum_finetune(bases["llava"], {"vqa": [*good, bad]}, tmp_path / "alone", curriculum=curriculum)["vqa"]
+    losses = [record["loss"] for record in read_metrics(tmp_path / "alone") if "loss" in record]
+    assert alone.metrics["steps"] == 6 and len(losses) == 5 and min(losses) > 0, "a step that lost all it had has no loss"
 
 
 def test_workers_change_nothing(bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path) -> None:

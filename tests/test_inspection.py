@@ -141,6 +141,13 @@ def test_what_is_given_for_no_stage_is_refused_as_in_training(place):
             said(place, **{"data": data, **given})
 
 
+def test_only_a_png_is_drawn_over(place):
+    before = (place / "train.json").read_bytes()
+    with pytest.raises(ConfigError, match=r"is to be .*train\.json; wanted a name that ends in \.png\."):
+        said(place, packing=place / "train.json")
+    assert (place / "train.json").read_bytes() == before
+
+
 def test_a_single_step_of_warm_up_is_named(place):
     curriculum = Curriculum((Stage("align", "projector", replace(SHORT, epochs=1, global_batch=8)),))
     assert said(place, curriculum=curriculum).endswith(
