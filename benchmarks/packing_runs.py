@@ -215,7 +215,7 @@ def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int) ->
             collator.sequence(one, [content_key(image) for image in one.images], [image_size(image) for image in one.images])
             for one in conversations
         ]
-        stacked = collator.rows(sequences, [one.images for one in conversations])
+        stacked = collator.rows(sequences)
         laid += len(stacked) * max(map(len, stacked))
         every += sequences
         rows += stacked

@@ -1,4 +1,4 @@
-"""Read an image file safely: its size, its pixels as RGB, and a key of its content. Pillow and numpy only.
+"""Read an image file safely: its size, its pixels as RGB, a key of its content, which others it equals. Pillow and numpy only.
 
 What comes out of an archive, or from a stranger's data set, is opened here and nowhere else: formats are those of `FORMATS`
 (Pillow's EPS reader would start Ghostscript), sizes are checked on the header before a pixel is decoded, a damaged file is an
@@ -35,6 +35,7 @@ MAX_PIXELS = 178_956_970
 
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
 _TURNED_BY_A_QUARTER = (5, 6, 7, 8)
+_END = 4096  # bytes at either end of a file by which most can be told apart
 
 
 def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
@@ -109,6 +110,40 @@ def file_size(path: str | os.PathLike[str]) -> int:
     """
     with _errors_of(path):
         return os.stat(path).st_size
+
+
+class EqualImages:
+    """Finds out which image files are equal, in one pass over them.
+
+    Files differ that differ in size or at one of their ends; only what is alike in these is read in full.
+    """
+
+    def __init__(self) -> None:
+        self._first_alike: dict[int, str] = {}  # by size and ends
+        self._first_equal: dict[str, str] = {}  # by content key, of files that had one alike
+
+    def first(self, path: str) -> str:
+        """The first of all files asked for that is equal to this one, perhaps itself.
+
+        Raises:
+            DataError: a file is missing or cannot be read.
+        """
+        alike = self._first_alike.setdefault(_size_and_ends(path), path)
+        if alike == path:
+            return path
+        self._first_equal.setdefault(content_key(alike), alike)
+        return self._first_equal.setdefault(content_key(path), path)
+
+
+def _size_and_ends(path: str) -> int:
+    """A hash, equal for equal files."""
+    with _errors_of(path), open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        ends = []
+        for begin in (0, max(0, size - _END)):
+            file.seek(begin)
+            ends.append(file.read(_END))
+        return hash((size, *ends))
 
 
 def _refuse_bomb(path: str | os.PathLike[str], image: Image.Image) -> None:

@@ -50,8 +50,8 @@ def row(number: int, image: str, *said: str) -> dict[str, object]:
 @pytest.fixture
 def data(tmp_path: Path) -> Path:
     """Seven rows: 2 and 6 are rejected by the reader, 3 and 5 by the index."""
-    for name in ("a", "b", "c"):
-        Image.new("RGB", (60, 40), "white").save(tmp_path / f"{name}.png")
+    for name, colour in {"a": "white", "b": "white", "c": "black"}.items():
+        Image.new("RGB", (60, 40), colour).save(tmp_path / f"{name}.png")
     (tmp_path / "broken.png").write_bytes(b"no image")
     rows = [
         row(1, "a.png", "<image>\nwhat is this?", "a heart"),
@@ -116,6 +116,18 @@ def test_what_is_kept_is_what_the_conversation_encodes_to(kind: str, bases: dict
         assert encoded.supervised_tokens == built.column("supervised_tokens")[i] == np.sum(kept.tokens.supervised)
         batches = collator.inputs([read]), collator.inputs([kept])
         assert all((batches[0][name] == batches[1][name]).all() for name in batches[0])
+
+
+def test_images_of_equal_content_begin_alike_and_are_shuffled_by_their_paths(
+    bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    os.symlink(tmp_path / "c.png", tmp_path / "link.png")
+    rows = [row(i, f"{name}.png", "<image>\nwhat is this?", "a heart") for i, name in enumerate(("a", "c", "b", "link"))]
+    data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
+    built, _ = build(data, collator_of(bases["llava"]), tmp_path)
+    a, c, equal, link = built.prefixes().keys
+    assert a == equal != c == link
+    assert built.column("group").tolist() == [0, 1, 2, 1]
 
 
 def append_row(data: Path) -> None:

@@ -395,19 +395,6 @@ def test_equal_images_are_one_whatever_their_paths(bases: dict[str, Path], image
     assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * tiny.GRID
 
 
-def test_rows_that_equal_images_make_too_long_are_laid_out_as_planned(bases: dict[str, Path], images: dict[str, str]) -> None:
-    """Planned by paths as four rows of one length; the two that show equal images would make one of nearly twice that length."""
-    processor = load_checkpoint(bases["llava"])[1]
-    answer = "the heart is normal " * 40
-    given = [asked(i, (images[name],), "what is it ?", answer) for i, name in enumerate(("a", "again", "b", "c"))]
-    longest = PackedCollator(processor, layout="packed")(given[:1])["input_ids"].shape[1]
-    batch = PackedCollator(processor, 2048, 4 * longest, "packed", 1024).inputs(given)
-    assert batch["input_ids"].shape == (4, longest)
-    short = [asked(i, (images[name],), "what is it ?", "a heart") for i, name in enumerate(("a", "again", "b", "c"))]
-    batch = PackedCollator(processor, 2048, 4 * longest, "packed", 1024).inputs(short)
-    assert len(batch["input_ids"]) == len(batch["pixel_values"]) == 3, "where there is room, equal images are one"
-
-
 def test_image_inputs_stand_in_the_rows_order(bases: dict[str, Path], images: dict[str, str]) -> None:
     """One row a conversation (bound 1), in another order than the conversations': longest first."""
     processor = load_checkpoint(bases["llava_onevision"])[1]

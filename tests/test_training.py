@@ -127,17 +127,24 @@ def test_a_steps_gradient_is_the_plain_means_however_it_is_cut(
         torch.testing.assert_close(cut[name], whole[name], rtol=1e-4, atol=1e-6, msg=name)
 
 
+@pytest.mark.parametrize("copied", [False, True])
 @pytest.mark.parametrize("fill", [None, DENSE_FILL])
 @pytest.mark.parametrize("max_row_tokens", [60, 100, 400, 4096])
 def test_a_packed_device_batch_is_no_larger_than_its_bound(
-    max_row_tokens: int, fill: int | None, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+    max_row_tokens: int, fill: int | None, copied: bool, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
 ) -> None:
-    """Ten questions about each of two images and some text: planned from the index, laid out from the tokens."""
+    """Ten questions about each of two images and some text: planned from the index, laid out from the tokens.
+
+    Copied, each question has a file of its own: equal images are one, whatever their paths.
+    """
+    shown = [conversations[0].images, conversations[1].images] * 10
+    if copied:
+        shown = [(shutil.copy(image, tmp_path / f"{i}.png"),) for i, (image,) in enumerate(shown)]
     asked = [
         Conversation(
-            f"{i}", (Turn("user", f"<image>\nwhat is in the {'left ' * (i // 2)}lung ?"), Turn("assistant", "a heart")), c
+            f"{i}", (Turn("user", f"<image>\nwhat is in the {'left ' * (i // 2)}lung ?"), Turn("assistant", "a heart")), images
         )
-        for i, c in enumerate([conversations[0].images, conversations[1].images] * 10)
+        for i, images in enumerate(shown)
     ] + conversations[5:]
     stage = trainer(bases["llava"], asked, tmp_path, max_row_tokens=max_row_tokens, fill=fill, global_batch=21)
     (step,) = stage.get_train_dataloader()
@@ -147,8 +154,8 @@ def test_a_packed_device_batch_is_no_larger_than_its_bound(
         assert rows == 1 if fill is None else rows * tokens <= fill or rows == 1
         assert rows * tokens <= max_row_tokens or batch.conversations == 1
         assert "attention_mask" not in batch.inputs
-    shown = sum(len(batch.inputs.get("pixel_values", ())) for batch in step)
-    assert shown == 2 or max_row_tokens < 400, "an image is repeated only where its questions do not fit a row"
+    decoded = sum(len(batch.inputs.get("pixel_values", ())) for batch in step)
+    assert decoded == 2 or max_row_tokens < 400, "an image is repeated only where its questions do not fit a row"
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

@@ -8,8 +8,7 @@ conversation only (`masks.py`). Ten questions about one image then cost one imag
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Hashable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
 
 import numpy as np
@@ -117,21 +116,10 @@ class PackedCollator:
         encoded = check_length(conversation, self.encoder.encode(conversation, counts), self.max_length)
         return token_sequence(encoded, contents, counts, self.encoder)
 
-    def rows(self, sequences: Sequence[TokenSequence], images: Sequence[Sequence[str]]) -> list[Row]:
-        """The rows of a packed device batch.
-
-        Args:
-            sequences: of its conversations.
-            images: their paths, by which the device batch was planned.
-        """
-        if self.fill_tokens is None:
-            return lay_rows(sequences, self.max_row_tokens)
-        rows = lay_rows(sequences, self.max_row_tokens, [_beginning(sequence) for sequence in sequences])
-        if self.max_row_tokens is not None and len(rows) * max(map(len, rows), default=0) > self.max_row_tokens:
-            # Images that lie at several paths are known to be equal only now; a row made longer by them pads all others.
-            planned = [_beginning(_seen_as(sequence, paths)) for sequence, paths in zip(sequences, images, strict=True)]
-            rows = lay_rows(sequences, self.max_row_tokens, planned)
-        return rows
+    def rows(self, sequences: Sequence[TokenSequence]) -> list[Row]:
+        """The rows of a packed device batch of these conversations."""
+        beginnings = None if self.fill_tokens is None else [_beginning(sequence) for sequence in sequences]
+        return lay_rows(sequences, self.max_row_tokens, beginnings)
 
     def _packed(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]) -> Batch:
         paths = list(dict.fromkeys(image for conversation in conversations for image in conversation.images))
@@ -151,7 +139,7 @@ class PackedCollator:
             self.sequence(conversation, keys, [sizes[key] for key in keys])
             for conversation, keys in zip(conversations, shown, strict=True)
         ]
-        rows = self.rows(sequences, [conversation.images for conversation in conversations])
+        rows = self.rows(sequences)
         return self._stack(rows) | self._pixels(rows, shown, decoded)
 
     def _check_stored(
@@ -282,12 +270,6 @@ def token_sequence(encoded: Encoded, contents: Sequence[str], tokens_per_image: 
 
 def _beginning(sequence: TokenSequence) -> int | None:
     return sequence.prefix_key() if sequence.image_prefix else None
-
-
-def _seen_as(sequence: TokenSequence, contents: Sequence[Hashable]) -> TokenSequence:
-    """The same tokens, with other names for its images."""
-    images = (span._replace(content=content) for span, content in zip(sequence.images, contents, strict=True))
-    return replace(sequence, images=tuple(images))
 
 
 def check_length(conversation: Conversation | Tokenized, encoded: Encoded, max_length: int) -> Encoded:

@@ -8,6 +8,9 @@ which gets smaller, and are counted as failed.
 The file holds what it was made from (a fingerprint of the data files, the processor and the limits) and what was rejected, so the
 next call with the same data takes it as it is. Image files are not part of that: one that changed, vanished or came back since
 is not noticed before it is decoded. Whoever mends images deletes the index.
+
+Conversations are grouped for shuffling by the paths of their images, links resolved; what they begin with, by which steps are
+packed, is the same for images of equal content.
 """
 
 from __future__ import annotations
@@ -32,12 +35,12 @@ from ..conversations import Conversation, Turn
 from ..datasets.rejects import Reject, RejectLog
 from ..datasets.sources import Source
 from ..errors import DataError
-from ..images import MAX_PIXELS, image_size
+from ..images import MAX_PIXELS, EqualImages, image_size
 from .collator import PackedCollator, check_length, token_sequence
 from .encoding import Tokenized, Tokens
 from .steps import Prefixes
 
-FORMAT = 2  # goes up with every change of what is checked, how it is encoded, or what the file holds
+FORMAT = 3  # goes up with every change of what is checked, how it is encoded, or what the file holds
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -57,6 +60,7 @@ SCHEMA = pa.schema(
 )
 _FINGERPRINT, _REJECTED, _FILES = b"fingerprint", b"rejected", b"files"  # keys of what stands in the file beside the rows
 _ROWS_PER_BATCH = 1000
+_FILES_KNOWN = 10_000  # images and folders that need not be looked at again
 _SECONDS_BETWEEN_LINES = 5.0
 LONGEST_STRIP = 100  # times its width, of an image that is still shown
 
@@ -242,6 +246,7 @@ def _write_index(
 ) -> None:
     schema = SCHEMA if fingerprint is None else SCHEMA.with_metadata({_FINGERPRINT: fingerprint})
     groups: dict[tuple[str, ...], int] = {}
+    first_equal = functools.lru_cache(_FILES_KNOWN)(EqualImages().first)
     files: list[FileCount] = []
     progress = _Progress(path.stem, show)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -252,7 +257,7 @@ def _write_index(
                 usable: list[dict[str, object]] = []
                 refused: list[Reject] = []
                 for row in some:
-                    checked = row if isinstance(row, Reject) else _check(row, source.path, collator)
+                    checked = row if isinstance(row, Reject) else _check(row, source.path, collator, first_equal)
                     if isinstance(checked, Reject):
                         refused.append(checked)
                         rejects.append(checked)
@@ -304,11 +309,14 @@ def _rows(source: Source) -> Iterator[Conversation | Reject]:
     yield from refused
 
 
-def _check(conversation: Conversation, path: str, collator: PackedCollator) -> dict[str, object] | Reject:
+def _check(
+    conversation: Conversation, path: str, collator: PackedCollator, first_equal: Callable[[str], str]
+) -> dict[str, object] | Reject:
     """A row of the index (but for `file` and `group`), or why there is none."""
     reason = "unreadable image"
     try:
         sizes = [_bounded(image, image_size(image)) for image in conversation.images]
+        contents = [first_equal(_real_path(image)) for image in conversation.images]
         reason = "cannot be encoded"
         tokens = collator.encoder.tokenize(conversation)
         whole = Tokenized(conversation.id, conversation.images, conversation.source, tokens)
@@ -318,7 +326,7 @@ def _check(conversation: Conversation, path: str, collator: PackedCollator) -> d
         check_length(whole, encoded, collator.max_length)
     except DataError as error:
         return Reject(path, row_number(conversation.source), conversation.id, reason, str(error))
-    sequence = token_sequence(encoded, [_real_path(image) for image in conversation.images], counts, collator.encoder)
+    sequence = token_sequence(encoded, contents, counts, collator.encoder)
     return {
         "id": conversation.id,
         "source": conversation.source,
@@ -341,7 +349,7 @@ def _real_path(image: str) -> str:
     return os.path.realpath(real) if os.path.islink(real) else real
 
 
-@functools.lru_cache(maxsize=10_000)
+@functools.lru_cache(_FILES_KNOWN)
 def _real_folder(folder: str) -> str:
     return os.path.realpath(folder)
 
