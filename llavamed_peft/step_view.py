@@ -110,7 +110,7 @@ def draw_steps(steps: Sequence[PackedStep], path: Path) -> None:
         bars.set_title(f"{step.title}: {step.useful / step.positions:.1%} useful, padded {step.padded / step.positions:.1f}×")
         bars.set_xlabel("token of the row")
         ends = torch.from_numpy(step.rows[0].ends[:_LARGEST_MASK])[None]
-        mask.imshow(dense_mask(ends).plain()[0, 0], interpolation="nearest", cmap="Greys", vmin=0, vmax=1.4)
+        mask.imshow(dense_mask(ends)[0, 0], interpolation="nearest", cmap="Greys", vmin=0, vmax=1.4)
         mask.set_title("who sees whom in the first row")
     handles = [panels[0, 0].plot([], [], "s", color=_COLOURS[kind], label=_NAMES[kind])[0] for kind in range(NOTHING)]
     figure.legend(handles=handles, loc="outside lower center", ncols=NOTHING)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from torch.nn.attention.flex_attention import create_block_mask, create_mask, fl
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration, ProcessorMixin
+from transformers.modeling_flash_attention_utils import _get_unpad_data
 
 from llavamed_peft import Conversation, LoraSpec, Turn
 from llavamed_peft.errors import ConfigError, DataError
@@ -23,7 +25,15 @@ from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.parts import adapter_config, attach, bare, freeze_tower, set_dtypes
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.encoding import IGNORED
-from llavamed_peft.packing.masks import attention_mask, block_mask, check_window, choose_attention, dense_mask, fill_tokens
+from llavamed_peft.packing.masks import (
+    DenseMask,
+    attention_mask,
+    block_mask,
+    check_window,
+    choose_attention,
+    dense_mask,
+    fill_tokens,
+)
 from llavamed_peft.packing.rows import Row, lay_rows
 from llavamed_peft.packing.tree import ImageSpan, TokenSequence, build_forest, describe, first_fit
 
@@ -131,7 +141,7 @@ def test_masks_are_what_is_visible_by_definition(given: list[TokenSequence], bou
             for place, token in enumerate(path):
                 wanted[token, path[: place + 1]] = True
         ends = torch.from_numpy(row.ends)[None]
-        assert (dense_mask(ends).plain()[0, 0].numpy() == wanted).all()
+        assert (dense_mask(ends)[0, 0].numpy() == wanted).all()
         assert torch.equal(create_mask(block_mask(ends).mask_mod, 1, 1, len(row), len(row), "cpu")[0, 0], torch.tensor(wanted))
 
 
@@ -226,7 +236,7 @@ def test_block_mask_is_what_flex_attention_finds_by_itself(tokens: int) -> None:
         used = torch.arange(indices.shape[-1]) < counts[..., None]
         assert torch.equal(indices[used], getattr(theirs, f"{name}_indices")[used]), name
     assert torch.equal(ours.to_dense(), theirs.to_dense())
-    assert torch.equal(create_mask(ours.mask_mod, len(ends), 1, tokens, tokens, "cpu"), dense_mask(ends).plain())
+    assert torch.equal(create_mask(ours.mask_mod, len(ends), 1, tokens, tokens, "cpu"), dense_mask(ends))
 
 
 def test_only_rows_of_one_sequence_go_without_a_mask(bases: dict[str, Path]) -> None:
@@ -458,7 +468,7 @@ def test_a_changed_branch_leaves_every_other_one_as_it_was_to_the_last_bit(
 
 def row_of(batch: dict[str, torch.Tensor]) -> Row:
     """The row of a batch, read back from its tensors."""
-    visible = batch["attention_mask"].plain()[0, 0]
+    visible = batch["attention_mask"][0, 0]
     ends = visible.shape[0] - visible.flip(0).int().argmax(0)
     leaves = [i for i in range(len(ends)) if ends[i] == i + 1]
     ids, labels, positions = (batch[name][0].numpy() for name in ("input_ids", "labels", "position_ids"))
@@ -548,7 +558,7 @@ def test_attention_that_would_misread_a_dense_mask_is_refused(
     model, processor = load_checkpoint(bases["llava"])
     batch = PackedCollator(processor, layout="packed")(conversations[:3])
     model.set_attn_implementation({"text_config": implementation})
-    with pytest.raises(ConfigError, match=r"wanted scaled_dot_product_attention.*set_attn_implementation\('sdpa'\)"):
+    with pytest.raises(ConfigError, match=r"other than scaled_dot_product_attention, .*set_attn_implementation\('sdpa'\)"):
         model(**batch)
     model.set_attn_implementation("sdpa")
     assert model(**batch).loss.isfinite()
@@ -613,16 +623,36 @@ def test_a_sliding_window_is_refused_only_where_a_conversation_is_longer(
             assert losses[0] != pytest.approx(losses[1], rel=1e-7), "why it is refused"
 
 
-def test_a_mask_can_be_moved_and_printed_and_survives_a_worker(bases: dict[str, Path], conversations: list[Conversation]) -> None:
+def test_a_mask_can_be_moved_and_looked_into_and_survives_a_worker(
+    bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
     processor: ProcessorMixin = load_checkpoint(bases["llava"])[1]
     collator = PackedCollator(processor, layout="packed")
     (batch,) = DataLoader(conversations[:4], batch_size=4, collate_fn=collator, num_workers=1)
     mask = batch["attention_mask"]
-    assert torch.equal(mask.to("cpu").plain(), collator(conversations[:4])["attention_mask"].plain())
+    assert type(mask) is type(mask.to("cpu")) is type(mask.clone()) is DenseMask
+    whole = collator(conversations[:4])["attention_mask"].plain()
+    assert type(whole) is type(mask[0, 0]) is torch.Tensor and torch.equal(mask, whole)
+    assert mask[0, 0].tolist() == mask.numpy()[0, 0].tolist() == whole[0, 0].tolist()
+    assert mask.float().mean() == whole.float().mean() and (mask & ~whole).sum() == 0
+    assert torch.equal(torch.zeros(whole.shape).masked_fill(~mask, -1), whole.float() - 1)
     assert "True" in str(mask) and mask.shape[-1] == batch["input_ids"].shape[1]
-    with pytest.raises(ConfigError, match=r"call its plain\(\)"):
-        mask.sum(-1)
     assert mask.sum() == mask.shape[-1] * mask.shape[0] and type(mask.sum()) is torch.Tensor
-    for other in (lambda: mask.to(torch.float32), lambda: mask.mT, lambda: mask.to("cpu", torch.bfloat16)):
-        with pytest.raises(ConfigError, match="reads it wrongly"):
-            other()
+
+
+MISREADINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
+    "added to scores": lambda mask, scores: scores + mask,
+    "scores added to it": lambda mask, scores: mask + scores,
+    "in place": lambda mask, scores: scores.add_(mask),
+    "cast": lambda mask, scores: mask.to(torch.float32),
+    "cast and moved": lambda mask, scores: mask.to("cpu", torch.bfloat16),
+    "cut to the keys": lambda mask, scores: mask[:, :, :, : scores.shape[-1]],
+    "flash attention's lengths": lambda mask, scores: _get_unpad_data(mask),
+}
+
+
+@pytest.mark.parametrize("how", MISREADINGS)
+def test_what_attention_that_misreads_a_mask_does_with_it_is_refused(how: str) -> None:
+    mask = dense_mask(torch.tensor([[4, 4, 3, 4]]))
+    with pytest.raises(ConfigError, match=r"which reads it wrongly.* To compute with the mask, call its plain\(\)"):
+        MISREADINGS[how](mask, torch.zeros(1, 2, 4, 4))

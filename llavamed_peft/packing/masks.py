@@ -4,11 +4,12 @@ Token i sees token j exactly if j <= i < ends[j] (`rows.py`). The language model
 device; tokens² bytes a row), as none where causal attention does the same, or as FlexAttention's block mask (`flex_attention`,
 CUDA; its CPU kernel has no backward pass). The vision tower is not concerned. transformers hands a mask of four dimensions to the
 attention function as it is: `eager` would add the booleans to its scores, `flex_attention` would take them for scores and crash,
-and a sliding window is forgotten. So the dense mask can be read by `scaled_dot_product_attention` and by nothing else.
+and a sliding window is forgotten. So the dense mask refuses what other attention than `scaled_dot_product_attention` does with it.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,45 +24,49 @@ BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
 DENSE_FILL = 1024
 MAX_ROW_TOKENS = {"cpu": 4096, "cuda": 16_384}  # of a device batch, by default; not yet measured on CUDA
 
-# What moves or describes a mask, but computes nothing with it.
-_HANDLING = {
-    *("__get__", "__repr__", "__format__", "__len__", "__hash__", "__reduce_ex__", "size", "dim", "numel", "stride", "data_ptr"),
-    *("is_contiguous", "is_floating_point", "is_complex", "element_size", "untyped_storage", "storage_offset"),
-    *("to", "cpu", "cuda", "clone", "detach", "contiguous", "record_stream", "pin_memory", "is_pinned"),
-}
+_MOVING = {"to", "cpu", "cuda", "clone", "detach", "contiguous", "pin_memory"}
+_SELECTING = {"where", "masked_fill", "masked_fill_", "masked_select", "__getitem__", "__setitem__"}
 
 
 class DenseMask(torch.Tensor):
     """A boolean mask [rows, 1, tokens, tokens], true where a token (third) sees one (fourth), for `sdpa` alone.
 
-    It can be moved, printed and handed to `scaled_dot_product_attention`; `plain()` is the tensor to look into.
+    It can be looked into like any other tensor; what is read out of it is one, and so is `plain()`. Its `sum()` alone is another:
+    positions, as TRL's trainer counts them.
 
     Raises:
-        ConfigError: anything else computes with it, such as `eager` attention, whose result would be wrong.
+        ConfigError: it is used as attention would that reads it wrongly, such as `eager`, which adds it to its scores.
     """
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func is torch.Tensor.sum and len(args) == 1 and not kwargs:  # TRL's own trainer counts positions by it
-            return args[0].plain().diagonal(dim1=-2, dim2=-1).sum()  # each sees itself
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            with torch._C.DisableTorchFunctionSubclass():
-                return func(*args, **(kwargs or {}))
-        name = func.__name__
-        result = super().__torch_function__(func, types, args, kwargs) if name in _HANDLING else None
-        viewed = name == "__get__" and func != torch.Tensor.data.__get__  # such as its transpose
-        if name not in _HANDLING or (isinstance(result, cls) and (viewed or result.dtype != torch.bool)):
+        name, kwargs = func.__name__, kwargs or {}
+        if func is not torch.nn.functional.scaled_dot_product_attention and _misread(name, args, kwargs):
             raise ConfigError(
-                f"A packed batch's attention_mask was given to {name!r}; wanted scaled_dot_product_attention, since other "
-                "attention, or another dtype, reads it wrongly. Set the language model's: model.set_attn_implementation('sdpa'), "
-                "or take layout='padded'. To look into the mask, call its plain()."
+                f"A packed batch's attention_mask was given to {name!r} as if by attention other than "
+                "scaled_dot_product_attention, which reads it wrongly. Set the language model's: "
+                "model.set_attn_implementation('sdpa'), or take layout='padded'. To compute with the mask, call its plain()."
             )
-        return result
+        with torch._C.DisableTorchFunctionSubclass():
+            if func is torch.Tensor.sum and len(args) == 1 and not kwargs:
+                return args[0].diagonal(dim1=-2, dim2=-1).sum()  # each position sees itself
+            result = func(*args, **kwargs)
+            return result.as_subclass(cls) if name in _MOVING else result
 
     def plain(self) -> torch.Tensor:
         """The same booleans as a tensor like any other."""
         with torch._C.DisableTorchFunctionSubclass():
             return self.as_subclass(torch.Tensor)
+
+
+def _misread(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a function is called on a mask as attention does that takes it for something else."""
+    given = [*args, *kwargs.values()]
+    computes = any(type(value) is torch.Tensor and value.is_floating_point() for value in given) and name not in _SELECTING
+    casts = name == "to" and any(isinstance(value, torch.dtype) and value.is_floating_point for value in given)
+    cuts = name == "__getitem__" and isinstance(args[1], tuple) and [type(part) for part in args[1]] == [slice] * 4  # to the keys
+    counts = name == "sum" and "dtype" in kwargs  # each row's tokens, as flash attention does
+    return computes or casts or cuts or counts
 
 
 def dense_mask(ends: torch.Tensor) -> DenseMask:
