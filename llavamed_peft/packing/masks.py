@@ -4,7 +4,7 @@ Token i sees token j exactly if j <= i < ends[j] (`rows.py`). The language model
 device; tokens² bytes a row), as none where causal attention does the same, or as FlexAttention's block mask (`flex_attention`,
 CUDA; its CPU kernel has no backward pass). The vision tower is not concerned. transformers hands a mask of four dimensions to the
 attention function as it is: `eager` would add the booleans to its scores, `flex_attention` would take them for scores and crash,
-and a sliding window is forgotten. So the dense mask refuses what other attention than `scaled_dot_product_attention` does with it.
+and a sliding window is forgotten. So the dense mask refuses what attention other than `scaled_dot_product_attention` does to it.
 """
 
 from __future__ import annotations
