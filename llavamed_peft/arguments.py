@@ -195,6 +195,9 @@ def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[
         allow_abbrev=False,
         description="Every option may also stand in a YAML file, --config FILE; what the command line says counts.",
     )
+    for action in parser._actions:
+        if action.choices and True in action.choices:
+            action.type = _written_in_small_letters(action.type)
     words = list(sys.argv[1:] if command_line is None else command_line)
     words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
     known = {action.dest: action for action in parser._actions}
@@ -220,6 +223,11 @@ def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[
                 wanted = f"one of {', '.join(choices)}" if choices else _words(hints[name])
                 parser.error(f"{name} is {value!r}; wanted {wanted}{', or no such line' if _fits(None, hints[name]) else ''}.")
     return tuple(parsed)
+
+
+def _written_in_small_letters(choose: Callable[[str], object]) -> Callable[[str], object]:
+    """An option's kind that takes true and false as YAML writes them, too."""
+    return lambda word: choose(word.capitalize() if word in ("true", "false") else word)
 
 
 class _Parser(TrlParser):

@@ -37,7 +37,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0, or 2 for what the package refuses.
     """
-    options = _parser().parse_args(arguments)
+    parser = _parser()
+    options, behind = parser.parse_known_args(arguments)
+    if options.verb is _inspect and not any(word.startswith("-") for word in behind):
+        options.data += behind  # argparse takes BASE and DATA in one go, before an option that stands between them
+    elif behind:
+        parser.error(f"unrecognized arguments: {' '.join(behind)}")
     # The libraries' notes to programmers would only hide the answer or the error.
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)

@@ -316,7 +316,7 @@ class FeatureCache:
             return
         rows = {path: row for (path, _), row in shown.items()}
         pixels = iter(self.load(Pictures(images, paths, rows, self.encoder, self.notes)))
-        began, done = time.monotonic(), 0
+        began, stored = time.monotonic(), 0
         for number, (name, together) in enumerate(files):
 
             def tower(tiles: torch.Tensor, number: int = number) -> torch.Tensor:
@@ -324,10 +324,9 @@ class FeatureCache:
                 with self.trainer.accelerator.autocast():
                     return tower_features(self.trainer.model, tiles.to(self.trainer.args.device)).to(self.dtype).cpu()
 
-            fill(self.folder / name, together, pixels, tower)
-            done += len(together)
-            speed = done / (time.monotonic() - began)
-            self._progress(f"{done:,} of {len(images):,} images stored, {speed:,.1f} images/s", last=done == len(images))
+            stored += fill(self.folder / name, together, pixels, tower)
+            speed = stored / (time.monotonic() - began)
+            self._progress(f"{stored:,} of {len(images):,} images stored, {speed:,.1f} images/s", last=number + 1 == len(files))
 
     def _progress(self, what: str, last: bool = False) -> None:
         """Every few seconds, and at the end; of several processes the first speaks, of its own share."""

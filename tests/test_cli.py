@@ -102,7 +102,8 @@ def test_inspect_needs_no_weights(asked, tmp_path):
     assert "\n      USER: <image>×16\\nis it normal ? ASSISTANT:[[ yes →</s>]]\n" in done.stdout
     assert "training would refuse these data" in done.stdout
     assert "\n  two                1       1      4               1       3             3" in done.stdout
-    done = run(*words, "--stage", "two", "--rows", 0, "--width", 60, "--max_rejected", 0.5)
+    data_last = [*words[:2], *words[3:], words[2]]
+    done = run(*data_last, "--stage", "two", "--rows", 0, "--width", 60, "--max_rejected", 0.5)
     assert (done.returncode, done.stderr) == (0, "")
     assert "\n  two: full, 131,520 parameters" in done.stdout
     for absent in ("one", "[[", "would refuse"):
@@ -248,6 +249,8 @@ def test_what_the_package_refuses_is_one_line(asked, words, message):
             "argument --max_new_tokens: 'many' is not a whole number of at least 1",
         ),
         (["inspect", "base"], "the following arguments are required: DATA"),
+        (["inspect", "base", "--rows", "1", "data", "--colour"], "unrecognized arguments: data --colour"),
+        (["show", "a", "b"], "unrecognized arguments: b"),
         (["inspect", "a", "b", "--rows", "-1"], "argument --rows: '-1' is not a whole number of at least 0"),
         (["inspect", "a", "b", "--max_rejected", "5%"], "argument --max_rejected: '5%' is not a share between 0 and 1"),
         (["show"], "the following arguments are required: ADAPTER"),

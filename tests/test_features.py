@@ -564,7 +564,7 @@ def test_killed_while_it_was_filled_and_while_it_was_used_nothing_changes(place:
     (whole,) = folder.glob("[!.]*.safetensors")
     written = whole.stat().st_mtime_ns
     said = call(place, out, kill_in_training, exit_code=-signal.SIGKILL)
-    assert "feature cache: 5 of 5 images stored" in said, "seven in four files, one of two whole"
+    assert "feature cache: 4 of 5 images stored" in said, "seven in four files, one of two whole, and one cannot be decoded"
     assert whole.stat().st_mtime_ns == written and not list(folder.glob(".*"))
     said = call(place, out, in_files_of_two)
     assert "images stored" not in said and "vqa        feature cache on: 7 images, " in said
@@ -580,7 +580,7 @@ def test_stopped_while_it_is_filled_it_says_what_stays(place: Path) -> None:
         "files that were missing are whole, and stay. No checkpoint of this stage is there; the same call begins it again, "
         "behind the stages that are finished."
     )
-    assert "feature cache: 3 of 3 images stored" in call(place, out, in_files_of_two)
+    assert "feature cache: 2 of 3 images stored" in call(place, out, in_files_of_two)
     kills.check_same(place / "lora", out)
 
 
@@ -614,7 +614,7 @@ def plain_descent(self, model=None):  # Adam would blow rounding up
 def fill(path, *how):
     with open(f"{out}.{PartialState().process_index}", "a") as wrote:
         wrote.write(path.name + "\\n")
-    write(path, *how)
+    return write(path, *how)
 
 StageTrainer.create_optimizer = plain_descent
 write, feature_cache.fill = feature_cache.fill, fill

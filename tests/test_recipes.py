@@ -244,6 +244,13 @@ def test_options_come_from_both_sides_and_the_command_line_counts(tmp_path):
     assert run == RunArguments(quantization="nf4", report_to=["tensorboard", "trackio"])
 
 
+@pytest.mark.parametrize(("word", "value"), {"auto": "auto", "true": True, "True": True, "false": False, "False": False}.items())
+def test_true_and_false_may_be_written_as_in_yaml(word, value, tmp_path):
+    (tmp_path / "options.yaml").write_text(f"feature_cache: {word}\n")
+    for words in (("--feature_cache", word), ("--config", str(tmp_path / "options.yaml"))):
+        assert read("--model", "a", *words)[1].feature_cache == value
+
+
 @pytest.mark.parametrize(
     ("words", "yaml", "reason"),
     [

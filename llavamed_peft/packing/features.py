@@ -157,8 +157,8 @@ def _content(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def fill(path: Path, images: Sequence[Planned], pixels: Iterator[torch.Tensor | None], tower: Callable[[Any], Any]) -> None:
-    """Compute a file's images and write it.
+def fill(path: Path, images: Sequence[Planned], pixels: Iterator[torch.Tensor | None], tower: Callable[[Any], Any]) -> int:
+    """Compute a file's images and write it; returns how many of them it holds.
 
     Args:
         images: as they are planned.
@@ -187,6 +187,7 @@ def fill(path: Path, images: Sequence[Planned], pixels: Iterator[torch.Tensor | 
     look()
     metadata = {_SHA256: _content(sorted(features.items()))}
     _write(path, lambda partial: save_file(features, partial, metadata))
+    return len(features)
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
