@@ -215,7 +215,7 @@ def _inspect(options: argparse.Namespace) -> None:
 
 def _show(options: argparse.Namespace) -> None:
     """Print the tree."""
-    from .inspection import show
+    from .lineage import show
 
     print(*show(options.adapter, _width(options)), sep="\n")
 

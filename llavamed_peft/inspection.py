@@ -1,9 +1,9 @@
-"""Looking before and after training: `inspect`, what a run would do with its data; `show`, what a finished stage was made of.
+"""What a run would do with its data, line by line, before it runs: `inspect`.
 
-Both yield lines of plain text. `inspect` needs a checkpoint's configuration and processor, no weights and no GPU: the model is
-built on torch's meta device and adapters are attached to it there, so what is listed as trained is what `modeling/parts.py` has
-compared name by name. Rows are checked by the functions with which training checks them, and those shown were laid out by the
-collator, pixels decoded. Left out: time and memory, which only a run can tell, and held-out data.
+It needs a checkpoint's configuration and processor, no weights and no GPU: the model is built on torch's meta device and adapters
+are attached to it there, so what is listed as trained is what `modeling/parts.py` has compared name by name. Rows are checked by
+the functions with which training checks them, and those shown were laid out by the collator, pixels decoded. Left out: time and
+memory, which only a run can tell, and held-out data.
 """
 
 from __future__ import annotations
@@ -11,23 +11,19 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-import textwrap
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import pyarrow.compute as pc
 import torch
 from transformers import PreTrainedConfig, ProcessorMixin
 
-from .adapters import RECORD, local_folder, public_name, read_record
 from .datasets.rejects import Reject, RejectLog
 from .datasets.sources import Source, open_sources
-from .errors import AdapterError, ConfigError, DataError, did_you_mean
+from .errors import ConfigError, DataError, did_you_mean
 from .modeling.load import empty_model, read_config
 from .modeling.parts import adapter_config, attach, set_dtypes, unfreeze_full
 from .modeling.processor import load_processor, make_stage_processor
@@ -38,10 +34,9 @@ from .packing.masks import MAX_ROW_TOKENS
 from .packing.steps import StepSampler, steps_in_all, why_nothing_is_learnt
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Scope, Stage
 from .step_view import describe_step, draw_steps, first_step
+from .terminal import aligned, histogram, indented, visible, wrapped
 
 EXAMPLES = 3  # rejected rows that are shown for each reason
-_BARS, _LONGEST_BAR = 10, 60  # of a histogram: how many, and sometimes one more; characters
-_SHORT = 12  # digits of a hash
 _MARKED = "\033[4;32m{}\033[0m"  # underlined, so that blanks show, and green
 _PEFT_PREFIX, _PEFT_WORDS = "base_model.model.", (".modules_to_save", ".default")  # in the names of what PEFT trains
 
@@ -120,15 +115,15 @@ def inspect(
             check = check_data(opened[key], collator, Path(folder, str(number)))
             indexes |= {stage.name: check.index for stage in stages}
             yield f"\ndata of {', '.join(stage.name for stage in stages)} (max_length {key[2]:,})"
-            yield from _indented(2, _accounts(check, max_rejected, width - 2))
-            yield from _indented(2, _lengths(check.index, width - 2))
-            yield from _indented(2, _first_rows(check.index, collator, rows, width - 2, colour))
+            yield from indented(2, _accounts(check, max_rejected, width - 2))
+            yield from indented(2, _lengths(check.index, width - 2))
+            yield from indented(2, _first_rows(check.index, collator, rows, width - 2, colour))
         yield "\nsteps"
-        yield from _indented(2, _steps(curriculum, indexes))
+        yield from indented(2, _steps(curriculum, indexes))
         if packing:
             yield f"\npacking, in rows of at most {max_row_tokens:,} tokens"
             picture = packing if isinstance(packing, Path) else None
-            yield from _indented(2, _packing(curriculum, indexes, processor, max_row_tokens, picture, width - 2))
+            yield from indented(2, _packing(curriculum, indexes, processor, max_row_tokens, picture, width - 2))
 
 
 def files_by_stage(words: Iterable[str], curriculum: Curriculum) -> dict[str, list[str]]:
@@ -197,7 +192,8 @@ def _what_trains(base: str, config: PreTrainedConfig, stages: Sequence[Stage]) -
     model = empty_model(config)
     whole = sum(parameter.numel() for parameter in model.parameters())
     dtype = _dtype_name(model.dtype)
-    yield f"{base}: {_architecture(config.model_type, config.get_text_config().model_type, config.vision_config.model_type)}"
+    language_model, vision_tower = config.get_text_config().model_type, config.vision_config.model_type
+    yield f"{base}: {config.model_type} over {language_model} and {vision_tower}"
     yield f"  {whole:,} parameters, stored in {dtype}"
     yield "\nwhat trains"
     shown: dict[tuple[Scope, LoraSpec | None], str] = {}
@@ -215,7 +211,7 @@ def _what_trains(base: str, config: PreTrainedConfig, stages: Sequence[Stage]) -
             f"  {stage.name}: {stage.trains}{spec}, {count:,} parameters in {len(parameters):,} tensors, {dtypes}; "
             f"{count / whole:.2%} of the checkpoint"
         )
-        yield from _indented(4, _aligned(_by_module(parameters), right={1, 3}))
+        yield from indented(4, aligned(_by_module(parameters), right={1, 3}))
 
 
 def _by_module(parameters: Mapping[str, torch.Tensor]) -> list[list[str]]:
@@ -271,14 +267,14 @@ def check_data(sources: Sequence[Source], collator: PackedCollator, folder: Path
 
 def _accounts(check: DataCheck, max_rejected: float, width: int) -> Iterator[str]:
     for count in check.index.files:
-        yield f"{_visible(count.name)}: {count.rows:,} rows, {count.used:,} used, {sum(count.rejected.values()):,} rejected"
+        yield f"{visible(count.name)}: {count.rows:,} rows, {count.used:,} used, {sum(count.rejected.values()):,} rejected"
     for reason, number in check.reasons.items():
         yield f"  {reason}: {number:,}"
         for reject in check.examples[reason]:
             place = f"{Path(reject.file).name}:{reject.row} (id {reject.id}): "
-            yield from _wrapped(_visible(place + reject.detail.removeprefix(place)), width, "    ", "      ")
+            yield from wrapped(visible(place + reject.detail.removeprefix(place)), width, "    ", "      ")
     if fault := fault_of_share(check.index.files, max_rejected):
-        yield from _wrapped(f"training would refuse these data: {_visible(fault)}", width, "", "  ")
+        yield from wrapped(f"training would refuse these data: {visible(fault)}", width, "", "  ")
 
 
 def _lengths(index: Index, width: int) -> Iterator[str]:
@@ -289,31 +285,7 @@ def _lengths(index: Index, width: int) -> Iterator[str]:
             f"lengths: {lengths.min():,} to {lengths.max():,} tokens, mean {lengths.mean():,.0f}; of them {of_images:,.0f} of "
             f"images and {supervised:,.0f} supervised"
         )
-        yield from _indented(2, histogram(lengths, width - 2))
-
-
-def histogram(values: np.ndarray, width: int) -> list[str]:
-    """Lines `20-29  4  ########`: about ten intervals between round numbers.
-
-    Args:
-        values: [n], whole numbers, n ≥ 1.
-        width: characters of the line with the longest bar.
-    """
-    spread = int(values.max() - values.min()) + 1
-    step = 1
-    while step * _BARS < spread:  # 1, 2, 5, 10, 20, 50, …
-        step = step * 5 // 2 if str(step).startswith("2") else step * 2
-    first = int(values.min()) // step * step
-    counts = np.bincount((values - first) // step)
-    bounds = [(first + position * step, first + (position + 1) * step - 1) for position in range(len(counts))]
-    rows = [
-        [f"{low:,}" if low == high else f"{low:,}-{high:,}", f"{count:,}"]
-        for (low, high), count in zip(bounds, counts, strict=True)
-    ]
-    heads = _aligned(rows, right={0, 1})
-    room = min(max(width - len(heads[0]) - 2, 1), _LONGEST_BAR)
-    bars = ["#" * max(round(room * int(count) / int(counts.max())), int(count > 0)) for count in counts]
-    return [f"{head}  {bar}".rstrip() for head, bar in zip(heads, bars, strict=True)]
+        yield from indented(2, histogram(lengths, width - 2))
 
 
 def _first_rows(index: Index, collator: PackedCollator, rows: int, width: int, colour: bool) -> Iterator[str]:
@@ -321,14 +293,14 @@ def _first_rows(index: Index, collator: PackedCollator, rows: int, width: int, c
         return
     yield f"the first rows; supervised is what stands {_MARKED.format('like this') if colour else 'in [[ ]]'}"
     for conversation in map(index.conversation, range(min(rows, len(index)))):
-        yield f"  {_visible(conversation.source)} (id {_visible(conversation.id)})"
+        yield f"  {visible(conversation.source)} (id {visible(conversation.id)})"
         try:
             batch = collator([conversation])
         except DataError as error:  # only the header was read before
-            yield from _wrapped(f"would fail: {_visible(str(error))}", width, "    ", "      ")
+            yield from wrapped(f"would fail: {visible(str(error))}", width, "    ", "      ")
             continue
         pieces = marked_text(collator.encoder.processor, batch["input_ids"][0].tolist(), batch["labels"][0].tolist())
-        yield from _indented(4, _paint(pieces, width - 4, colour))
+        yield from indented(4, _paint(pieces, width - 4, colour))
 
 
 def marked_text(processor: ProcessorMixin, input_ids: Sequence[int], labels: Sequence[int]) -> list[Piece]:
@@ -346,7 +318,7 @@ def marked_text(processor: ProcessorMixin, input_ids: Sequence[int], labels: Seq
         shown += ids[:1] if is_image else ids
         # From the beginning each time: a tokenizer may write the first token of a text otherwise than the same one inside it.
         text = processor.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
-        pieces.append((_visible(text[len(written) :]) + (f"×{len(ids)}" if is_image else ""), supervised))
+        pieces.append((visible(text[len(written) :]) + (f"×{len(ids)}" if is_image else ""), supervised))
         written = text
     return pieces
 
@@ -389,7 +361,7 @@ def _steps(curriculum: Curriculum, indexes: Mapping[str, Index]) -> Iterator[str
         table.append([stage.name, *(f"{n:,}" for n in counts), f"{schedule.epochs:g}", f"{in_all:,}", f"{supervised:,}"])
         if len(index) and (why := why_nothing_is_learnt(stage, len(sampler), index.image_counts().sum())):
             idle.append(f"{stage.name} would learn nothing: {why}")
-    yield from _aligned(table, right=set(range(1, 8)))
+    yield from aligned(table, right=set(range(1, 8)))
     yield from idle
 
 
@@ -417,7 +389,7 @@ def _packing(
             drawn.append(first_step(f"{stage.name}, the first step", index, collator, sampler))
             for line in describe_step(drawn[-1], width):
                 blanks = len(line) - len(line.lstrip())
-                yield from _wrapped(line.strip(), width, " " * blanks, " " * (blanks + 2))
+                yield from wrapped(line.strip(), width, " " * blanks, " " * (blanks + 2))
     if picture is not None and drawn:
         try:
             draw_steps(drawn, picture)
@@ -426,123 +398,5 @@ def _packing(
         yield f"drawn: {picture}"
 
 
-# What a finished stage was made of
-
-
-@dataclass(frozen=True, slots=True)
-class _Node:
-    text: str
-    children: tuple[_Node, ...] = ()
-
-
-def show(adapter: str | Path, width: int = 100) -> list[str]:
-    """A finished stage as a tree of lines: base, the stages before it, and of each schedule, data and metrics.
-
-    A stage before it is described where its folder lies beside that of its child, found by the content hash.
-
-    Args:
-        adapter: a stage's folder, or a Hub repository of one; weights are not read and need not be there.
-        width: characters of a line.
-
-    Raises:
-        AdapterError: there is no stage's record, or it is damaged.
-    """
-    folder = local_folder(adapter, only=RECORD)
-    record = read_record(folder)
-    beside = {other["sha256"]: (path, other) for path, other in _records_beside(folder)}
-    node = _stage_node(folder, record)
-    seen = {record["sha256"]}
-    while (parent := record["parent"]) is not None:
-        if parent["sha256"] not in beside or parent["sha256"] in seen:
-            node = _Node(f"{parent['stage']}, sha256 {parent['sha256'][:_SHORT]}: does not lie beside it", (node,))
-            break
-        seen.add(parent["sha256"])
-        folder, record = beside[parent["sha256"]]
-        node = _stage_node(folder, record, (node,))
-    base = record["base"]
-    identity = f"revision {base['revision']}" if base["id"] else f"sha256 {str(base['sha256'])[:_SHORT]}"
-    kind = _architecture(base["model_type"], base["language_model"], base["vision_tower"])
-    return list(_branches(_Node(f"{public_name(base)}: {kind}, {identity}", (node,)), width))
-
-
-def _records_beside(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
-    for path in sorted(folder.resolve().parent.iterdir()):
-        if (path / RECORD).is_file():
-            try:
-                yield path, read_record(path)
-            except AdapterError:  # another folder's damage is not what was asked about
-                continue
-
-
-def _stage_node(folder: Path, record: Mapping[str, Any], next_stages: tuple[_Node, ...] = ()) -> _Node:
-    stage, metrics = record["stage"], record["metrics"]
-    details = [_Node(f"schedule: {_pairs(stage['schedule'])}")]
-    if stage.get("lora"):
-        details.append(_Node(f"lora: {_pairs(stage['lora'])}"))
-    for title, key in (("data", "data"), ("held out", "eval_data")):
-        if record.get(key):
-            details.append(_Node(title, tuple(_Node(_account(entry)) for entry in record[key])))
-    details.append(_Node("metrics", tuple(_Node(f"{name}: {_plain(value)}") for name, value in metrics.items())))
-    details.append(_Node(f"made on {record['device']} with {_pairs(record['versions'])}"))
-    title = (
-        f"{stage['name']}: {stage['trains']} ({record['kind']}), sha256 {record['sha256'][:_SHORT]}, in {folder.resolve().name}"
-    )
-    return _Node(title, (*details, *next_stages))
-
-
-def _account(entry: Mapping[str, Any]) -> str:
-    """`a.json, sha256 0123…: 12 rows = 9 used + 2 missing image + 1 failed`."""
-    parts = {"used": entry["used"], **entry["rejected"], "failed": entry["failed"]}
-    rows = " + ".join(f"{number:,} {what}" for what, number in parts.items() if number or what == "used")
-    return f"{entry['file']}, sha256 {entry['sha256'][:_SHORT]}: {entry['rows']:,} rows = {rows}"
-
-
-def _pairs(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name} {_plain(value)}" for name, value in values.items() if value is not None)
-
-
-def _plain(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.5g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "–" if value is None else str(value)
-
-
-def _branches(node: _Node, width: int, first: str = "", rest: str = "") -> Iterator[str]:
-    """The tree's lines. `first` stands before the node's own first line, `rest` before all below it."""
-    yield from _wrapped(_visible(node.text), width, first, rest + ("│  " if node.children else "   "))
-    for position, child in enumerate(node.children, start=1):
-        last = position == len(node.children)
-        yield from _branches(child, width, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
-
-
-# Lines
-
-
-def _architecture(model_type: str, language_model: str, vision_tower: str) -> str:
-    return f"{model_type} over {language_model} and {vision_tower}"
-
-
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _visible(text: str) -> str:
-    """Line breaks and whatever else a terminal would obey, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _wrapped(text: str, width: int, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(text, max(width, len(rest) + 20), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
-
-
-def _indented(blanks: int, lines: Iterable[str]) -> Iterator[str]:
-    return (" " * blanks + line for line in lines)
-
-
-def _aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
-    """Rows of cells as lines of columns, those in `right` flush right; columns without a word are left out."""
-    columns = [column for column in range(len(rows[0])) if any(row[column] for row in rows)]
-    widths = {column: max(len(row[column]) for row in rows) for column in columns}
-    return [
-        "  ".join(row[c].rjust(widths[c]) if c in right else row[c].ljust(widths[c]) for c in columns).rstrip() for row in rows
-    ]
