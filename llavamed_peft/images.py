@@ -1,4 +1,4 @@
-"""Read an image file safely: its size, its pixels as RGB, a key of its content, which others it equals. Pillow and numpy only.
+"""Read an image file safely: its size, its pixels as RGB, what its content is known by. Pillow and numpy only.
 
 What comes out of an archive, or from a stranger's data set, is opened here and nowhere else: formats are those of `FORMATS`
 (Pillow's EPS reader would start Ghostscript), sizes are checked on the header before a pixel is decoded, a damaged file is an
@@ -14,6 +14,7 @@ orientation that a PNG states behind its pixels is not applied, since the header
 
 from __future__ import annotations
 
+import hashlib
 import os
 import struct
 from collections.abc import Iterator
@@ -112,38 +113,39 @@ def file_size(path: str | os.PathLike[str]) -> int:
         return os.stat(path).st_size
 
 
-class EqualImages:
-    """Finds out which image files are equal, in one pass over them.
+class ContentNames:
+    """Names image files by their content, in one pass over them: equal files have one name, different ones two.
 
-    Files differ that differ in size or at one of their ends; only what is alike in these is read in full.
+    What differs in size or at one of its ends is named after these; only files that are alike in them are read in full.
     """
 
     def __init__(self) -> None:
-        self._first_alike: dict[int, str] = {}  # by size and ends
-        self._first_equal: dict[str, str] = {}  # by content key, of files that had one alike
+        self._first: dict[str, str] = {}  # of size and ends → the first file that has them
+        self._names: dict[str, str] = {}  # of content keys, where several files have the same size and ends
 
-    def first(self, path: str) -> str:
-        """The first of all files asked for that is equal to this one, perhaps itself.
+    def __call__(self, path: str) -> str:
+        """The name of a file's content.
 
         Raises:
             DataError: a file is missing or cannot be read.
         """
-        alike = self._first_alike.setdefault(_size_and_ends(path), path)
-        if alike == path:
-            return path
-        self._first_equal.setdefault(content_key(alike), alike)
-        return self._first_equal.setdefault(content_key(path), path)
+        looks = _size_and_ends(path)
+        first = self._first.setdefault(looks, path)
+        if first == path:
+            return looks
+        self._names.setdefault(content_key(first), looks)
+        return self._names.setdefault(content := content_key(path), content)
 
 
-def _size_and_ends(path: str) -> int:
+def _size_and_ends(path: str) -> str:
     """A hash, equal for equal files."""
     with _errors_of(path), open(path, "rb") as file:
         size = file.seek(0, os.SEEK_END)
-        ends = []
+        digest = hashlib.blake2b(str(size).encode(), digest_size=16)
         for begin in (0, max(0, size - _END)):
             file.seek(begin)
-            ends.append(file.read(_END))
-        return hash((size, *ends))
+            digest.update(file.read(_END))
+        return digest.hexdigest()
 
 
 def _refuse_bomb(path: str | os.PathLike[str], image: Image.Image) -> None:

@@ -221,13 +221,10 @@ class ResumableTrainer(SFTTrainer):
         )
 
     def _order(self) -> str:
-        """A hash of what decides the order of the data beside seed, epoch and step."""
+        """A hash of the rows' lengths, groups and beginnings, images included: what the data and their order are known by."""
         digest = hashlib.sha256()
-        columns = [self.train_index.column(name) for name in ("length", "group", "prefix_tokens")]
-        # Which rows begin alike counts, not the keys: they are made of paths, and a data set may be moved.
-        _, first, alike = np.unique(self.train_index.column("prefix"), return_index=True, return_inverse=True)
-        for column in (*columns, first[alike]):
-            digest.update(np.ascontiguousarray(column, dtype=np.int64).tobytes())
+        for name in ("length", "group", "prefix_tokens", "prefix"):
+            digest.update(np.ascontiguousarray(self.train_index.column(name), dtype=np.int64).tobytes())
         return digest.hexdigest()
 
     def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, resume: Any, trial: Any) -> tuple[int, int]:

@@ -11,7 +11,7 @@ from PIL import Image
 
 from llavamed_peft import images
 from llavamed_peft.errors import DataError
-from llavamed_peft.images import FORMATS, MAX_PIXELS, EqualImages, content_key, image_size, load_image
+from llavamed_peft.images import FORMATS, MAX_PIXELS, content_key, image_size, load_image
 
 # What has to be done to an upright array [height, width] so that a viewer obeying the orientation shows it upright again
 # (EXIF 2.3, tag 274: where row 0 and column 0 of the stored array lie in the picture).
@@ -273,7 +273,7 @@ def test_content_key_is_the_sha256_of_the_bytes(tmp_path):
     assert str(caught.value) == f"{tmp_path / 'none.png'}: no such file; wanted an image."
 
 
-def test_of_equal_files_all_go_by_the_first_and_only_such_as_look_alike_are_read_in_full(tmp_path, monkeypatch):
+def test_equal_files_have_one_name_and_only_such_as_look_alike_are_read_in_full(tmp_path, monkeypatch):
     read = []
     monkeypatch.setattr(images, "content_key", lambda path: read.append(Path(path).name) or content_key(path))
     long = bytes(range(256)) * 100
@@ -282,11 +282,16 @@ def test_of_equal_files_all_go_by_the_first_and_only_such_as_look_alike_are_read
         "a": long, "short": b"x", "b": other, "a again": long, "c": b"!" + long[1:], "d": long[:-1] + b"!", "longer": long + b"x",
         "short again": b"x", "b again": other, "empty": b"", "empty again": b"",
     }  # fmt: skip
-    first = EqualImages().first
-    for name, content in contents.items():
-        (tmp_path / name).write_bytes(content)
-        assert first(str(tmp_path / name)) == str(tmp_path / name.removesuffix(" again")), name
+    names = []
+    for folder in (tmp_path / "here", tmp_path / "moved"):
+        folder.mkdir()
+        name_of = images.ContentNames()
+        for name, content in contents.items():
+            (folder / name).write_bytes(content)
+        names.append({name: name_of(str(folder / name)) for name in (*contents, "a", "b again")})
+        assert len({*names[-1].values()}) == 7
+        assert all(names[-1][name] == names[-1][f"{name} again"] for name in ("a", "b", "short", "empty"))
+    assert names[0] == names[1], "wherever they lie"
     assert {*read} == {"a", "a again", "b", "b again", "short", "short again", "empty", "empty again"}
-    assert [first(str(tmp_path / name)) for name in ("a", "b again")] == [str(tmp_path / name) for name in "ab"]
     with pytest.raises(DataError, match="none: no such file"):
-        first(str(tmp_path / "none"))
+        images.ContentNames()(str(tmp_path / "none"))

@@ -174,7 +174,7 @@ def test_an_epoch_can_be_entered_in_its_middle_as_the_trainer_does_it(
     assert len(whole) == 3 and texts(entered) == whole[1:]
 
 
-def test_a_checkpoints_order_is_of_what_begins_alike_wherever_it_lies(
+def test_a_checkpoints_order_is_of_the_rows_and_images_wherever_they_lie(
     bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
 ) -> None:
     def made(name: str, given: list[Conversation]) -> StageTrainer:
@@ -187,7 +187,10 @@ def test_a_checkpoints_order_is_of_what_begins_alike_wherever_it_lies(
 
     (tmp_path / "moved").mkdir()
     moved = [replace(c, images=tuple(shutil.copy(image, tmp_path / "moved") for image in c.images)) for c in conversations]
-    assert made("here", conversations)._order() == made("moved", moved)._order()
+    order = made("here", conversations)._order()
+    assert made("moved", moved)._order() == order
+    Image.effect_noise((60, 60), 50).convert("RGB").save(moved[2].images[0])
+    assert made("other", moved)._order() != order, "another image of the same size in tokens"
     both_first = made("both", [asked("<image> <image> what ?", "why ?")])
     one_later = made("one", [asked("<image> what ?", "<image> why ?")])
     assert both_first.train_index.column("length") == one_later.train_index.column("length")

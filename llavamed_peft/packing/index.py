@@ -35,7 +35,7 @@ from ..conversations import Conversation, Turn
 from ..datasets.rejects import Reject, RejectLog
 from ..datasets.sources import Source
 from ..errors import DataError
-from ..images import MAX_PIXELS, EqualImages, image_size
+from ..images import MAX_PIXELS, ContentNames, image_size
 from .collator import PackedCollator, check_length, token_sequence
 from .encoding import Tokenized, Tokens
 from .steps import Prefixes
@@ -246,7 +246,7 @@ def _write_index(
 ) -> None:
     schema = SCHEMA if fingerprint is None else SCHEMA.with_metadata({_FINGERPRINT: fingerprint})
     groups: dict[tuple[str, ...], int] = {}
-    first_equal = functools.lru_cache(_FILES_KNOWN)(EqualImages().first)
+    content_name = functools.lru_cache(_FILES_KNOWN)(ContentNames())
     files: list[FileCount] = []
     progress = _Progress(path.stem, show)
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -257,7 +257,7 @@ def _write_index(
                 usable: list[dict[str, object]] = []
                 refused: list[Reject] = []
                 for row in some:
-                    checked = row if isinstance(row, Reject) else _check(row, source.path, collator, first_equal)
+                    checked = row if isinstance(row, Reject) else _check(row, source.path, collator, content_name)
                     if isinstance(checked, Reject):
                         refused.append(checked)
                         rejects.append(checked)
@@ -310,13 +310,13 @@ def _rows(source: Source) -> Iterator[Conversation | Reject]:
 
 
 def _check(
-    conversation: Conversation, path: str, collator: PackedCollator, first_equal: Callable[[str], str]
+    conversation: Conversation, path: str, collator: PackedCollator, content_name: Callable[[str], str]
 ) -> dict[str, object] | Reject:
     """A row of the index (but for `file` and `group`), or why there is none."""
     reason = "unreadable image"
     try:
         sizes = [_bounded(image, image_size(image)) for image in conversation.images]
-        contents = [first_equal(_real_path(image)) for image in conversation.images]
+        contents = [content_name(_real_path(image)) for image in conversation.images]
         reason = "cannot be encoded"
         tokens = collator.encoder.tokenize(conversation)
         whole = Tokenized(conversation.id, conversation.images, conversation.source, tokens)
