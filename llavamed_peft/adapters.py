@@ -27,7 +27,7 @@ from .errors import AdapterError, ConfigError
 from .files import flush
 from .hashing import file_sha256, weights_sha256
 from .modeling.load import Quantization, load_checkpoint
-from .modeling.parts import LANGUAGE, PROJECTOR, Tensors, check_places, load_tensors
+from .modeling.parts import IN_PEFT, LANGUAGE, PROJECTOR, Tensors, check_places, load_tensors
 from .modeling.processor import load_processor, save_processor
 from .stages import Stage
 
@@ -48,7 +48,6 @@ _SHAPE = {
     "device": str,
     "sha256": str,
 }
-_PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True, slots=True)
@@ -295,10 +294,10 @@ def check_fits(model: PreTrainedModel, adapter: StageAdapter) -> None:
     rank = adapter.peft_config().r
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and name.startswith(LANGUAGE + "."):
-            places[f"{_PEFT_PREFIX}{name}.lora_A.weight"] = (rank, module.in_features)
-            places[f"{_PEFT_PREFIX}{name}.lora_B.weight"] = (module.out_features, rank)
+            places[f"{IN_PEFT}{name}.lora_A.weight"] = (rank, module.in_features)
+            places[f"{IN_PEFT}{name}.lora_B.weight"] = (module.out_features, rank)
     for name, parameter in model.get_submodule(PROJECTOR).named_parameters():
-        places[f"{_PEFT_PREFIX}{PROJECTOR}.{name}"] = parameter.shape
+        places[f"{IN_PEFT}{PROJECTOR}.{name}"] = parameter.shape
     try:
         with safe_open(adapter.path / WEIGHTS, framework="pt") as file:
             shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -46,17 +46,16 @@ def card_text(record: dict[str, Any], base_name: str) -> str:
         record: the content of `stage.json`.
         base_name: Hub id or plain name of the base; never a path.
     """
-    stage, base, metrics = record["stage"], record["base"], record["metrics"]
+    stage, base, metrics, computing = (record[key] for key in ("stage", "base", "metrics", "computing"))
     is_adapter = record["kind"] == "adapter"
     metadata: dict[str, Any] = {
-        "base_model": base_name,
-        "base_model_relation": "adapter" if is_adapter else "finetune",
+        # the Hub takes ids of its own and nothing else
+        **({"base_model": base["id"], "base_model_relation": "adapter" if is_adapter else "finetune"} if base["id"] else {}),
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "image-text-to-text",
         "license": "other",
         "license_name": "inherits-base-model-and-data",
         "tags": ["llavamed-peft", "llava-med", "medical", f"stage:{stage['name']}", f"trains:{stage['trains']}"],
-        "datasets": sorted({entry["file"].split()[0] for entry in record["data"] if entry["file"] != "in memory"}),
         "metrics": ["loss"],
     }
     losses = {
@@ -77,6 +76,9 @@ def card_text(record: dict[str, Any], base_name: str) -> str:
         f"{record['versions']['llavamed-peft']}: `trains={stage['trains']}`, continuing {origin}.",
         "",
         f"Base: `{base_name}`, {identity}." + _origin(record),
+        "",
+        f"Trained over {'4-bit weights (NF4)' if computing['quantization'] else 'weights that were not quantized'}, computed in "
+        f"{computing['dtype']}.",
         "",
         "## Load it",
         "",

@@ -101,14 +101,16 @@ def curriculum_finetune(
         dtype: of frozen weights and autocast; `None`: bfloat16 on CUDA, float32 on a CPU. Trainable tensors are float32.
         layout: of device batches. `"packed"`: what the conversations of a step begin with alike (a system prompt, an image)
             stands once, in rows without gaps; with FlexAttention on CUDA (not yet run there), masked `sdpa` elsewhere.
-            `"padded"`: a row each, padded to the longest. The losses are the same; LoRA dropout draws other numbers.
+            `"padded"`: a row each, padded to the longest. The losses are the same. Under LoRA dropout, what several
+            conversations share is dropped for all of them alike: the same in expectation, with other noise.
         max_row_tokens: bound of a device batch's tokens, rows × longest; packed on CUDA it is one row. `None`: 4,096 on a CPU,
             16,384 on CUDA (not yet measured there).
         max_rejected: share of unusable rows above which a data set is refused as a whole.
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
         save_steps: optimizer steps between two checkpoints; `None`: ten of them a stage. What one costs is shown at the first.
-        workers: processes that decode images ahead; `None`: up to 8 with a GPU, none on a CPU, where they would take the
-            model's cores. One that dies, or that lets training wait for ten minutes, is an error that names its row.
+        workers: processes that decode images ahead, for each GPU; `None`: its share of the cores, up to 8; none on a CPU, where
+            they would take the model's cores. One that dies, or that lets training wait for ten minutes, is an error that names
+            its row.
         report_to: further trackers, such as `"tensorboard"` or `"trackio"`.
         gradient_checkpointing: `None`: on for CUDA, off for a CPU.
         feature_cache: store in `features/` what the frozen vision tower makes of each image (about 1.2 MB of an image of 336

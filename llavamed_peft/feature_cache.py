@@ -32,7 +32,7 @@ from .checkpoints import standing
 from .errors import DataError, TrainingError
 from .images import content_key, image_size
 from .interruption import Interrupted
-from .modeling.parts import bare, tower_features, tower_layers
+from .modeling.parts import bare, tower_features, tower_layers, tower_positions
 from .packing.encoding import Encoder, Size
 from .packing.features import (
     FORMAT,
@@ -186,7 +186,7 @@ class FeatureCache:
         self.trainer, self.encoder, self.dtype, self.load, self.notes = trainer, encoder, dtype, load, notes
         self.root, self.folder = folder, folder / fingerprint(trainer.model, encoder, dtype)[:32]
         vision = bare(trainer.model).config.vision_config
-        positions = bare(trainer.model).model.vision_tower.embeddings.position_embedding.num_embeddings
+        positions = tower_positions(bare(trainer.model).model.vision_tower)
         self.tile_bytes = positions * len(tower_layers(trainer.model)) * vision.hidden_size * dtype.itemsize
         self.rank, self.processes = trainer.args.process_index, trainer.args.world_size
         self.line_shown = time.monotonic()

@@ -18,9 +18,10 @@ def file_sha256(path: str | Path, trust_cache: bool = False) -> str:
         path: of the file.
         trust_cache: take a file of the Hugging Face cache at its name, which is this hash, instead of reading it.
     """
-    stored = Path(path).resolve()
-    if trust_cache and stored.parent.name == "blobs" and _SHA256.fullmatch(stored.name):
-        return stored.name
+    if trust_cache:
+        stored = Path(path).resolve()
+        if stored.parent.name == "blobs" and _SHA256.fullmatch(stored.name):
+            return stored.name
     digest = hashlib.sha256()
     with Path(path).open("rb") as stream:
         while chunk := stream.read(_CHUNK):

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -122,18 +123,25 @@ class ContentNames:
     def __init__(self) -> None:
         self._first: dict[str, str] = {}  # of size and ends → the first file that has them
         self._names: dict[str, str] = {}  # of content keys, where several files have the same size and ends
+        self._read: set[str] = set()  # sizes and ends whose first file was read in full
 
     def __call__(self, path: str) -> str:
         """The name of a file's content.
 
         Raises:
-            DataError: a file is missing or cannot be read.
+            DataError: the file is missing or cannot be read.
         """
         looks = _size_and_ends(path)
         first = self._first.setdefault(looks, path)
         if first == path:
             return looks
-        self._names.setdefault(content_key(first), looks)
+        if looks not in self._read:
+            try:
+                self._names.setdefault(content_key(first), looks)
+            except DataError:  # it is gone by now
+                self._first[looks] = path
+                return looks
+            self._read.add(looks)
         return self._names.setdefault(content := content_key(path), content)
 
 
@@ -184,6 +192,9 @@ def _scaled_to_8_bit(path: str | os.PathLike[str], values: np.ndarray) -> np.nda
 def _errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what Pillow raises for a file into one `DataError` that names it."""
     try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise DataError(f"{path}: a pipe or a device; wanted an image file.")
         yield
     except DataError:
         raise

@@ -25,7 +25,7 @@ from .datasets.rejects import Reject, RejectLog
 from .datasets.sources import Source, open_sources
 from .errors import ConfigError, DataError, did_you_mean
 from .modeling.load import empty_model, read_config
-from .modeling.parts import adapter_config, attach, set_dtypes, unfreeze_full
+from .modeling.parts import adapter_config, attach, own_name, set_dtypes, unfreeze_full
 from .modeling.processor import load_processor, make_stage_processor
 from .packing.collator import PackedCollator
 from .packing.encoding import IGNORED
@@ -38,7 +38,6 @@ from .terminal import aligned, histogram, indented, visible, wrapped
 
 EXAMPLES = 3  # rejected rows that are shown for each reason
 _MARKED = "\033[4;32m{}\033[0m"  # underlined, so that blanks show, and green
-_PEFT_PREFIX, _PEFT_WORDS = "base_model.model.", (".modules_to_save", ".default")  # in the names of what PEFT trains
 
 Piece = tuple[str, bool]  # text, and whether the model learns to write it
 
@@ -178,14 +177,7 @@ def trainable_parameters(config: PreTrainedConfig, trains: Scope, lora: LoraSpec
     stored = empty.dtype
     model = unfreeze_full(empty) if trains == "full" else attach(empty, adapter_config(empty, lora), trains)
     set_dtypes(model, stored)
-    return {_own_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def _own_name(name: str) -> str:
-    name = name.removeprefix(_PEFT_PREFIX)
-    for word in _PEFT_WORDS:
-        name = name.replace(word + ".", ".")
-    return name
+    return {own_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def _what_trains(base: str, config: PreTrainedConfig, stages: Sequence[Stage]) -> Iterator[str]:

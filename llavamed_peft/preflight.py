@@ -156,10 +156,16 @@ def choose_computing(
         layout=layout,
         max_row_tokens=max_row_tokens or MAX_ROW_TOKENS["cuda" if on_gpu else "cpu"],
         gradient_checkpointing=checkpoints if gradient_checkpointing is None else gradient_checkpointing,
-        workers=(min(8, os.cpu_count() or 1) if on_gpu else 0) if workers is None else workers,
+        workers=(_decoders() if on_gpu else 0) if workers is None else workers,
         eval_steps=eval_steps,
         save_steps=save_steps,
         report_to=report_to or "none",
         sharding=sharding,
         feature_cache=feature_cache,
     )
+
+
+def _decoders() -> int:
+    """Processes that decode images for one training process: its share of the cores that may be used, at most 8."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))

@@ -17,6 +17,8 @@ from typing import Any
 
 import numpy as np
 import torch
+import transformers
+import trl
 from accelerate.utils import gather_object
 from torch import nn
 from transformers import set_seed
@@ -51,6 +53,10 @@ _COUNTED = (
 )
 
 
+# Methods of the trainer, not documented, that are taken over here.
+_TAKEN_OVER = ("_init_training_state", "_prepare_for_training", "_run_epoch", "_load_rng_state", "_maybe_log_save_evaluate")
+
+
 class ResumableTrainer(SFTTrainer):
     """TRL's trainer with checkpoints of ours. How a step is taken and the held-out loss measured is the subclass's.
 
@@ -58,9 +64,17 @@ class ResumableTrainer(SFTTrainer):
         stage: what trains.
         train_index, eval_index: the data.
         settings: of the trainer.
+
+    Raises:
+        TrainingError: the installed trainer lacks a method that is taken over.
     """
 
     def __init__(self, stage: Stage, train_index: Index, eval_index: Index | None, **settings: Any):
+        if missing := [name for name in _TAKEN_OVER if not hasattr(SFTTrainer, name)]:
+            raise TrainingError(
+                f"The trainer of transformers {transformers.__version__} and trl {trl.__version__} has no {', '.join(missing)}, "
+                "so a stage could not be saved and gone on with; wanted transformers 5.23 and trl 1.16 (constraints.txt)."
+            )
         self.stage, self.schedule = stage, stage.schedule
         self.train_index, self.eval_index = train_index, eval_index
         self.stop = StopSignals()

@@ -26,6 +26,7 @@ from .modeling.parts import (
     always_look,
     bare,
     freeze_tower,
+    is_lora,
     load_tensors,
     set_dtypes,
     sharding_units,
@@ -47,7 +48,7 @@ MAX_GRAD_NORM = 1.0  # the Hugging Face trainer's default, with which LLaVA and 
 
 @dataclass(frozen=True, slots=True)
 class Computing:
-    """How a stage is computed; none of it changes what is learnt beyond rounding.
+    """How a stage is computed: what is learnt depends on `dtype`, and on the rest up to rounding and dropout's random numbers.
 
     Args:
         dtype: of the frozen weights and of autocast; trainable tensors are fp32.
@@ -163,6 +164,10 @@ def train_stage(
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Watch(trainer, run_log))
     trainer.begin_from(checkpoint_folder, checkpoint, run_log)
+    if not trainer.saves and trainer.is_world_process_zero():
+        run_log.show(
+            f"{stage.name:<10} DeepSpeed: saved when it is finished; stopped before, it begins again (FSDP2 saves)", True
+        )
     if start is not None:
         # The trainer rounds a quantised model's trainables to bf16 while it is built; what the stage starts from is put back.
         set_dtypes(model, computing.dtype)
@@ -183,7 +188,7 @@ def train_stage(
     elif sharding is not None:
         trainer.add_callback(_Masters(unrounded(model, computing.dtype)))
         if stage.trains == "projector":  # what it carries frozen, DeepSpeed would hand on rounded
-            carried = {name: tensor for name, tensor in trainable_tensors(model).items() if ".lora_" in name}
+            carried = {name: tensor for name, tensor in trainable_tensors(model).items() if is_lora(name)}
     if why := why_nothing_is_learnt(stage, len(trainer.get_train_dataloader()), train_index.image_counts().sum()):
         warnings.warn(f"Stage {stage.name!r} will learn nothing: {why}", stacklevel=2)
     with trainer.naming_rows(), trainer.stop:

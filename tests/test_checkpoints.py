@@ -11,7 +11,7 @@ import tiny
 import torch
 from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
-from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM
+from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaConfig, PixtralVisionConfig
 
 from llavamed_peft.adapters import _has_all_weights
 from llavamed_peft.errors import CheckpointError
@@ -156,6 +156,11 @@ class TestRefusals:
             tmp_path
         )
         with pytest.raises(CheckpointError, match="model_type is 'llama'; wanted one of llava, llava_next, vipllava"):
+            load_checkpoint(tmp_path)
+
+    def test_another_tower(self, tmp_path: Path) -> None:
+        LlavaConfig(vision_config=PixtralVisionConfig(), text_config=LlamaConfig()).save_pretrained(tmp_path)
+        with pytest.raises(CheckpointError, match="its vision tower is 'pixtral'; wanted one of clip_vision_model, siglip"):
             load_checkpoint(tmp_path)
 
     def test_original_llava_format(self, copy: Path) -> None:

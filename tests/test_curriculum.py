@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+import yaml
 from peft import AutoPeftModel, PeftModel
 from PIL import Image
 from transformers import AutoModelForImageTextToText
@@ -225,6 +226,9 @@ def test_no_local_path_is_published(bases: dict[str, Path], runs: dict[str, dict
         assert config["base_model_name_or_path"] == "tiny-llava"
         card = (adapter.path / "README.md").read_text(encoding="utf-8")
         assert adapter.record["base"]["sha256"] in card
+        assert "Trained over weights that were not quantized, computed in float32." in card
+        metadata = yaml.safe_load(card.split("---")[1])
+        assert not {"base_model", "datasets"} & metadata.keys(), "the Hub knows neither the base nor the files"
 
 
 def test_run_leaves_curve_table_and_metrics(runs: dict[str, dict[str, StageAdapter]]) -> None:
@@ -627,6 +631,7 @@ curriculum_finetune("org/tiny", {{"align": rows}}, "run", curriculum=Curriculum(
     assert (base["id"], base["revision"]) == ("org/tiny", revision)
     assert base["sha256"] == file_sha256(bases["llava"] / "model.safetensors")
     assert adapter.peft_config().base_model_name_or_path == "org/tiny"
+    assert "\nbase_model: org/tiny\nbase_model_relation: adapter\n" in (adapter.path / "README.md").read_text(encoding="utf-8")
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         load_stage(bases["llava"], adapter)  # a folder with the same weights is the same base

@@ -447,10 +447,18 @@ def test_a_damaged_file_is_dropped_and_its_images_come_out_as_before(
         assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
     (plan,) = first.folder.glob("plan-*.json")
     text = plan.read_text()
-    plan.write_text(text[:-10])
-    with pytest.warns(UserWarning, match=r"plan-.*\.json: is damaged\. Removed; what it planned is planned again\."):
-        stored(made, tmp_path)
-    assert plan.read_text() == text
+    for damaged in (text[:-10], text.replace("50", "51"), "[[1, 2, 3, 4, 5]]"):
+        assert damaged != text
+        plan.write_text(damaged)
+        with pytest.warns(UserWarning, match=r"plan-.*\.json: is damaged\. Removed; what it planned is planned again\."):
+            stored(made, tmp_path)
+        assert plan.read_text() == text
+    made.collator.features = stored(made, tmp_path)
+    features._open.cache_clear()
+    for path in first.folder.glob("*.safetensors"):
+        path.unlink()
+    with pytest.raises(TrainingError, match=r"safetensors: cannot be read any more .* Make the same call again"):
+        made.collator.inputs(conversations(images))
 
 
 def test_a_later_stage_adds_what_is_new_and_changes_nothing(

@@ -1,6 +1,7 @@
 """`images.py` on real files, written here with Pillow: every pixel format a figure or radiograph comes in, and damaged ones."""
 
 import hashlib
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -295,3 +296,22 @@ def test_equal_files_have_one_name_and_only_such_as_look_alike_are_read_in_full(
     assert {*read} == {"a", "a again", "b", "b again", "short", "short again", "empty", "empty again"}
     with pytest.raises(DataError, match="none: no such file"):
         images.ContentNames()(str(tmp_path / "none"))
+
+
+def test_a_file_that_vanished_is_no_fault_of_one_that_looks_like_it(tmp_path):
+    name_of = images.ContentNames()
+    for name in ("a", "b", "c"):
+        (tmp_path / name).write_bytes(b"same")
+    first = name_of(str(tmp_path / "a"))
+    (tmp_path / "a").unlink()
+    assert first == name_of(str(tmp_path / "b")) == name_of(str(tmp_path / "c"))
+
+
+@pytest.mark.parametrize("look", [image_size, load_image, content_key, lambda path: images.ContentNames()(str(path))])
+def test_pipes_and_loops_of_links_are_refused_at_once(look, tmp_path):
+    os.mkfifo(tmp_path / "pipe.png")
+    (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")
+    with pytest.raises(DataError, match=r"pipe\.png: a pipe or a device; wanted an image file\."):
+        look(tmp_path / "pipe.png")
+    with pytest.raises(DataError, match=r"loop\.png: cannot be decoded \(.*symbolic links"):
+        look(tmp_path / "loop.png")

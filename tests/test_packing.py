@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -564,6 +565,14 @@ def test_attention_that_would_misread_a_dense_mask_is_refused(
     assert model(**batch).loss.isfinite()
 
 
+def test_a_compiled_model_reads_a_packed_batch_as_it_is(bases: dict[str, Path], conversations: list[Conversation]) -> None:
+    model, processor = trained(bases["llava"])
+    batch = PackedCollator(processor, layout="packed")(conversations[:3])
+    plain = loss_and_gradients(model, batch)
+    compiled = loss_and_gradients(torch.compile(model, backend="aot_eager"), batch)
+    assert compiled[0] == pytest.approx(plain[0], rel=1e-6) and len(compiled[1]) == len(plain[1])
+
+
 SMALL = {
     "vocab_size": 384,
     "hidden_size": 64,
@@ -624,7 +633,7 @@ def test_a_sliding_window_is_refused_only_where_a_conversation_is_longer(
 
 
 def test_a_mask_can_be_moved_and_looked_into_and_survives_a_worker(
-    bases: dict[str, Path], conversations: list[Conversation]
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
 ) -> None:
     processor: ProcessorMixin = load_checkpoint(bases["llava"])[1]
     collator = PackedCollator(processor, layout="packed")
@@ -634,16 +643,22 @@ def test_a_mask_can_be_moved_and_looked_into_and_survives_a_worker(
     whole = collator(conversations[:4])["attention_mask"].plain()
     assert type(whole) is type(mask[0, 0]) is torch.Tensor and torch.equal(mask, whole)
     assert mask[0, 0].tolist() == mask.numpy()[0, 0].tolist() == whole[0, 0].tolist()
-    assert mask.float().mean() == whole.float().mean() and (mask & ~whole).sum() == 0
+    assert mask.float().mean() == whole.float().mean() and (mask & ~whole).sum() == 0 and mask.sum() == whole.sum()
+    assert torch.equal(mask[:, :, :5, :5], whole[:, :, :5, :5]) and torch.equal(copy.deepcopy(batch)["attention_mask"], whole)
+    torch.save(batch, tmp_path / "batch.pt")
+    assert torch.equal(torch.load(tmp_path / "batch.pt")["attention_mask"], whole)
     assert torch.equal(torch.zeros(whole.shape).masked_fill(~mask, -1), whole.float() - 1)
     assert "True" in str(mask) and mask.shape[-1] == batch["input_ids"].shape[1]
-    assert mask.sum() == mask.shape[-1] * mask.shape[0] and type(mask.sum()) is torch.Tensor
 
 
 MISREADINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
     "added to scores": lambda mask, scores: scores + mask,
     "scores added to it": lambda mask, scores: mask + scores,
     "in place": lambda mask, scores: scores.add_(mask),
+    "for every head": lambda mask, scores: scores + mask.expand(1, 2, 4, 4),
+    "cut otherwise": lambda mask, scores: scores + mask[..., :4],
+    "with another mask": lambda mask, scores: scores + (mask & torch.ones(4, 4, dtype=torch.bool)),
+    "to trained scores": lambda mask, scores: torch.nn.Parameter(scores) + mask,
     "cast": lambda mask, scores: mask.to(torch.float32),
     "cast and moved": lambda mask, scores: mask.to("cpu", torch.bfloat16),
     "cut to the keys": lambda mask, scores: mask[:, :, :, : scores.shape[-1]],

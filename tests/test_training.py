@@ -12,6 +12,7 @@ import tiny
 import torch
 from accelerate import skip_first_batches
 from PIL import Image
+from transformers import Trainer
 from trl import SFTConfig
 
 from llavamed_peft import Conversation, LoraSpec, Schedule, Stage, Turn
@@ -156,6 +157,14 @@ def test_a_packed_device_batch_is_no_larger_than_its_bound(
         assert "attention_mask" not in batch.inputs
     decoded = sum(len(batch.inputs.get("pixel_values", ())) for batch in step)
     assert decoded == 2 or max_row_tokens < 400, "an image is repeated only where its questions do not fit a row"
+
+
+def test_a_trainer_without_what_is_taken_over_is_refused(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delattr(Trainer, "_run_epoch")
+    with pytest.raises(TrainingError, match=r"trl 1\.\d+\.\d+ has no _run_epoch, so .*; wanted transformers 5\.23 and trl 1\.16"):
+        trainer(bases["llava"], conversations, tmp_path)
 
 
 @pytest.mark.parametrize("epoch", [0, 1])

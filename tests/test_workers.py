@@ -28,6 +28,7 @@ from llavamed_peft.packing.batches import DeviceBatches, DeviceInputs
 from llavamed_peft.packing.index import build_index
 from llavamed_peft.packing.steps import StepSampler
 from llavamed_peft.packing.workers import WorkerNotes
+from llavamed_peft.preflight import _decoders
 from llavamed_peft.trainer import StepLoader
 
 KINDS = {"llava": (), "llava_onevision": ("qwen2", "siglip", -1)}  # the second with a processor class of our own
@@ -220,3 +221,16 @@ def test_a_note_longer_than_its_place_is_cut_and_the_training_process_writes_non
     list(torch.utils.data.DataLoader(Long(), num_workers=1, multiprocessing_context="fork"))
     (note,) = notes.read()
     assert note.is_dead and note.seconds < 60 and set(note.text) <= {"ä", "\ufffd"} and len(note.text) > 900
+
+
+@pytest.mark.parametrize(
+    ("cores", "processes", "expected"), [(1, None, 1), (6, None, 6), (64, None, 8), (16, "8", 2), (4, "8", 1)]
+)
+def test_processes_of_one_machine_share_its_cores_for_decoding(
+    cores: int, processes: str | None, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", processes)
+    assert _decoders() == expected

@@ -1,9 +1,9 @@
 """A Hub id or folder of a LLaVA checkpoint → (model, processor), complete or not at all.
 
-Four classes of `transformers` are known: LLaVA, LLaVA-NeXT, ViP-LLaVA and LLaVA-OneVision, over any language model and vision
-tower they can be built from. Weights that are missing, left over or of another shape are errors here, where the library warns.
-NF4 loading keeps vision tower, projector and `lm_head` in 16/32 bit and checks that it did. Checkpoints in the original LLaVA
-format (such as LLaVA-Med v1.5's `llava_mistral`) are not converted.
+Four classes of `transformers` are known: LLaVA, LLaVA-NeXT, ViP-LLaVA and LLaVA-OneVision, over any language model they can be
+built from and a CLIP or SigLIP tower. Weights that are missing, left over or of another shape are errors here, where the library
+warns. NF4 loading keeps vision tower, projector and `lm_head` in 16/32 bit and checks that it did. Checkpoints in the original
+LLaVA format (such as LLaVA-Med v1.5's `llava_mistral`) are not converted.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from ..errors import CheckpointError, ConfigError
 from .processor import load_processor
 
 MODEL_TYPES = ("llava", "llava_next", "vipllava", "llava_onevision")
+TOWERS = ("clip_vision_model", "siglip_vision_model")
 NF4_BLOCK = 64  # weights that share one scale; see bitsandbytes.functional.quantize_4bit
 # Kept in 16/32 bit. transformers matches these from the start of a module's name, so a bare "multi_modal_projector" would miss.
 NOT_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
@@ -91,7 +92,7 @@ def read_config(model: str | Path) -> PreTrainedConfig:
     """The configuration of a LLaVA checkpoint, without its weights.
 
     Raises:
-        CheckpointError: nothing is there, or it is not one of the four LLaVA classes.
+        CheckpointError: nothing is there, it is not one of the four LLaVA classes, or its tower is neither CLIP nor SigLIP.
     """
     try:
         plain, _ = PreTrainedConfig.get_config_dict(str(model))
@@ -107,7 +108,13 @@ def read_config(model: str | Path) -> PreTrainedConfig:
             f"{model}: model_type is {model_type!r}; wanted one of {', '.join(MODEL_TYPES)}. A text-only model has no projector "
             "to train, and a checkpoint in the original LLaVA format must be converted first (the llava-hf checkpoints are)."
         )
-    return AutoConfig.from_pretrained(str(model))
+    config = AutoConfig.from_pretrained(str(model))
+    if config.vision_config.model_type not in TOWERS:
+        raise CheckpointError(
+            f"{model}: its vision tower is {config.vision_config.model_type!r}; wanted one of {', '.join(TOWERS)}. Others make "
+            "another number of tokens of an image, which the stages would count wrongly."
+        )
+    return config
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:

@@ -27,6 +27,8 @@ TOWER, PROJECTOR, LANGUAGE, HEAD = "model.vision_tower", "model.multi_modal_proj
 NO_TARGET = "dummy-target-modules"
 _CHANNELS = 3  # of pixels
 
+IN_PEFT = "base_model.model."  # stands before a parameter's own name in a PEFT model
+
 Tensors = dict[str, torch.Tensor]
 
 
@@ -50,6 +52,16 @@ def adapter_config(model: PreTrainedModel, lora: LoraSpec | None) -> LoraConfig:
     )
 
 
+def own_name(name: str) -> str:
+    """A parameter's name in a PEFT model → its name in the bare one; LoRA's are `….q_proj.lora_A.weight`."""
+    return name.removeprefix(IN_PEFT).replace(".modules_to_save.default.", ".").replace(".default.", ".")
+
+
+def is_lora(name: str) -> bool:
+    """A parameter of this name in a PEFT model is LoRA's."""
+    return ".lora_" in name
+
+
 def language_linears(model: PreTrainedModel) -> list[str]:
     """Names of the language model's linear layers, 4-bit ones included; `lm_head` is not one of them."""
     return [
@@ -67,7 +79,7 @@ def attach(model: PreTrainedModel, config: LoraConfig, trains: Scope) -> PeftMod
     peft_model = get_peft_model(model, config)
     if trains == "projector":
         for name, parameter in peft_model.named_parameters():
-            if ".lora_" in name:
+            if is_lora(name):
                 parameter.requires_grad_(False)
     check_trainable(peft_model, wanted)
     return peft_model
@@ -107,11 +119,11 @@ def _trainable_names(model: PreTrainedModel, trains: Scope) -> set[str]:
     projector = {name for name in parameters if name.startswith(PROJECTOR + ".")}
     if trains == "full":
         return projector | {name for name in parameters if name.startswith((LANGUAGE + ".", HEAD + "."))}
-    in_peft = {f"base_model.model.{PROJECTOR}.modules_to_save.default{name[len(PROJECTOR) :]}" for name in projector}
+    in_peft = {f"{IN_PEFT}{PROJECTOR}.modules_to_save.default{name[len(PROJECTOR) :]}" for name in projector}
     if trains == "projector":
         return in_peft
     linears = language_linears(model)
-    return in_peft | {f"base_model.model.{name}.lora_{side}.default.weight" for name in linears for side in "AB"}
+    return in_peft | {f"{IN_PEFT}{name}.lora_{side}.default.weight" for name in linears for side in "AB"}
 
 
 def freeze_tower(model: torch.nn.Module) -> None:
@@ -124,6 +136,11 @@ def freeze_tower(model: torch.nn.Module) -> None:
     tower.eval()
     tower.train = functools.partial(_stay_in_eval, tower)
     tower.forward = functools.partial(_look_or_hand_on, model, torch.no_grad()(tower.forward))
+
+
+def tower_positions(tower: torch.nn.Module) -> int:
+    """Positions that a vision tower makes of a tile: one for each patch and, in CLIP, one for the CLS token."""
+    return int(tower.embeddings.position_embedding.num_embeddings)
 
 
 def tower_layers(model: torch.nn.Module) -> list[int]:
@@ -219,8 +236,8 @@ def set_dtypes(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
-            whole = parameter.requires_grad or ".lora_" in name
-            parameter.data = parameter.data.to(torch.float32 if whole else compute_dtype)
+            dtype = torch.float32 if parameter.requires_grad or is_lora(name) else compute_dtype
+            parameter.data = parameter.data.to(dtype)
 
 
 def trainable_tensors(model: torch.nn.Module) -> Tensors:
@@ -234,7 +251,7 @@ def trainable_tensors(model: torch.nn.Module) -> Tensors:
     is_sharded = False
     tensors: Tensors = {}
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad or ".lora_" in name:
+        if parameter.requires_grad or is_lora(name):
             full = whole(parameter)
             is_sharded |= full is not parameter
             if is_main or not is_sharded:

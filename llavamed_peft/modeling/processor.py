@@ -27,6 +27,7 @@ from transformers.utils import is_torchvision_available
 
 from ..errors import CheckpointError
 from ..stages import AspectRatio
+from .parts import tower_positions
 from .templates import read_template
 
 if is_torchvision_available():
@@ -121,7 +122,7 @@ def _complete_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> 
     grid = (vision.image_size // vision.patch_size) ** 2
     with torch.device("meta"):
         tower = AutoModel.from_config(vision)
-    positions = tower.embeddings.position_embedding.num_embeddings  # of the patches and, in CLIP, the CLS token
+    positions = tower_positions(tower)
     if hasattr(processor, "num_additional_image_tokens"):
         processor.patch_size = vision.patch_size
         processor.num_additional_image_tokens = positions - grid

@@ -48,7 +48,9 @@ class PackedCollator:
     it is an error, as it would be without them, and stays one should it be mended while the stage trains.
 
     A packed batch goes to a model whose language model's attention is `sdpa`, as `load_checkpoint` leaves it; another's raises
-    `ConfigError`. It must have no sliding window shorter than a conversation (`masks.check_window`): packed rows do not heed it.
+    `ConfigError`. It must be attention alone, which `masks.choose_attention` checks, and have no sliding window shorter than a
+    conversation (`masks.check_window`): packed rows do not heed it. `curriculum_finetune` calls both. TRL's own trainer takes the
+    pairs in the mask for tokens where it logs `num_tokens`.
 
     Raises:
         ConfigError: an unknown layout.

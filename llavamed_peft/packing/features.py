@@ -12,6 +12,7 @@ Left out: whether it pays, and which tower it is (`feature_cache.py`).
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -33,7 +34,7 @@ from ..images import content_key, load_image
 from .encoding import Encoder, Size
 from .workers import WorkerNotes
 
-FORMAT = 1  # goes up with every change of what a file holds or of how its images are computed
+FORMAT = 2  # goes up with every change of what a file holds or of how its images are computed
 IMAGES_PER_FILE = 32  # 38 MB of a tower of 336 pixels in 16 bits; what a kill or a damaged byte costs at most
 _BYTES_PER_FILE = 256_000_000  # of images with many tiles fewer stand in a file
 _TILES_PER_BATCH = 32  # that pass the tower at once; an image's stay together
@@ -80,13 +81,13 @@ def read_plans(folder: Path) -> Plans:
     """All that was ever to be stored in the folder, file by file."""
     plans: Plans = {}
     for path in sorted(folder.glob("plan-*.json")):
-        try:
-            files = {name: tuple(Planned(*image) for image in images) for name, images in json.loads(path.read_bytes()).items()}
-        except (ValueError, TypeError, AttributeError):
+        text = path.read_text(encoding="utf-8", errors="replace")
+        if path.name == _plan_name(text):
+            files = {name: tuple(Planned(*image) for image in images) for name, images in json.loads(text).items()}
+            plans = files | plans
+        else:
             warnings.warn(f"{path}: is damaged. Removed; what it planned is planned again.", stacklevel=2)
             path.unlink(missing_ok=True)
-        else:
-            plans = files | plans
     return plans
 
 
@@ -120,8 +121,12 @@ def write_plan(folder: Path, images: Sequence[Planned], bytes_per_tile: int) -> 
         together = tuple(images[first:last])
         files[f"{_digest(image.key for image in together)[:32]}.safetensors"] = together
         first = last
-    name = f"plan-{_digest(files)[:32]}.json"
-    _write(folder / name, lambda partial: partial.write_text(json.dumps(files), encoding="utf-8"))
+    text = json.dumps(files)
+    _write(folder / _plan_name(text), lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def _plan_name(text: str) -> str:
+    return f"plan-{_digest([text])[:32]}.json"
 
 
 def _digest(words: Iterable[str]) -> str:
@@ -205,7 +210,8 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
             "call goes on with the features that are stored; or give it feature_cache=False, which stores none."
         ) from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
 class Pictures(Dataset[torch.Tensor | None]):
@@ -309,7 +315,14 @@ class Features:
         found = []
         for content, lone in zip(contents, alone, strict=True):
             key = self._key(content, lone)
-            found.append(_open(self.folder / self.files[key]).get_tensor(key))
+            path = self.folder / self.files[key]
+            try:
+                found.append(_open(path).get_tensor(key))
+            except (OSError, SafetensorError) as error:
+                raise TrainingError(
+                    f"{path}: cannot be read any more ({error}); wanted what was stored before the stage trained. Make the same "
+                    "call again: what is missing or damaged is computed anew."
+                ) from error
         if not self.sends_image_sizes:
             return {"pixel_values": default_collate([tiles[0] for tiles in found])}
         most = max(map(len, found))

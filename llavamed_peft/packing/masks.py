@@ -24,15 +24,14 @@ BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
 DENSE_FILL = 1024
 MAX_ROW_TOKENS = {"cpu": 4096, "cuda": 16_384}  # of a device batch, by default; not yet measured on CUDA
 
-_MOVING = {"to", "cpu", "cuda", "clone", "detach", "contiguous", "pin_memory"}
 _SELECTING = {"where", "masked_fill", "masked_fill_", "masked_select", "__getitem__", "__setitem__"}
 
 
 class DenseMask(torch.Tensor):
     """A boolean mask [rows, 1, tokens, tokens], true where a token (third) sees one (fourth), for `sdpa` alone.
 
-    It can be looked into like any other tensor; what is read out of it is one, and so is `plain()`. Its `sum()` alone is another:
-    positions, as TRL's trainer counts them.
+    It can be looked into like any other tensor: what is read out of it is one (if it is no mask of four dimensions again), and so
+    is `plain()`.
 
     Raises:
         ConfigError: it is used as attention would that reads it wrongly, such as `eager`, which adds it to its scores.
@@ -40,18 +39,25 @@ class DenseMask(torch.Tensor):
 
     @classmethod
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name, kwargs = func.__name__, kwargs or {}
-        if func is not torch.nn.functional.scaled_dot_product_attention and _misread(name, args, kwargs):
-            raise ConfigError(
-                f"A packed batch's attention_mask was given to {name!r} as if by attention other than "
-                "scaled_dot_product_attention, which reads it wrongly. Set the language model's: "
-                "model.set_attn_implementation('sdpa'), or take layout='padded'. To compute with the mask, call its plain()."
-            )
+        kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.Tensor.sum and len(args) == 1 and not kwargs:
-                return args[0].diagonal(dim1=-2, dim2=-1).sum()  # each position sees itself
+            if func is torch.nn.functional.scaled_dot_product_attention:  # plain, or a compiler would be in the mask's way
+                return func(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
+            if _misread(func.__name__, args, kwargs):
+                raise ConfigError(
+                    f"A packed batch's attention_mask was given to {func.__name__!r} as if by attention other than "
+                    "scaled_dot_product_attention, which reads it wrongly. Set the language model's: "
+                    "model.set_attn_implementation('sdpa'), or take layout='padded'. To compute with the mask, call its plain()."
+                )
             result = func(*args, **kwargs)
-            return result.as_subclass(cls) if name in _MOVING else result
+            if func.__name__ == "__get__":  # an attribute
+                return _plain(result)
+            is_mask = isinstance(result, torch.Tensor) and result.dtype == torch.bool and result.ndim == 4
+            return result.as_subclass(cls) if is_mask else _plain(result)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> DenseMask:
+        memo[id(self)] = copied = self.clone()
+        return copied
 
     def plain(self) -> torch.Tensor:
         """The same booleans as a tensor like any other."""
@@ -59,12 +65,20 @@ class DenseMask(torch.Tensor):
             return self.as_subclass(torch.Tensor)
 
 
+torch.serialization.add_safe_globals([DenseMask])  # so that a saved batch can be loaded
+
+
+def _plain(value: Any) -> Any:
+    return value.as_subclass(torch.Tensor) if isinstance(value, DenseMask) else value
+
+
 def _misread(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a function is called on a mask as attention does that takes it for something else."""
-    given = [*args, *kwargs.values()]
-    computes = any(type(value) is torch.Tensor and value.is_floating_point() for value in given) and name not in _SELECTING
+    given = [value for value in (*args, *kwargs.values()) if not isinstance(value, DenseMask)]
+    computes = any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in given) and name not in _SELECTING
     casts = name == "to" and any(isinstance(value, torch.dtype) and value.is_floating_point for value in given)
-    cuts = name == "__getitem__" and isinstance(args[1], tuple) and [type(part) for part in args[1]] == [slice] * 4  # to the keys
+    every = slice(None)
+    cuts = name == "__getitem__" and isinstance(args[1], tuple) and len(args[1]) == 4 and args[1][:3] == (every, every, every)
     counts = name == "sum" and "dtype" in kwargs  # each row's tokens, as flash attention does
     return computes or casts or cuts or counts
 
