@@ -40,7 +40,7 @@ from .resumption import ResumableTrainer
 from .stages import Schedule, Stage
 
 HANGS_AFTER = 600.0  # seconds that training waits for its workers' next step; a slow disk takes seconds, a dead one for ever
-# Each tensor on its way from a worker is one: 8 workers may have 2,000 under way, where 1,024 is the usual limit
+# torch hands each tensor of a worker over as an open file: 8 workers may have 2,000 under way, and 1,024 is the usual limit.
 OPEN_FILES = 65_536
 
 

@@ -19,8 +19,8 @@ from transformers import PreTrainedConfig, PreTrainedModel
 from ..errors import ConfigError
 
 BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
-# Tokens of a device batch of several rows that need a mask; of larger ones the mask's square and the activations are paid for in
-# memory, and on a model of 64 M parameters 4,096 trained 7 % faster (benchmarks/LOG.md, "rows of their own").
+# Most tokens of a device batch of several rows that need a dense mask. Larger ones cost memory, for masks (their square) and
+# activations: with 4,096 a model of 64 M parameters trained 7 % faster and took 3.9 GB (benchmarks/LOG.md, "rows of their own").
 DENSE_FILL = 1024
 MAX_ROW_TOKENS = {"cpu": 4096, "cuda": 16_384}  # of a device batch, by default; not yet measured on CUDA
 
