@@ -199,14 +199,12 @@ def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int) ->
     from llavamed_peft.packing.index import Index
     from llavamed_peft.packing.masks import fill_tokens
     from llavamed_peft.packing.rows import lay_row
-    from llavamed_peft.packing.steps import StepSampler
     from llavamed_peft.packing.tree import build_forest
 
     index, fill = Index.open(index_file), fill_tokens(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     processor = AutoProcessor.from_pretrained(folder / "processor")
     collator = PackedCollator(processor, schedule.max_length, max_row_tokens, fill_tokens=fill)
-    lengths, groups, prefixes = index.column("length"), index.column("group"), index.prefixes()
-    sampler = StepSampler(lengths, groups, schedule, max_row_tokens, SEED, prefixes=prefixes, fill_tokens=fill)
+    sampler = index.sampler(collator, schedule, SEED)
     (batches,) = sampler.shares(next(sampler.steps()))
     laid, every, rows = 0, [], []
     for batch in batches:

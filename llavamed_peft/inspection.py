@@ -370,14 +370,7 @@ def _packing(
         index = indexes.get(stage.name)
         if index is not None and len(index):
             collator = PackedCollator(processor, stage.schedule.max_length, max_row_tokens)
-            sampler = StepSampler(
-                index.column("length"),
-                index.column("group"),
-                stage.schedule,
-                max_row_tokens,
-                curriculum.seed,
-                prefixes=index.prefixes(),
-            )
+            sampler = index.sampler(collator, stage.schedule, curriculum.seed)
             drawn.append(first_step(f"{stage.name}, the first step", index, collator, sampler))
             for line in describe_step(drawn[-1], width):
                 blanks = len(line) - len(line.lstrip())

@@ -90,17 +90,7 @@ class StageTrainer(ResumableTrainer):
         return self._steps(self.train_index, self.schedule, "train")
 
     def _sampler(self, index: Index, schedule: Schedule) -> StepSampler:
-        return StepSampler(
-            index.column("length"),
-            index.column("group"),
-            schedule,
-            self.collator.max_row_tokens,
-            self.args.seed,
-            self.args.process_index,
-            self.args.world_size,
-            prefixes=index.prefixes() if self.collator.layout == "packed" else None,
-            fill_tokens=self.collator.fill_tokens,
-        )
+        return index.sampler(self.collator, schedule, self.args.seed, self.args.process_index, self.args.world_size)
 
     def _steps(self, index: Index, schedule: Schedule, use: str) -> DataLoader[list[DeviceInputs]]:
         return StepLoader(

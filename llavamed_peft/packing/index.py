@@ -36,9 +36,10 @@ from ..datasets.rejects import Reject, RejectLog
 from ..datasets.sources import Source
 from ..errors import DataError
 from ..images import MAX_PIXELS, ContentNames, image_size
+from ..stages import Schedule
 from .collator import PackedCollator, check_length, token_sequence
 from .encoding import Tokenized, Tokens
-from .steps import Prefixes
+from .steps import Prefixes, StepSampler
 
 FORMAT = 3  # goes up with every change of what is checked, how it is encoded, or what the file holds
 SCHEMA = pa.schema(
@@ -108,6 +109,25 @@ class Index:
     def prefixes(self) -> Prefixes:
         """What the conversations begin with, by which packed steps are planned."""
         return Prefixes(self.column("prefix"), self.column("prefix_tokens"))
+
+    def sampler(self, collator: PackedCollator, schedule: Schedule, seed: int, rank: int = 0, world_size: int = 1) -> StepSampler:
+        """Deals these rows out in optimizer steps, in device batches such as the collator lays out; see `StepSampler`.
+
+        Args:
+            collator: with a bound on a device batch's tokens.
+        """
+        assert collator.max_row_tokens is not None
+        return StepSampler(
+            self.column("length"),
+            self.column("group"),
+            schedule,
+            collator.max_row_tokens,
+            seed,
+            rank,
+            world_size,
+            prefixes=self.prefixes() if collator.layout == "packed" else None,
+            fill_tokens=collator.fill_tokens,
+        )
 
     def image_counts(self) -> np.ndarray:
         """[conversations], how many images each shows."""
