@@ -226,10 +226,10 @@ def load_stage(
     return peft_model.eval(), load_processor(adapter.path, model.config)
 
 
-def base_record(base: str | Path, config: PreTrainedConfig) -> dict[str, Any]:
+def base_record(base: str | Path, config: PreTrainedConfig, sha256: str | None = None) -> dict[str, Any]:
     """What identifies a base: the content hash of its weights, with its Hub id and revision or its folder's last name.
 
-    A local folder's weights are read for it; those of a Hub id are named by their hashes in the cache.
+    A local folder's weights are read for it, unless their hash is known; those of a Hub id are named by their hashes in the cache.
     """
     shape = {
         "model_type": config.model_type,
@@ -237,7 +237,8 @@ def base_record(base: str | Path, config: PreTrainedConfig) -> dict[str, Any]:
         "vision_tower": config.vision_config.model_type,
     }
     if Path(base).is_dir():
-        return {"id": None, "revision": None, "name": Path(base).resolve().name, "sha256": weights_sha256(base), **shape}
+        sha256 = sha256 or weights_sha256(base)
+        return {"id": None, "revision": None, "name": Path(base).resolve().name, "sha256": sha256, **shape}
     cached = try_to_load_from_cache(str(base), "config.json")
     snapshot = Path(cached).parent if isinstance(cached, str) else None
     return {

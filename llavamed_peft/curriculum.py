@@ -230,7 +230,10 @@ class Lineage:
         if stage is None:
             return self
         if stage.is_checkpoint:
-            return Lineage(str(stage.path), base_record(stage.path, read_config(stage.path)), stage.record["root"], stage)
+            base = base_record(
+                stage.path, read_config(stage.path), stage.record["sha256"]
+            )  # as it was checked when it was loaded
+            return Lineage(str(stage.path), base, stage.record["root"], stage)
         return replace(self, parent=stage)
 
     @property

@@ -42,7 +42,6 @@ _OPEN_FILES = 64
 _SHA256 = "sha256"  # in a file's metadata
 _AMONG = "-among-others"
 
-Show = Callable[[str, bool], object]
 Plans = dict[str, tuple["Planned", ...]]  # a file's name → the images in it
 
 
