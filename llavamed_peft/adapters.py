@@ -229,7 +229,7 @@ def load_stage(
 def base_record(base: str | Path, config: PreTrainedConfig, sha256: str | None = None) -> dict[str, Any]:
     """What identifies a base: the content hash of its weights, with its Hub id and revision or its folder's last name.
 
-    A local folder's weights are read for it, unless their hash is known; those of a Hub id are named by their hashes in the cache.
+    A local folder's weights are read for it, unless their hash is known; a Hub id's are named by their hashes in the cache.
     """
     shape = {
         "model_type": config.model_type,
