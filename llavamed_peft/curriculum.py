@@ -384,8 +384,8 @@ class Run:
             model = attach(model, config, stage.trains)
         set_dtypes(model, self.computing.dtype)
         if config is not None and lineage.adapter is not None:
-            warn_of_another_base(lineage.record, lineage.adapter)
             load_tensors(model, lineage.adapter.tensors())
+            warn_of_another_base(lineage.record, lineage.adapter)
         try:
             trained = train_stage(
                 model,

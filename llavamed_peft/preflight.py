@@ -125,6 +125,8 @@ def choose_computing(
     for name, number, least in (("max_row_tokens", max_row_tokens, 1), ("workers", workers, 0), *steps):
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
             raise ConfigError(f"{name} is {number!r}; wanted None or a whole number of at least {least}.")
+    if gradient_checkpointing is not None and not isinstance(gradient_checkpointing, bool):
+        raise ConfigError(f"gradient_checkpointing is {gradient_checkpointing!r}; wanted None, True or False.")
     for tracker in [report_to] if isinstance(report_to, str) else report_to or []:
         available = ["none", *get_available_reporting_integrations()]
         if tracker not in available:

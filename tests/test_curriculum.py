@@ -496,6 +496,7 @@ class TestRefusals:
             ({"curriculum": 3}, ConfigError, "curriculum is 3; wanted a Curriculum"),
             ({"report_to": "nonsense"}, ConfigError, "report_to names 'nonsense'; installed here: none"),
             ({"save_steps": 0}, ConfigError, "save_steps is 0; wanted None or a whole number of at least 1."),
+            ({"gradient_checkpointing": "False"}, ConfigError, "gradient_checkpointing is 'False'; wanted None, True or False."),
             ({"workers": -1}, ConfigError, "workers is -1; wanted None or a whole number of at least 0."),
             ({"start_from": "/nowhere"}, AdapterError, "/nowhere: neither a folder nor a Hub repository that can be reached."),
         ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -17,11 +18,11 @@ from PIL import Image
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.data import DataLoader
-from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration, ProcessorMixin
+from transformers import CONFIG_MAPPING, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, ProcessorMixin
 from transformers.modeling_flash_attention_utils import _get_unpad_data
 
 from llavamed_peft import Conversation, LoraSpec, Turn
-from llavamed_peft.errors import ConfigError, DataError
+from llavamed_peft.errors import CheckpointError, ConfigError, DataError
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.parts import adapter_config, attach, bare, freeze_tower, set_dtypes
 from llavamed_peft.packing import PackedCollator
@@ -598,6 +599,29 @@ def test_a_language_model_that_is_not_attention_alone_is_refused(language: str) 
         choose_attention(model, torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "error", "said"),
+    [
+        ({"layout": "dense"}, ConfigError, "layout is 'dense'; wanted one of packed, padded."),
+        ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted a whole number of at least 1."),
+        ({"max_length": None}, ConfigError, "max_length is None; wanted a whole number of at least 1."),
+        (
+            {"processor": "stock"},
+            CheckpointError,
+            "LlavaProcessor has no patch_size; wanted the processor of a LLaVA checkpoint as",
+        ),
+        ({"processor": "tokenizer"}, CheckpointError, "has no tokenizer and image token; wanted the processor of a LLaVA checkp"),
+    ],
+)
+def test_a_collator_refuses_what_it_cannot_work_with(
+    wrong: dict[str, object], error: type[Exception], said: str, bases: dict[str, Path]
+) -> None:
+    stock = AutoProcessor.from_pretrained(bases["llava"])
+    processors = {None: load_checkpoint(bases["llava"])[1], "stock": stock, "tokenizer": stock.tokenizer}
+    with pytest.raises(error, match=re.escape(said)):
+        PackedCollator(processors[wrong.pop("processor", None)], **wrong)
+
+
 def test_each_device_has_one_attention_and_others_are_refused(bases: dict[str, Path]) -> None:
     model, _ = load_checkpoint(bases["llava"])
     assert (fill_tokens(torch.device("cuda")), fill_tokens(torch.device("cpu"))) == (None, 1024)
@@ -643,7 +667,13 @@ def test_a_mask_can_be_moved_and_looked_into_and_survives_a_worker(
     whole = collator(conversations[:4])["attention_mask"].plain()
     assert type(whole) is type(mask[0, 0]) is torch.Tensor and torch.equal(mask, whole)
     assert mask[0, 0].tolist() == mask.numpy()[0, 0].tolist() == whole[0, 0].tolist()
-    assert mask.float().mean() == whole.float().mean() and (mask & ~whole).sum() == 0 and mask.sum() == whole.sum()
+    assert torch.equal((~mask).to(torch.float32), (~whole).float()) and torch.equal(mask[:, :, :, 0], whole[:, :, :, 0])
+    assert (
+        torch.equal(mask.sum(-1, dtype=torch.long), whole.sum(-1))
+        and mask.float().mean() == whole.float().mean()
+        and (mask & ~whole).sum() == 0
+        and mask.sum() == whole.sum()
+    )
     assert torch.equal(mask[:, :, :5, :5], whole[:, :, :5, :5]) and torch.equal(copy.deepcopy(batch)["attention_mask"], whole)
     torch.save(batch, tmp_path / "batch.pt")
     assert torch.equal(torch.load(tmp_path / "batch.pt")["attention_mask"], whole)

@@ -53,8 +53,8 @@ class PackedCollator:
     pairs in the mask for tokens where it logs `num_tokens`.
 
     Raises:
-        ConfigError: an unknown layout.
-        CheckpointError: the processor's chat template cannot be trained on.
+        ConfigError: an unknown layout, or a bound that is no whole number of at least 1.
+        CheckpointError: the processor's chat template cannot be trained on, or it cannot count image tokens.
     """
 
     def __init__(
@@ -67,6 +67,9 @@ class PackedCollator:
     ):
         if layout not in LAYOUTS:
             raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
+        for name, number in (("max_length", max_length), ("max_row_tokens", 1 if max_row_tokens is None else max_row_tokens)):
+            if not isinstance(number, int) or number < 1:
+                raise ConfigError(f"{name} is {number!r}; wanted a whole number of at least 1.")
         self.encoder = Encoder(processor)
         self.max_length = max_length
         self.max_row_tokens = max_row_tokens

@@ -24,7 +24,7 @@ from torch.utils.data import default_collate
 from transformers import BatchFeature, ProcessorMixin
 
 from ..conversations import IMAGE_MARKER, Conversation, Turn
-from ..errors import DataError
+from ..errors import CheckpointError, DataError
 from ..modeling.templates import Piece, read_template
 
 IGNORED = -100  # the label that Hugging Face losses leave out
@@ -87,10 +87,17 @@ class Encoder:
         processor: of a LLaVA checkpoint or a stage folder.
 
     Raises:
-        CheckpointError: the chat template cannot be trained on.
+        CheckpointError: the chat template cannot be trained on, or the processor lacks what image tokens are counted by.
     """
 
     def __init__(self, processor: ProcessorMixin):
+        lacks = [name for name in ("patch_size", "num_image_tokens") if getattr(processor, name, 0) is None]
+        lacks += [name for name in ("tokenizer", "image_token_id") if not hasattr(processor, name)]
+        if lacks:
+            raise CheckpointError(
+                f"{type(processor).__name__} has no {', '.join(lacks)}; wanted the processor of a LLaVA checkpoint as "
+                "load_checkpoint returns it, completed from the model's configuration, or that of a stage's folder."
+            )
         self.processor = processor
         self.format = read_template(processor)
         self.pads_with = processor.tokenizer.pad_token_id

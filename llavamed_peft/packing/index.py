@@ -73,6 +73,7 @@ class FileCount:
     """What became of one file's rows: `rows` = `used` + all of `rejected`."""
 
     name: str
+    path: str
     sha256: str
     rows: int
     used: int
@@ -154,10 +155,10 @@ class Index:
 
     def report_failures(self, rejects: RejectLog, stage: str) -> None:
         """Name each row that failed in a stage in the log of rejected ones."""
+        file_of_row = self.column("file")
         for row, reason in sorted(self.failed.items()):
-            conversation = self.tokenized(row)
-            name = conversation.source.rpartition(":")[0]
-            rejects.append(Reject(name, row_number(conversation.source), conversation.id, failed_in(stage), reason))
+            conversation, path = self.tokenized(row), self.files[file_of_row[row]].path
+            rejects.append(Reject(path, row_number(conversation.source), conversation.id, failed_in(stage), reason))
 
     def account(self) -> list[dict[str, object]]:
         """For `stage.json`: each file with its hash and rows = used + rejected + failed."""
@@ -213,7 +214,7 @@ def build_index(
     index = Index.open(path if found else partial)
     if max_rejected is not None and (fault := fault_of_share(index.files, max_rejected)):
         if any(count.rejected for count in index.files):
-            fault += f" Each row is listed in {rejects.path.name}. Mend the data, or raise max_rejected."
+            fault += f" Each row is listed in {rejects.path.name}. Mend the data{', or raise max_rejected' * (max_rejected < 1)}."
         path.unlink(missing_ok=True)  # what will be mended may be images, which the fingerprint does not know
         partial.unlink(missing_ok=True)
         raise DataError(fault)
@@ -289,7 +290,7 @@ def _write_index(
                 used += len(usable)
                 rejected.update(reject.reason for reject in refused)
                 progress(len(some), len(refused))
-            files.append(FileCount(source.name, source.sha256, used + rejected.total(), used, dict(rejected)))
+            files.append(FileCount(source.name, source.path, source.sha256, used + rejected.total(), used, dict(rejected)))
         writer.write_batch(pa.RecordBatch.from_pylist([], schema), {_FILES: json.dumps([asdict(count) for count in files])})
     progress.finish()
 

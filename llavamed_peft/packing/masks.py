@@ -24,6 +24,7 @@ BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
 DENSE_FILL = 1024
 MAX_ROW_TOKENS = {"cpu": 4096, "cuda": 16_384}  # of a device batch, by default; not yet measured on CUDA
 
+_INVERTING = {"__invert__", "bitwise_not", "logical_not"}  # what is not seen may be used as a number
 _SELECTING = {"where", "masked_fill", "masked_fill_", "masked_select", "__getitem__", "__setitem__"}
 
 
@@ -53,6 +54,7 @@ class DenseMask(torch.Tensor):
             if func.__name__ == "__get__":  # an attribute
                 return _plain(result)
             is_mask = isinstance(result, torch.Tensor) and result.dtype == torch.bool and result.ndim == 4
+            is_mask &= func.__name__ not in _INVERTING
             return result.as_subclass(cls) if is_mask else _plain(result)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> DenseMask:
@@ -77,9 +79,9 @@ def _misread(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     given = [value for value in (*args, *kwargs.values()) if not isinstance(value, DenseMask)]
     computes = any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in given) and name not in _SELECTING
     casts = name == "to" and any(isinstance(value, torch.dtype) and value.is_floating_point for value in given)
-    every = slice(None)
-    cuts = name == "__getitem__" and isinstance(args[1], tuple) and len(args[1]) == 4 and args[1][:3] == (every, every, every)
-    counts = name == "sum" and "dtype" in kwargs  # each row's tokens, as flash attention does
+    part = args[1] if name == "__getitem__" else None
+    cuts = isinstance(part, tuple) and len(part) == 4 and part[:3] == (slice(None),) * 3 and isinstance(part[3], slice)
+    counts = name == "sum" and kwargs.get("dtype") == torch.int32  # each row's tokens, as flash attention does
     return computes or casts or cuts or counts
 
 
