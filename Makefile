@@ -21,7 +21,7 @@ endif
 
 help:
 	@echo "make demo    the whole curriculum on a tiny checkpoint, then load, swap and ask its stages"
-	@echo "make demo-seeds  the same with three seeds, about 16 minutes"
+	@echo "make demo-seeds  the same with three seeds, about 14 minutes"
 	@echo "make test    every test"
 	@echo "make check   format, lint, types of the value layers, layers"
 	@echo "make venv    only build .venv"
