@@ -35,7 +35,7 @@ from .packing.features import Features, Pictures
 from .packing.index import Index
 from .packing.masks import attention_mask
 from .packing.steps import StepSampler, steps_in_all
-from .packing.workers import WorkerNotes
+from .packing.workers import WorkerNote, WorkerNotes
 from .resumption import ResumableTrainer
 from .stages import Schedule, Stage
 
@@ -155,11 +155,12 @@ class StageTrainer(ResumableTrainer):
         try:
             yield
         except (RuntimeError, ConnectionError, EOFError) as error:
-            if self.worker_notes:
-                # What a dying worker had sent cannot be fetched, a moment before torch learns of its end: that comes now.
+            # What a dying worker had sent cannot be fetched, some moments before torch learns of its end: that comes now.
+            patience = time.monotonic() + (1 if isinstance(error, RuntimeError) else 10)
+            while self.worker_notes and not any(note.is_dead for note in self._notes()) and time.monotonic() < patience:
                 with contextlib.suppress(RuntimeError):
-                    time.sleep(1)
-            notes = [note for notes in self.worker_notes.values() for note in notes.read()]
+                    time.sleep(0.1)
+            notes = self._notes()
             ends = [f"died at {note.text}" for note in notes if note.is_dead]
             ends += [f"has been at {note.text} for {note.seconds:.0f} s" for note in notes if note.seconds > HANGS_AFTER / 2]
             if not ends and not str(error).startswith("DataLoader worker (pid"):  # torch has no class for it
@@ -169,6 +170,9 @@ class StageTrainer(ResumableTrainer):
                 "in a process of its own, and leave the row out if it is the cause; if memory ran out, take fewer workers (now "
                 f"{self.args.dataloader_num_workers}). {standing(self.checkpoint_folder)}"
             ) from error
+
+    def _notes(self) -> list[WorkerNote]:
+        return [note for notes in self.worker_notes.values() for note in notes.read()]
 
     def get_batch_samples(self, *arguments: Any) -> tuple[list[list[DeviceInputs]], Any]:
         """The next step's data; what it takes is time that the model waits."""
