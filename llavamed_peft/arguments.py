@@ -58,7 +58,10 @@ class RunArguments:
         default=None, metadata={"help": "optimizer steps between two checkpoints; None: ten of them a stage"}
     )
     workers: int | None = field(
-        default=None, metadata={"help": "processes that decode images ahead; None: up to 8 with a GPU, none on a CPU"}
+        default=None,
+        metadata={
+            "help": "processes that decode images ahead, for each GPU; None: its share of the cores, up to 8; none on a CPU"
+        },
     )
     feature_cache: Literal["auto", True, False] = field(
         default="auto",
@@ -220,7 +223,7 @@ def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[
                 setattr(group, name, [value])
             elif not (_fits(value, hints[name]) or (isinstance(value, Mapping) and name in getattr(group, "MAPPINGS", ()))):
                 choices = known[name].choices
-                wanted = f"one of {', '.join(choices)}" if choices else _words(hints[name])
+                wanted = f"one of {', '.join(map(str, choices))}" if choices else _words(hints[name])
                 parser.error(f"{name} is {value!r}; wanted {wanted}{', or no such line' if _fits(None, hints[name]) else ''}.")
     return tuple(parsed)
 

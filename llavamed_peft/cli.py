@@ -39,8 +39,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """
     parser = _parser()
     options, behind = parser.parse_known_args(arguments)
-    if options.verb is _inspect and not any(word.startswith("-") for word in behind):
-        options.data += behind  # argparse takes BASE and DATA in one go, before an option that stands between them
+    words = [word for word in behind if word != "--"]
+    if options.verb is _inspect and not any(word.startswith("-") for word in words):
+        options.data += words  # argparse takes BASE and DATA in one go, before an option that stands between them
     elif behind:
         parser.error(f"unrecognized arguments: {' '.join(behind)}")
     # The libraries' notes to programmers would only hide the answer or the error.
@@ -106,7 +107,7 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         default=False,
         metavar="FILE.png",
-        help="show how each stage's first step is packed on a GPU; with a file, draw it there, too",
+        help="show how each stage's first step is packed on a GPU; with a file, draw it there, too (so DATA stands before it)",
     )
     inspect.add_argument(
         "--max_row_tokens",

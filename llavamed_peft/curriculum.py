@@ -230,9 +230,8 @@ class Lineage:
         if stage is None:
             return self
         if stage.is_checkpoint:
-            base = base_record(
-                stage.path, read_config(stage.path), stage.record["sha256"]
-            )  # as it was checked when it was loaded
+            # its hash was checked when it was loaded
+            base = base_record(stage.path, read_config(stage.path), stage.record["sha256"])
             return Lineage(str(stage.path), base, stage.record["root"], stage)
         return replace(self, parent=stage)
 

@@ -19,7 +19,7 @@ import os
 import stat
 import struct
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -136,11 +136,8 @@ class ContentNames:
         if first == path:
             return looks
         if looks not in self._read:
-            try:
+            with suppress(DataError):  # it is gone by now, and nobody can say whether this one is equal
                 self._names.setdefault(content_key(first), looks)
-            except DataError:  # it is gone by now
-                self._first[looks] = path
-                return looks
             self._read.add(looks)
         return self._names.setdefault(content := content_key(path), content)
 

@@ -113,7 +113,7 @@ class ResumableTrainer(SFTTrainer):
         state = checkpoint.state
         if state["order"] != self._order():
             raise TrainingError(
-                f"{checkpoint.path}: was trained on other rows than can be used now. Have images been moved or changed? Put them "
+                f"{checkpoint.path}: was trained on other rows than can be used now. Have images changed? Put them "
                 "back and make the same call again, or choose another output_dir."
             )
         for name in _COUNTED:
@@ -235,7 +235,7 @@ class ResumableTrainer(SFTTrainer):
         )
 
     def _order(self) -> str:
-        """A hash of the rows' lengths, groups and beginnings, images included: what the data and their order are known by."""
+        """A hash of the rows' lengths, groups and beginnings as the index found them, images before the first answer included."""
         digest = hashlib.sha256()
         for name in ("length", "group", "prefix_tokens", "prefix"):
             digest.update(np.ascontiguousarray(self.train_index.column(name), dtype=np.int64).tobytes())

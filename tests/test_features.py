@@ -193,7 +193,8 @@ def test_in_other_tower_batches_features_are_within_one_unit_of_the_last_place(
     assert found[0].keys() == found[1].keys()
     for key, tensor in found[0].items():
         assert tensor.dtype == dtype
-        assert torch.equal(tensor.nextafter(found[1][key]), found[1][key]), "the same, or its neighbour"
+        other = found[1][key]  # the same or its neighbour; near zero, where last places are small, one of those at 1
+        assert ((tensor.nextafter(other) == other) | ((tensor - other).abs() <= torch.finfo(dtype).eps)).all()
 
 
 def test_a_worker_lays_features_down_in_shared_memory(bases: dict[str, Path], images: list[str], tmp_path: Path) -> None:

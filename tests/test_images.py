@@ -304,7 +304,7 @@ def test_a_file_that_vanished_is_no_fault_of_one_that_looks_like_it(tmp_path):
         (tmp_path / name).write_bytes(b"same")
     first = name_of(str(tmp_path / "a"))
     (tmp_path / "a").unlink()
-    assert first == name_of(str(tmp_path / "b")) == name_of(str(tmp_path / "c"))
+    assert first != name_of(str(tmp_path / "b")) == name_of(str(tmp_path / "c")), "nobody knows whether it was the same"
 
 
 @pytest.mark.parametrize("look", [image_size, load_image, content_key, lambda path: images.ContentNames()(str(path))])

@@ -130,6 +130,35 @@ def test_images_of_equal_content_begin_alike_and_are_shuffled_by_their_paths(
     assert built.column("group").tolist() == [0, 1, 2, 1]
 
 
+def test_relative_paths_are_those_of_the_call(
+    bases: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, copies in (("one", ["c.png"]), ("two", [])):
+        folder = tmp_path / name / "images"
+        folder.mkdir(parents=True)
+        Image.effect_noise((60, 40), 50).convert("RGB").save(folder / "own.png")
+        for copy in copies:
+            shutil.copy(tmp_path / copy, folder)
+        monkeypatch.chdir(tmp_path / name)
+        turns = (Turn("user", "<image>\nwhat?"), Turn("assistant", "a heart"))
+        rows = [Conversation(file, turns, (f"images/{file}",)) for file in ("own.png", *copies)]
+        built, rejected = build(rows, collator_of(bases["llava"]), tmp_path / name)
+        assert (len(built), rejected) == (len(rows), [])
+
+
+def test_a_row_that_fails_while_training_is_listed_with_its_files_path(
+    bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    _, rejected = build(data, collator_of(bases["llava"]), tmp_path)
+    found = Index.open(tmp_path / "index.arrow")
+    found.failed[2] = "c.png: cannot be decoded"
+    with RejectLog(tmp_path / "failed.jsonl") as log:
+        found.report_failures(log, "vqa")
+    line = json.loads((tmp_path / "failed.jsonl").read_text(encoding="utf-8"))
+    assert (line["file"], line["row"], line["id"]) == (str(data), 7, "id-7") and line["file"] == rejected[0]["file"]
+    assert line["reason"] == "failed while training vqa" and line["detail"] == "c.png: cannot be decoded"
+
+
 def append_row(data: Path) -> None:
     with data.open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(row(8, "a.png", "<image>\nwhere?", "left")))

@@ -603,7 +603,7 @@ def test_a_language_model_that_is_not_attention_alone_is_refused(language: str) 
     ("wrong", "error", "said"),
     [
         ({"layout": "dense"}, ConfigError, "layout is 'dense'; wanted one of packed, padded."),
-        ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted a whole number of at least 1."),
+        ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted None or a whole number of at least 1."),
         ({"max_length": None}, ConfigError, "max_length is None; wanted a whole number of at least 1."),
         (
             {"processor": "stock"},

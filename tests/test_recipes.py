@@ -269,6 +269,7 @@ def test_true_and_false_may_be_written_as_in_yaml(word, value, tmp_path):
         ([], "model: a\nshuffle: rows", "shuffle is 'rows'; wanted one of images, conversations."),
         ([], "model: a\nlearning_rate: fast", "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
         ([], "model: a\nlearning_rate: [1]", "learning_rate is [1]; wanted a number. (Options are from "),
+        ([], "model: a\nfeature_cache: 3", "feature_cache is 3; wanted one of auto, True, False."),
         ([], "model: 3", "model is 3; wanted a word."),
         ([], "model:", "model is None; wanted a word."),
         ([], "model: a\nworkers: 1.5", "workers is 1.5; wanted a whole number, or no such line."),

@@ -8,7 +8,7 @@ import resource
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,8 +16,7 @@ import tiny
 import torch
 from PIL import Image
 
-from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, StageAdapter, Turn, curriculum_finetune, trainer
-from llavamed_peft.curriculum import Run
+from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, Turn, curriculum_finetune, trainer
 from llavamed_peft.datasets.rejects import RejectLog
 from llavamed_peft.datasets.sources import open_sources
 from llavamed_peft.errors import TrainingError
@@ -71,10 +70,16 @@ def as_is(batches: list[DeviceInputs]) -> list[DeviceInputs]:
     return batches
 
 
-def never_decoded(image: str) -> None:
-    """A pipe that nobody writes to takes the image's place: opening it blocks, as a file of a dead network mount does."""
-    os.remove(image)
-    os.mkfifo(image)
+class StuckAt5(PackedCollator):
+    """Never comes back from one image, as from a file of a dead network mount."""
+
+    def inputs(self, conversations: Sequence[object], on_image: Callable[[str], None] | None = None) -> dict[str, torch.Tensor]:
+        def stick(path: str) -> None:
+            on_image(path)
+            if path.endswith("5.png"):
+                time.sleep(3600)
+
+        return super().inputs(conversations, None if on_image is None else stick)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -118,7 +123,7 @@ def test_notes_of_a_worker_killed_from_outside_say_where_it_was(
     start: str, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path
 ) -> None:
     batches = batches_of(bases["llava"], rows, tmp_path, WorkerNotes(2))
-    never_decoded(rows[5].images[0])
+    batches.collator = StuckAt5(batches.collator.encoder.processor, max_row_tokens=4096)
 
     def kill_the_stuck_one() -> None:
         while not (stuck := [note for note in batches.notes.read() if "5.png" in note.text and note.seconds > 0.5]):
@@ -161,13 +166,14 @@ def test_training_names_the_row_that_killed_a_worker(
 def test_training_names_the_row_at_which_a_worker_hangs(
     held_out: bool, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    stage = Run.stage
+    load_image = collator.load_image
 
-    def hang_first(self: Run, *arguments: object) -> StageAdapter:
-        never_decoded(str(tmp_path / "6.png"))
-        return stage(self, *arguments)
+    def hangs(path: str) -> Image.Image:
+        if path.endswith("6.png"):
+            time.sleep(3600)
+        return load_image(path)
 
-    monkeypatch.setattr(Run, "stage", hang_first)
+    monkeypatch.setattr(collator, "load_image", hangs)
     monkeypatch.setattr(trainer, "HANGS_AFTER", 4.0)
     question = [Question("asked", str(tmp_path / "6.png"), "what?", "a heart", "closed")]
     data, eval_data = ({"vqa": rows[:6]}, {"vqa": question}) if held_out else ({"vqa": rows}, None)

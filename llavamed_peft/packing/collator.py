@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Sequence
 from itertools import accumulate
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -67,9 +68,9 @@ class PackedCollator:
     ):
         if layout not in LAYOUTS:
             raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
-        for name, number in (("max_length", max_length), ("max_row_tokens", 1 if max_row_tokens is None else max_row_tokens)):
-            if not isinstance(number, int) or number < 1:
-                raise ConfigError(f"{name} is {number!r}; wanted a whole number of at least 1.")
+        for name, number, wanted in (("max_length", max_length, ""), ("max_row_tokens", max_row_tokens, "None or ")):
+            if not (number is None and wanted) and (not isinstance(number, Integral) or isinstance(number, bool) or number < 1):
+                raise ConfigError(f"{name} is {number!r}; wanted {wanted}a whole number of at least 1.")
         self.encoder = Encoder(processor)
         self.max_length = max_length
         self.max_row_tokens = max_row_tokens

@@ -80,7 +80,10 @@ def read_plans(folder: Path) -> Plans:
     """All that was ever to be stored in the folder, file by file."""
     plans: Plans = {}
     for path in sorted(folder.glob("plan-*.json")):
-        text = path.read_text(encoding="utf-8", errors="replace")
+        try:
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except FileNotFoundError:  # another process found it damaged
+            continue
         if path.name == _plan_name(text):
             files = {name: tuple(Planned(*image) for image in images) for name, images in json.loads(text).items()}
             plans = files | plans

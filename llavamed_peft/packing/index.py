@@ -214,7 +214,8 @@ def build_index(
     index = Index.open(path if found else partial)
     if max_rejected is not None and (fault := fault_of_share(index.files, max_rejected)):
         if any(count.rejected for count in index.files):
-            fault += f" Each row is listed in {rejects.path.name}. Mend the data{', or raise max_rejected' * (max_rejected < 1)}."
+            advice = "Mend the data, or raise max_rejected." if len(index) else "Mend the data."
+            fault += f" Each row is listed in {rejects.path.name}. {advice}"
         path.unlink(missing_ok=True)  # what will be mended may be images, which the fingerprint does not know
         partial.unlink(missing_ok=True)
         raise DataError(fault)
@@ -337,7 +338,7 @@ def _check(
     reason = "unreadable image"
     try:
         sizes = [_bounded(image, image_size(image)) for image in conversation.images]
-        contents = [content_name(_real_path(image)) for image in conversation.images]
+        contents = [content_name(image) for image in conversation.images]
         reason = "cannot be encoded"
         tokens = collator.encoder.tokenize(conversation)
         whole = Tokenized(conversation.id, conversation.images, conversation.source, tokens)
@@ -365,7 +366,7 @@ def _check(
 
 def _real_path(image: str) -> str:
     """`os.path.realpath`, which asks the file system about every folder on the way, with the folders remembered."""
-    folder, name = os.path.split(image)
+    folder, name = os.path.split(os.path.abspath(image))  # what is remembered may not depend on where one is
     real = os.path.join(_real_folder(folder), name)
     return os.path.realpath(real) if os.path.islink(real) else real
 

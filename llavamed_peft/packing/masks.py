@@ -32,10 +32,11 @@ class DenseMask(torch.Tensor):
     """A boolean mask [rows, 1, tokens, tokens], true where a token (third) sees one (fourth), for `sdpa` alone.
 
     It can be looked into like any other tensor: what is read out of it is one (if it is no mask of four dimensions again), and so
-    is `plain()`.
+    is `plain()`, with which anything may be done.
 
     Raises:
-        ConfigError: it is used as attention would that reads it wrongly, such as `eager`, which adds it to its scores.
+        ConfigError: it is used as attention would that reads it wrongly: computed with beside floating point numbers (`eager`
+            adds it to its scores), cast to them by `to`, cut along its last dimension alone, summed into int32.
     """
 
     @classmethod
@@ -78,9 +79,9 @@ def _misread(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a function is called on a mask as attention does that takes it for something else."""
     given = [value for value in (*args, *kwargs.values()) if not isinstance(value, DenseMask)]
     computes = any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in given) and name not in _SELECTING
-    casts = name == "to" and any(isinstance(value, torch.dtype) and value.is_floating_point for value in given)
+    casts = name in ("to", "type") and any(isinstance(value, torch.dtype) and value.is_floating_point for value in given)
     part = args[1] if name == "__getitem__" else None
-    cuts = isinstance(part, tuple) and len(part) == 4 and part[:3] == (slice(None),) * 3 and isinstance(part[3], slice)
+    cuts = isinstance(part, tuple) and [type(place) for place in part] == [slice] * 4 and part[:3] == (slice(None),) * 3
     counts = name == "sum" and kwargs.get("dtype") == torch.int32  # each row's tokens, as flash attention does
     return computes or casts or cuts or counts
 
