@@ -191,14 +191,11 @@ def index_of(folder: Path, layout: str = "packed") -> tuple[Any, Any]:
 
 def loader_of(batches: Any, workers: int) -> Any:
     """The training loader over an index."""
-    from llavamed_peft.packing.steps import StepSampler
     from llavamed_peft.stages import Schedule
     from llavamed_peft.trainer import HANGS_AFTER, StepLoader
 
-    index = batches.index
     schedule = Schedule(epochs=1, learning_rate=1, global_batch=GLOBAL_BATCH)
-    prefixes = index.prefixes() if batches.collator.layout == "packed" else None
-    sampler = StepSampler(index.column("length"), index.column("group"), schedule, MAX_ROW_TOKENS, SEED, prefixes=prefixes)
+    sampler = batches.index.sampler(batches.collator, schedule, SEED)
     return StepLoader(batches, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers, timeout=HANGS_AFTER)
 
 

@@ -36,7 +36,7 @@ class DenseMask(torch.Tensor):
 
     Raises:
         ConfigError: it is used as attention would that reads it wrongly: computed with beside floating point numbers (`eager`
-            adds it to its scores), cast to them by `to`, cut along its last dimension alone, summed into int32.
+            adds it to its scores), cast to them by `to` or `type`, cut along its last dimension alone, summed into int32.
     """
 
     @classmethod
