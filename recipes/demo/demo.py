@@ -120,7 +120,7 @@ def empty(folder: Path) -> None:
 def run(curriculum: Curriculum, folder: Path, layout: str) -> Demo:
     """The whole demo on one clinic, with its table and picture in `folder`."""
     began = time.monotonic()
-    print(f"Drawing the clinic into {folder / 'data'} ...")
+    print(f"Drawing the clinic into {folder / 'data'} ...", flush=True)
     files = write_dataset(folder / "data", curriculum.seed)
     disable_progress_bar()
     adapters = curriculum_finetune(
@@ -134,7 +134,7 @@ def run(curriculum: Curriculum, folder: Path, layout: str) -> Demo:
         dtype="float32",  # also where there is a GPU: the bounds were found in it
     )
     trained = time.monotonic()
-    print(f"Asking {QUESTIONS} held-out questions of the base and of each stage, swapped on one model ...")
+    print(f"Asking {QUESTIONS} held-out questions of the base and of each stage, swapped on one model ...", flush=True)
     questions = read_questions(files["vqa_heldout"])[:QUESTIONS]
     exams = examine(adapters, questions, files)
     demo = Demo(exams, trained - began, time.monotonic() - trained)
