@@ -201,7 +201,7 @@ def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int) ->
     from llavamed_peft.packing.rows import lay_row
     from llavamed_peft.packing.tree import build_forest
 
-    index, fill = Index.open(index_file), fill_tokens(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    index, fill = Index.open(index_file), fill_tokens("flex_attention" if torch.cuda.is_available() else "sdpa")
     processor = AutoProcessor.from_pretrained(folder / "processor")
     collator = PackedCollator(processor, schedule.max_length, max_row_tokens, fill_tokens=fill)
     sampler = index.sampler(collator, schedule, SEED)

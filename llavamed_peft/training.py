@@ -35,7 +35,7 @@ from .modeling.parts import (
 from .modeling.sharding import Sharding, set_masters, shard, unrounded
 from .packing import PackedCollator
 from .packing.index import Index
-from .packing.masks import choose_attention, fill_tokens
+from .packing.masks import RECOMPILE_LIMIT, choose_attention, fill_tokens, why_not_flex
 from .packing.steps import why_nothing_is_learnt
 from .report import RunLog
 from .stages import Stage
@@ -157,7 +157,9 @@ def train_stage(
     )
     quantized = getattr(bare(model), "is_loaded_in_4bit", False)
     start = trainable_tensors(model) if quantized else None
-    fills = fill_tokens(torch.device("cuda" if on_gpu else "cpu"))
+    fills = None
+    if computing.layout == "packed":
+        fills = fill_tokens(choose_attention(bare(model), torch.device("cuda" if on_gpu else "cpu")))
     collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout, fills)
     trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator)
     unset_hf_deepspeed_config()  # or the next stage's model would be loaded in pieces
@@ -168,6 +170,8 @@ def train_stage(
         run_log.show(
             f"{stage.name:<10} DeepSpeed: saved when it is finished; stopped before, it begins again (FSDP2 saves)", True
         )
+    if on_gpu and fills is not None and trainer.is_world_process_zero():
+        run_log.show(f"{stage.name:<10} packed rows with masks in full, not FlexAttention: {why_not_flex(bare(model))}", True)
     if start is not None:
         # The trainer rounds a quantised model's trainables to bf16 while it is built; what the stage starts from is put back.
         set_dtypes(model, computing.dtype)
@@ -175,8 +179,6 @@ def train_stage(
         del start
     freeze_tower(model)
     always_look(model)
-    if computing.layout == "packed":
-        choose_attention(bare(model), trainer.args.device)
     if checkpoint is not None:
         load_tensors(model, checkpoint.tensors())
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -191,7 +193,7 @@ def train_stage(
             carried = {name: tensor for name, tensor in trainable_tensors(model).items() if is_lora(name)}
     if why := why_nothing_is_learnt(stage, len(trainer.get_train_dataloader()), train_index.image_counts().sum()):
         warnings.warn(f"Stage {stage.name!r} will learn nothing: {why}", stacklevel=2)
-    with trainer.naming_rows(), trainer.stop:
+    with trainer.naming_rows(), trainer.stop, torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT):
         if sharding is None:
             trainer.collator.features = trainer.stored_features(computing.feature_cache, computing.dtype, feature_folder)
         trainer.train()

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import re
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -14,33 +11,21 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
-from torch.nn.functional import scaled_dot_product_attention
-from torch.utils.data import DataLoader
-from transformers import CONFIG_MAPPING, AutoProcessor, LlavaConfig, LlavaForConditionalGeneration, ProcessorMixin
-from transformers.modeling_flash_attention_utils import _get_unpad_data
+from packed import KINDS, asked, assert_same, draw_conversations, draw_images, loss_and_gradients, trained
+from torch.nn.attention.flex_attention import create_mask
+from transformers import AutoProcessor
 
-from llavamed_peft import Conversation, LoraSpec, Turn
+from llavamed_peft import Conversation
 from llavamed_peft.errors import CheckpointError, ConfigError, DataError
 from llavamed_peft.modeling.load import load_checkpoint
-from llavamed_peft.modeling.parts import adapter_config, attach, bare, freeze_tower, set_dtypes
+from llavamed_peft.modeling.parts import bare, set_dtypes
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.encoding import IGNORED
-from llavamed_peft.packing.masks import (
-    DenseMask,
-    attention_mask,
-    block_mask,
-    check_window,
-    choose_attention,
-    dense_mask,
-    fill_tokens,
-)
+from llavamed_peft.packing.masks import attention_mask, block_mask, dense_mask
 from llavamed_peft.packing.rows import Row, lay_rows
 from llavamed_peft.packing.tree import ImageSpan, TokenSequence, build_forest, describe, first_fit
 
 untimed = settings(deadline=None)  # a busy machine is no failure
-KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevision": ("qwen2", "siglip", -1)}
 
 
 # Trees and rows
@@ -209,53 +194,6 @@ def test_first_fit_wastes_little(sizes: list[int], capacity: int) -> None:
 # Masks
 
 
-def random_ends(tokens: int, rows: int = 2, seed: int = 0) -> torch.Tensor:
-    """`ends` of random trees."""
-    generator = np.random.default_rng(seed)
-    ends = np.zeros((rows, tokens), dtype=np.int64)
-    for row in ends:
-        spans = [(0, tokens)]
-        while spans:
-            begin, end = spans.pop()
-            while begin < end:
-                stop = int(generator.integers(begin + 1, end + 1))
-                own = int(generator.integers(begin + 1, stop + 1))
-                row[begin:own] = stop
-                spans.append((own, stop))
-                begin = stop
-    return torch.from_numpy(ends)
-
-
-@pytest.mark.parametrize("tokens", [1, 127, 128, 129, 640, 1000])
-def test_block_mask_is_what_flex_attention_finds_by_itself(tokens: int) -> None:
-    ends = random_ends(tokens)
-    ours = block_mask(ends)
-    theirs = create_block_mask(ours.mask_mod, len(ends), None, tokens, tokens, device="cpu")
-    for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
-        assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
-    for name in ("kv", "full_kv", "q", "full_q"):
-        counts, indices = getattr(ours, f"{name}_num_blocks"), getattr(ours, f"{name}_indices")
-        used = torch.arange(indices.shape[-1]) < counts[..., None]
-        assert torch.equal(indices[used], getattr(theirs, f"{name}_indices")[used]), name
-    assert torch.equal(ours.to_dense(), theirs.to_dense())
-    assert torch.equal(create_mask(ours.mask_mod, len(ends), 1, tokens, tokens, "cpu"), dense_mask(ends))
-
-
-def test_only_rows_of_one_sequence_go_without_a_mask(bases: dict[str, Path]) -> None:
-    config = load_checkpoint(bases["llava"])[0].config
-    assert attention_mask(torch.tensor([[4, 4, 4, 4], [2, 2, 3, 4]]), config) is None
-    for branching in ([[2, 2, 6, 5, 6, 7]], [[4, 2, 4, 4]], [[2, 2, 4, 4]]):
-        assert attention_mask(torch.tensor(branching), config) is not None
-
-
-def test_flex_attention_and_sdpa_agree() -> None:
-    ends = random_ends(300)
-    query, key, value = torch.randn(3, 2, 2, 300, 16, generator=torch.Generator().manual_seed(0))
-    flex = flex_attention(query, key, value, block_mask=block_mask(ends))
-    dense = scaled_dot_product_attention(query, key, value, attn_mask=dense_mask(ends))
-    torch.testing.assert_close(flex, dense, rtol=1e-5, atol=1e-5)
-
-
 # Batches
 
 
@@ -267,70 +205,12 @@ def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """a, b and c of three shapes; `again` is a's content under another name."""
-    folder = tmp_path_factory.mktemp("images")
-    generator = np.random.default_rng(0)
-    for name, size in {"a": (60, 60), "b": (40, 120), "c": (120, 50)}.items():
-        Image.fromarray(generator.integers(0, 255, (*size, 3), dtype=np.uint8)).save(folder / f"{name}.png")
-    shutil.copy(folder / "a.png", folder / "again.png")
-    return {name: str(folder / f"{name}.png") for name in ("a", "b", "c", "again")}
-
-
-def asked(number: int, images: tuple[str, ...], *words: str) -> Conversation:
-    """One conversation: question, answer, question, answer, …; the images are shown with the first question."""
-    shown = "<image>\n" * len(images)
-    turns = [Turn(("user", "assistant")[i % 2], (shown if i == 0 else "") + text) for i, text in enumerate(words)]
-    return Conversation(str(number), tuple(turns), images, f"d.json:{number}")
+    return draw_images(tmp_path_factory.mktemp("images"))
 
 
 @pytest.fixture(scope="module")
 def conversations(images: dict[str, str]) -> list[Conversation]:
-    a, b, c, again = (images[name] for name in ("a", "b", "c", "again"))
-    rows = [
-        ((a,), "what is in the image ?", "the heart"),
-        ((a,), "what is in the lung ?", "a chest x-ray shows the normal lung"),
-        ((b,), "is it left ?", "no"),
-        ((again,), "what is in the image ?", "the lung"),
-        ((a,), "what is in the image ?", "the heart"),  # a duplicate counts twice
-        ((a,), "what is in the image ?", "the heart", "is it normal ?", "yes"),
-        ((a, b), "what is left ?", "the heart"),
-        ((a, c), "what is left ?", "no heart in the image"),
-        ((a, a), "what is left ?", "the lung"),
-        ((), "what is a lung ?", "an organ"),
-        ((), "what is a heart ?", "an organ of the chest"),
-    ]
-    return [asked(number, *row) for number, row in enumerate(rows, start=1)]
-
-
-def trained(base: Path, trains: str = "full", quantization: str | None = None, dropout: float = 0.0) -> tuple[object, object]:
-    model, processor = load_checkpoint(base, quantization)
-    if trains == "full":
-        freeze_tower(model)
-        return model.train(), processor
-    torch.manual_seed(0)
-    spec = LoraSpec(rank=4, alpha=8, dropout=dropout)
-    model = attach(model, adapter_config(model, spec if trains == "lora" else None), trains)
-    set_dtypes(model, torch.float32)
-    for name, parameter in model.named_parameters():
-        if "lora_B" in name:  # zeros would leave A without a gradient
-            torch.nn.init.normal_(parameter, std=0.1)
-    freeze_tower(model)
-    return model.train(), processor
-
-
-def loss_and_gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
-    model.zero_grad()
-    loss = model(**batch).loss
-    loss.backward()
-    return loss.item(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same(one: tuple[float, dict[str, torch.Tensor]], other: tuple[float, dict[str, torch.Tensor]]) -> None:
-    assert one[0] == pytest.approx(other[0], rel=1e-6)
-    assert set(one[1]) == set(other[1]) and one[1]
-    for name, gradient in other[1].items():
-        error = (one[1][name] - gradient).norm() / gradient.norm()
-        assert error < 1e-5 or gradient.norm() == one[1][name].norm() == 0, (name, error)
+    return draw_conversations(images)
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -536,69 +416,6 @@ def test_bf16_and_lora_dropout_train(bases: dict[str, Path], conversations: list
     assert same[0] == pytest.approx(same[1], rel=2e-2)
 
 
-# Which attention reads a packed batch
-
-
-def test_flex_attention_reads_a_packed_batch_as_sdpa_does(bases: dict[str, Path], conversations: list[Conversation]) -> None:
-    """Forward only: FlexAttention has no backward pass on a CPU."""
-    model, processor = load_checkpoint(bases["llava_next"])
-    batch = PackedCollator(processor, max_row_tokens=400, layout="packed").inputs(conversations)
-    ends = batch.pop("ends")
-    found = {}
-    for implementation in ("sdpa", "flex_attention"):
-        model.set_attn_implementation({"text_config": implementation})
-        assert model.model.vision_tower.config._attn_implementation == "sdpa"
-        with torch.no_grad():
-            found[implementation] = model(**batch, attention_mask=attention_mask(ends, model.config)).logits[ends > 0]
-    torch.testing.assert_close(found["flex_attention"], found["sdpa"], rtol=1e-4, atol=1e-4)
-
-
-@pytest.mark.parametrize("implementation", ["eager", "flex_attention"])
-def test_attention_that_would_misread_a_dense_mask_is_refused(
-    implementation: str, bases: dict[str, Path], conversations: list[Conversation]
-) -> None:
-    model, processor = load_checkpoint(bases["llava"])
-    batch = PackedCollator(processor, layout="packed")(conversations[:3])
-    model.set_attn_implementation({"text_config": implementation})
-    with pytest.raises(ConfigError, match=r"other than scaled_dot_product_attention, .*set_attn_implementation\('sdpa'\)"):
-        model(**batch)
-    model.set_attn_implementation("sdpa")
-    assert model(**batch).loss.isfinite()
-
-
-def test_a_compiled_model_reads_a_packed_batch_as_it_is(bases: dict[str, Path], conversations: list[Conversation]) -> None:
-    model, processor = trained(bases["llava"])
-    batch = PackedCollator(processor, layout="packed")(conversations[:3])
-    plain = loss_and_gradients(model, batch)
-    compiled = loss_and_gradients(torch.compile(model, backend="aot_eager"), batch)
-    assert compiled[0] == pytest.approx(plain[0], rel=1e-6) and len(compiled[1]) == len(plain[1])
-
-
-SMALL = {
-    "vocab_size": 384,
-    "hidden_size": 64,
-    "intermediate_size": 64,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "num_hidden_layers": 2,
-}
-OTHERS = {
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "attn_layer_indices": [1]},
-    "llama4_text": {"head_dim": 16, "attention_chunk_size": 32, "num_local_experts": 2, "intermediate_size_mlp": 64},
-}
-
-
-@pytest.mark.parametrize("language", OTHERS)
-def test_a_language_model_that_is_not_attention_alone_is_refused(language: str) -> None:
-    """Packed, it would train to the end and learn something else; the first two let a branch see its sibling."""
-    text_config = CONFIG_MAPPING[language](**SMALL, **OTHERS[language])
-    with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tiny.vision_config("clip"), text_config=text_config))
-    with pytest.raises(ConfigError, match=rf"\({language}\) has layers that do not heed .* Take layout='padded'"):
-        choose_attention(model, torch.device("cpu"))
-
-
 @pytest.mark.parametrize(
     ("wrong", "error", "said"),
     [
@@ -624,80 +441,3 @@ def test_a_collator_refuses_what_it_cannot_work_with(
     processors = {None: load_checkpoint(bases["llava"])[1], "stock": stock, "tokenizer": stock.tokenizer}
     with pytest.raises(error, match=re.escape(said)):
         PackedCollator(processors[wrong.pop("processor", None)], **wrong)
-
-
-def test_each_device_has_one_attention_and_others_are_refused(bases: dict[str, Path]) -> None:
-    model, _ = load_checkpoint(bases["llava"])
-    assert (fill_tokens(torch.device("cuda")), fill_tokens(torch.device("cpu"))) == (None, 1024)
-    choose_attention(model, torch.device("cuda"))
-    assert model.config.text_config._attn_implementation == "flex_attention"
-    assert model.model.vision_tower.config._attn_implementation == "sdpa"
-    choose_attention(model, torch.device("cpu"))
-    assert model.config.text_config._attn_implementation == "sdpa"
-    model.set_attn_implementation({"text_config": "eager"})
-    with pytest.raises(ConfigError, match="The language model's attention is 'eager'; packed rows need one of sdpa, flex_att"):
-        attention_mask(torch.tensor([[2, 2]]), model.config)
-
-
-def test_a_sliding_window_is_refused_only_where_a_conversation_is_longer(
-    bases: dict[str, Path], conversations: list[Conversation]
-) -> None:
-    model, processor = load_checkpoint(bases["llava_next"])
-    packed = PackedCollator(processor, layout="packed")(conversations)
-    padded = PackedCollator(processor, layout="padded")(conversations)
-    longest = padded["input_ids"].shape[1]
-    assert packed["input_ids"].shape[1] > longest
-    for window in (longest, longest - 20):
-        model.config.text_config.sliding_window = window
-        with torch.no_grad():
-            losses = [model(**batch).loss.item() for batch in (packed, padded)]
-        if window == longest:
-            check_window(model.config, longest)
-            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-        else:
-            with pytest.raises(ConfigError, match=rf"sliding_window is {window}, the longest conversation has {longest} tokens"):
-                check_window(model.config, longest)
-            assert losses[0] != pytest.approx(losses[1], rel=1e-7), "why it is refused"
-
-
-def test_a_mask_can_be_moved_and_looked_into_and_survives_a_worker(
-    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
-) -> None:
-    processor: ProcessorMixin = load_checkpoint(bases["llava"])[1]
-    collator = PackedCollator(processor, layout="packed")
-    (batch,) = DataLoader(conversations[:4], batch_size=4, collate_fn=collator, num_workers=1)
-    mask = batch["attention_mask"]
-    assert type(mask) is type(mask.to("cpu")) is type(mask.clone()) is DenseMask
-    whole = collator(conversations[:4])["attention_mask"].plain()
-    assert type(whole) is type(mask[0, 0]) is torch.Tensor and torch.equal(mask, whole)
-    assert mask[0, 0].tolist() == mask.numpy()[0, 0].tolist() == whole[0, 0].tolist()
-    assert torch.equal((~mask).to(torch.float32), (~whole).float()) and torch.equal(mask[:, :, :, 0], whole[:, :, :, 0])
-    assert torch.equal(mask.sum(-1, dtype=torch.long), whole.sum(-1)) and mask.sum() == whole.sum()
-    assert mask.float().mean() == whole.float().mean() and (mask & ~whole).sum() == 0
-    assert torch.equal(mask[:, :, :5, :5], whole[:, :, :5, :5]) and torch.equal(copy.deepcopy(batch)["attention_mask"], whole)
-    torch.save(batch, tmp_path / "batch.pt")
-    assert torch.equal(torch.load(tmp_path / "batch.pt")["attention_mask"], whole)
-    assert torch.equal(torch.zeros(whole.shape).masked_fill(~mask, -1), whole.float() - 1)
-    assert "True" in str(mask) and mask.shape[-1] == batch["input_ids"].shape[1]
-
-
-MISREADINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
-    "added to scores": lambda mask, scores: scores + mask,
-    "scores added to it": lambda mask, scores: mask + scores,
-    "in place": lambda mask, scores: scores.add_(mask),
-    "for every head": lambda mask, scores: scores + mask.expand(1, 2, 4, 4),
-    "cut otherwise": lambda mask, scores: scores + mask[..., :4],
-    "with another mask": lambda mask, scores: scores + (mask & torch.ones(4, 4, dtype=torch.bool)),
-    "to trained scores": lambda mask, scores: torch.nn.Parameter(scores) + mask,
-    "cast": lambda mask, scores: mask.to(torch.float32),
-    "cast and moved": lambda mask, scores: mask.to("cpu", torch.bfloat16),
-    "cut to the keys": lambda mask, scores: mask[:, :, :, : scores.shape[-1]],
-    "flash attention's lengths": lambda mask, scores: _get_unpad_data(mask),
-}
-
-
-@pytest.mark.parametrize("how", MISREADINGS)
-def test_what_attention_that_misreads_a_mask_does_with_it_is_refused(how: str) -> None:
-    mask = dense_mask(torch.tensor([[4, 4, 3, 4]]))
-    with pytest.raises(ConfigError, match=r"which reads it wrongly.* To compute with the mask, call its plain\(\)"):
-        MISREADINGS[how](mask, torch.zeros(1, 2, 4, 4))

@@ -33,11 +33,17 @@ import torch
 from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, Turn, curriculum_finetune
+from llavamed_peft.modeling.parts import bare
 from llavamed_peft.trainer import StageTrainer
 
-base, images, out, processes, how, dtype, stopped = sys.argv[1:]
+base, images, out, processes, how, dtype, stopped, attention = sys.argv[1:]
+if attention == "flex":
+    import flex_on_cpu
+    flex_on_cpu.allow()
+    flex_on_cpu.choose()
 
 def plain_descent(self, model=None):  # Adam would blow rounding up
+    assert bare(self.model).config.text_config._attn_implementation.startswith(attention)
     groups = self.optimizer_groups(self.model if model is None else model)
     self.optimizer = torch.optim.SGD(groups)
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -151,16 +157,24 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def launch(place: Path, processes: int, how: str, dtype: str = "float32", out: Path | None = None, stopped: str = "") -> Path:
+def launch(
+    place: Path,
+    processes: int,
+    how: str,
+    dtype: str = "float32",
+    out: Path | None = None,
+    stopped: str = "",
+    attention: str = "sdpa",
+) -> Path:
     out = place / f"run-{how}-{processes}-{dtype}" if out is None else out
     port = ["--main_process_port", "0"]  # any free one
     accelerate = ["accelerate.commands.launch", "--config_file", str(place / f"{how}.yaml"), "--num_machines", "1", *port]
     torchrun = ["torch.distributed.run", "--standalone"]
     launcher = [*(accelerate if how in LAUNCH else torchrun), "--num_processes" if how in LAUNCH else "--nproc_per_node"]
     program = [sys.executable] if processes == 1 else [sys.executable, "-m", *launcher, str(processes)]
-    paths = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    words = [str(place / "script.py"), str(place / "base"), str(place), str(out), str(processes), how, dtype, stopped]
+    words = [str(place / "script.py"), str(place / "base"), str(place), str(out), str(processes), how, dtype, stopped, attention]
     done = subprocess.run([*program, *words], env=environment, cwd=place, capture_output=True, text=True, check=False)
     assert (done.returncode != 0) == bool(stopped), done.stderr[-3000:]
     assert not stopped or f"Stopped by SIGTERM behind step 4 of 6 of stage '{stopped}'" in done.stderr, done.stderr[-3000:]
@@ -228,6 +242,12 @@ def test_losses_tensors_and_counts_are_one_processes(how: str, processes: int, p
     _, info = AutoModelForImageTextToText.from_pretrained(together / "more", output_loading_info=True)
     assert not any(info.values()), info
     assert (alone / "rejected.jsonl").read_text() == (together / "rejected.jsonl").read_text()
+
+
+@pytest.mark.parametrize("how", ["ddp", *SHARDED])
+def test_what_spreads_a_model_hands_flex_attention_its_mask(how: str, place: Path, alone: Path) -> None:
+    """A block mask is no tensor, and goes through DDP's, FSDP2's and DeepSpeed's hands."""
+    agree(alone, launch(place, 2, how, out=place / f"flex-{how}", attention="flex"), 1e-5)
 
 
 @pytest.fixture(scope="module")

@@ -2,9 +2,10 @@
 
 Token i sees token j exactly if j <= i < ends[j] (`rows.py`). The language model gets this as a dense boolean mask (`sdpa`, on any
 device; tokens² bytes a row), as none where causal attention does the same, or as FlexAttention's block mask (`flex_attention`,
-CUDA; its CPU kernel has no backward pass). The vision tower is not concerned. transformers hands a mask of four dimensions to the
-attention function as it is: `eager` would add the booleans to its scores, `flex_attention` would take them for scores and crash,
-and a sliding window is forgotten. So the dense mask refuses what attention other than `scaled_dot_product_attention` does to it.
+CUDA with Triton; its CPU kernel has no backward pass). The vision tower is not concerned. transformers hands a mask of four
+dimensions to the attention function as it is: `eager` would add the booleans to its scores, `flex_attention` would take them for
+scores and crash, and a sliding window is forgotten. So the dense mask refuses what attention other than
+`scaled_dot_product_attention` does to it.
 """
 
 from __future__ import annotations
@@ -14,11 +15,16 @@ from typing import Any
 
 import torch
 from torch.nn.attention.flex_attention import BlockMask
+from torch.utils._triton import has_triton
 from transformers import PreTrainedConfig, PreTrainedModel
 
 from ..errors import ConfigError
 
 BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
+# FlexAttention is compiled for each kind of row: another width of heads, with and without gradients, one block or more. Behind
+# torch's limit, 8 in a process, it would go on uncompiled, without a word, and write a row's scores out in full: tokens² a head.
+RECOMPILE_LIMIT = 64
+_NARROWEST_HEAD = 16  # that FlexAttention's kernel takes
 # Most tokens of a device batch of several rows that need a dense mask. Larger ones cost memory, for masks (their square) and
 # activations: with 4,096 a model of 64 M parameters trained 7 % faster and took 3.9 GB (benchmarks/LOG.md, "rows of their own").
 DENSE_FILL = 1024
@@ -155,8 +161,11 @@ def _is_causal(ends: torch.Tensor) -> bool:
     return bool(((ends == tokens) | ((places >= tokens) & (ends == places + 1))).all())
 
 
-def choose_attention(model: PreTrainedModel, device: torch.device) -> None:
-    """Give the language model the attention with which packed rows are computed: FlexAttention on CUDA, else `sdpa`.
+def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
+    """Give the language model the attention with which packed rows are computed: FlexAttention on CUDA if it can, else `sdpa`.
+
+    Returns:
+        Its name.
 
     Raises:
         ConfigError: not all of its layers are attention that heeds a mask of four dimensions. A convolution or a state runs
@@ -170,19 +179,38 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> None:
             f"The language model ({text.model_type}) has layers that do not heed a packed row's mask ({', '.join(others)}), so "
             "conversations would see one another; wanted attention alone. Take layout='padded'."
         )
-    implementation = "flex_attention" if device.type == "cuda" else "sdpa"
+    implementation = "flex_attention" if device.type == "cuda" and why_not_flex(model) is None else "sdpa"
     model.set_attn_implementation({"text_config": implementation})
+    return implementation
 
 
-def fill_tokens(device: torch.device) -> int | None:
+def why_not_flex(model: PreTrainedModel) -> str | None:
+    """What keeps a model's packed rows from FlexAttention on CUDA, if anything does."""
+    text = model.config.get_text_config()
+    width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    if not has_triton():
+        return "Triton is not installed, or does not know this GPU"
+    if width < _NARROWEST_HEAD:
+        return f"the language model's heads are {width} wide, and its kernel needs {_NARROWEST_HEAD}"
+    if getattr(text, "attention_dropout", 0):
+        return f"the language model has attention_dropout {text.attention_dropout}, which it cannot do"
+    if not model.get_decoder()._supports_flex_attn:
+        return f"transformers' {text.model_type} does not take it"
+    return None
+
+
+def fill_tokens(implementation: str) -> int | None:
     """How far device batches are filled with what shares nothing.
 
+    Args:
+        implementation: from `choose_attention`.
+
     Returns:
-        `None` on CUDA, where FlexAttention skips what is not seen: a device batch is one row, filled up to its bound. Elsewhere a
+        `None` for FlexAttention, which skips what is not seen: a device batch is one row, filled up to its bound. For `sdpa` a
         dense mask costs the square of a row's tokens, seen or not, so what shares nothing stands in rows of its own, and rows of
         about one length make a device batch; where they need a mask, of at most this many tokens.
     """
-    return None if device.type == "cuda" else DENSE_FILL
+    return None if implementation == "flex_attention" else DENSE_FILL
 
 
 def check_window(config: PreTrainedConfig, longest: int) -> None:
