@@ -1,4 +1,4 @@
-"""One run of `packing.py`, in the process that is measured: a stage, or TRL's trainer, and what the step must cost.
+"""One run of `packing.py` or `packing_gpu.py`, in the process that is measured: a stage or TRL's trainer; and what a step costs.
 
 The bound by FLOPs counts multiply-adds twice. A step of N positions, of which S are supervised, that show I images of t tokens:
 
@@ -39,16 +39,25 @@ def main() -> None:
 
 
 def start_clock() -> list[tuple[float, float]]:
-    """Wall and CPU seconds when training begins and behind every step, or part of one, of the trainer that this process makes."""
+    """Wall and CPU seconds when training begins and behind every step of the trainer that this process makes.
+
+    On a CPU also behind every part of a step. A GPU is waited for, which would hold it up there.
+    """
+    import torch
     from transformers import TrainerCallback, trainer
 
     moments: list[tuple[float, float]] = []
+    on_gpu = torch.cuda.is_available()
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *_: Any, **__: Any) -> None:
+            if on_gpu:
+                torch.cuda.synchronize()
             moments.append((time.monotonic(), sum(os.times()[:2])))
 
-        on_step_end = on_substep_end = on_train_begin
+        on_step_end = on_train_begin
+        if not on_gpu:
+            on_substep_end = on_train_begin
 
     trainer.DEFAULT_CALLBACKS.append(Clock)
     return moments
@@ -81,8 +90,13 @@ def run_ours(run: Run) -> Run:
     import torch
 
     from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune
+    from llavamed_peft.packing import masks
 
     moments = start_clock()
+    how = dict(run["how"])
+    attention = how.pop("attention", "flex_attention" if torch.cuda.is_available() else "sdpa")
+    if attention == "sdpa":  # what a GPU without Triton has
+        masks.has_triton = lambda: False
     schedule = Schedule(epochs=run["steps"], learning_rate=RATE, global_batch=run["conversations"], warmup_ratio=0)
     stage = Stage("work", "lora", schedule, LoraSpec(RANK, ALPHA, dropout=0.0))
     with tempfile.TemporaryDirectory() as runs:
@@ -93,23 +107,34 @@ def run_ours(run: Run) -> Run:
             image_folder=run["images"],
             curriculum=Curriculum((stage,), seed=SEED),
             save_steps=run["steps"],
-            **run["how"],
+            **how,
         )["work"].metrics
         found = {"peak_mb": peak_mb(), "peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)}
-        if run["how"].get("layout") != "padded":
-            bound = run["how"].get("max_row_tokens", MAX_ROW_TOKENS)
-            found["counts"] = count(Path(run["folder"]), Path(runs) / "run" / "index" / "work-train.arrow", schedule, bound)
+        if how.get("layout") != "padded":
+            bound, index = how.get("max_row_tokens", MAX_ROW_TOKENS), Path(runs) / "run" / "index" / "work-train.arrow"
+            found["counts"] = count(Path(run["folder"]), index, schedule, bound, masks.fill_tokens(attention))
     found |= read_clock(moments, [run["conversations"]] * run["steps"], run["conversations"])
     return found | {name: metrics[name] for name in ("trainable_parameters", "loss_first")}
 
 
 def run_trl(run: Run) -> Run:
     import datasets
+    import torch
     from peft import LoraConfig
-    from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
+    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PrinterCallback
     from trl import SFTConfig, SFTTrainer
 
+    from llavamed_peft.modeling.load import NOT_QUANTIZED
+
     moments = start_clock()
+    on_gpu = torch.cuda.is_available()
+    loading: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa"}
+    if run["how"].get("quantization"):
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        compute = torch.bfloat16 if on_gpu else torch.float32
+        loading["quantization_config"] = BitsAndBytesConfig(
+            **nf4, bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=list(NOT_QUANTIZED)
+        )
     folder, how = Path(run["folder"]), run["how"]
     size = how["device_batch"]
     processor = AutoProcessor.from_pretrained(folder / "processor")
@@ -121,7 +146,7 @@ def run_trl(run: Run) -> Run:
     best: dict[str, Any] = {}
     if how["form"] != "defaults":
         best = {
-            "activation_checkpointing": False,
+            "activation_checkpointing": on_gpu,
             "train_sampling_strategy": "group_by_length",
             "remove_unused_columns": False,  # or it would not find the lengths
             "dataloader_num_workers": how["workers"],
@@ -137,8 +162,8 @@ def run_trl(run: Run) -> Run:
             per_device_train_batch_size=size,
             gradient_accumulation_steps=-(-len(data) // size),
             max_length=None,
-            use_cpu=True,
-            bf16=False,
+            use_cpu=not on_gpu,
+            bf16=on_gpu,
             logging_steps=1,
             disable_tqdm=True,
             save_strategy="no",
@@ -146,7 +171,7 @@ def run_trl(run: Run) -> Run:
             **best,
         )
         trainer = SFTTrainer(
-            model=AutoModelForImageTextToText.from_pretrained(folder / "base", dtype="auto", attn_implementation="sdpa"),
+            model=AutoModelForImageTextToText.from_pretrained(folder / "base", **loading),
             args=config,
             train_dataset=datasets.Dataset.from_list(data).cast_column("images", datasets.List(datasets.Image())),
             processing_class=processor,
@@ -161,10 +186,11 @@ def run_trl(run: Run) -> Run:
         trainer.remove_callback(PrinterCallback)
         trainer.train()
         trainer.save_model()
-        found = {"peak_mb": peak_mb()}
-    if trainer.model.base_model.model.is_activation_checkpointing == bool(best):
+        found = {"peak_mb": peak_mb(), "peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)}
+    if trainer.model.base_model.model.is_activation_checkpointing != (on_gpu or not best):
         sys.exit(f"TRL's activation checkpointing is not what {how['form']!r} says.")
     parts = [len(data[begin : begin + size]) * questions / len(data) for begin in range(0, len(data), size)] * run["steps"]
+    parts = [questions] * run["steps"] if on_gpu else parts
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found |= read_clock(moments, parts, questions if run["steps"] > 1 else questions / 4)
     trainable = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
@@ -185,23 +211,21 @@ def trl_row(row: dict[str, Any], form: str, images: Path, processor: Any) -> dic
 # What it must cost
 
 
-def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int) -> dict[str, float]:
+def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int, fill: int | None) -> dict[str, float]:
     """Positions, images, supervised tokens and pairs of tokens of a step, packed and padded, and the FLOPs of both.
 
     Padded are rows of a device batch of two, neighbours in length, as TRL has them at its best.
     """
-    import torch
     from transformers import AutoConfig, AutoProcessor
 
     from llavamed_peft.images import content_key, image_size
     from llavamed_peft.packing import PackedCollator
     from llavamed_peft.packing.encoding import IGNORED
     from llavamed_peft.packing.index import Index
-    from llavamed_peft.packing.masks import fill_tokens
     from llavamed_peft.packing.rows import lay_row
     from llavamed_peft.packing.tree import build_forest
 
-    index, fill = Index.open(index_file), fill_tokens("flex_attention" if torch.cuda.is_available() else "sdpa")
+    index = Index.open(index_file)
     processor = AutoProcessor.from_pretrained(folder / "processor")
     collator = PackedCollator(processor, schedule.max_length, max_row_tokens, fill_tokens=fill)
     sampler = index.sampler(collator, schedule, SEED)

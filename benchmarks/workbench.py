@@ -101,11 +101,16 @@ def save_stage_processor(folder: Path) -> None:
     save_processor(make_stage_processor(processor, "pad"), folder / "processor")
 
 
-def run_apart(script: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None) -> Any:
-    """Run a script in a process of its own, offline, with some environment variables; returns its last line of output, read
-    as JSON."""
+def run_apart(script: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None, allowed: str = "\0") -> Any:
+    """Run a script in a process of its own, offline, with some environment variables.
+
+    Returns:
+        Its last line of output, read as JSON; `None` where it failed and said what is allowed.
+    """
     environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(variables or {})
     done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
+    if done.returncode and allowed in done.stderr:
+        return None
     if done.returncode:
         sys.exit(f"{done.stderr}\n{Path(script).name} {shlex.join(arguments)} failed with exit code {done.returncode}.")
     return json.loads(done.stdout.splitlines()[-1])
