@@ -113,7 +113,7 @@ def _parser() -> argparse.ArgumentParser:
         "--max_row_tokens",
         type=_whole_number,
         metavar="N",
-        help="of a packed row (default: 16384, as on a GPU, or what --config says)",
+        help="of a packed row (default: 8192, as on a GPU, or what --config says)",
     )
     inspect.set_defaults(verb=_inspect, usage_error=inspect.error)
 

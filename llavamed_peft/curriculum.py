@@ -104,7 +104,7 @@ def curriculum_finetune(
             `"padded"`: a row each, padded to the longest. The losses are the same. Under LoRA dropout, what several
             conversations share is dropped for all of them alike: the same in expectation, with other noise.
         max_row_tokens: bound of a device batch's tokens, rows × longest; packed on CUDA it is one row. `None`: 4,096 on a CPU,
-            16,384 on CUDA (not yet measured there).
+            8,192 on CUDA (not yet measured there).
         max_rejected: share of unusable rows above which a data set is refused as a whole.
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
         save_steps: optimizer steps between two checkpoints; `None`: ten of them a stage. What one costs is shown at the first.

@@ -5,8 +5,10 @@ What trains is `modeling/parts.py`'s business, how a step is computed `trainer.p
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import warnings
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +20,7 @@ from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig
 
-from .checkpoints import Checkpoint
+from .checkpoints import Checkpoint, standing
 from .errors import TrainingError
 from .feature_cache import Asked
 from .modeling.parts import (
@@ -117,8 +119,8 @@ def train_stage(
         run_log: takes each record of the training as it comes.
 
     Raises:
-        TrainingError: the loss or a trained tensor is not finite, a worker died or hangs (the error names its row), a checkpoint
-            or a file of features cannot be written.
+        TrainingError: the loss or a trained tensor is not finite, a worker died or hangs (the error names its row), the GPU's
+            memory does not suffice, a checkpoint or a file of features cannot be written.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved, or before the first step the features so far.
     """
     schedule = stage.schedule
@@ -193,7 +195,8 @@ def train_stage(
             carried = {name: tensor for name, tensor in trainable_tensors(model).items() if is_lora(name)}
     if why := why_nothing_is_learnt(stage, len(trainer.get_train_dataloader()), train_index.image_counts().sum()):
         warnings.warn(f"Stage {stage.name!r} will learn nothing: {why}", stacklevel=2)
-    with trainer.naming_rows(), trainer.stop, torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT):
+    compiling = torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT)
+    with _advice_on_memory(trainer, computing), trainer.naming_rows(), trainer.stop, compiling:
         if sharding is None:
             trainer.collator.features = trainer.stored_features(computing.feature_cache, computing.dtype, feature_folder)
         trainer.train()
@@ -219,6 +222,30 @@ def train_stage(
     del trainer  # it and its callbacks hold one another, the model and the optimizer; the next stage loads its own
     gc.collect()
     return trained
+
+
+@contextlib.contextmanager
+def _advice_on_memory(trainer: StageTrainer, computing: Computing) -> Iterator[None]:
+    """Where the GPU's memory does not suffice, say which keyword takes less of it and leaves what is learnt as it is.
+
+    Raises:
+        TrainingError: it did not.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        tokens, longest = computing.max_row_tokens, int(trainer.train_index.column("length").max())
+        less = [f"max_row_tokens={max(tokens // 2, longest)} (now {tokens})"] if tokens > longest else []
+        less += [] if computing.gradient_checkpointing else ["gradient_checkpointing=True"]
+        advice = f"Make the same call with {' or '.join(less)}; what is learnt stays the same."
+        if not less:
+            advice = (
+                f"The longest row has {longest} tokens: take quantization='nf4' or a smaller max_length, in a new output_dir."
+            )
+        raise TrainingError(
+            f"Step {trainer.state.global_step + 1} of {trainer.state.max_steps} of stage {trainer.stage.name!r}: "
+            f"{str(error).partition('. ')[0]}. {advice} {standing(trainer.checkpoint_folder)}"
+        ) from error
 
 
 class _LeftWhereItIs(SFTConfig):

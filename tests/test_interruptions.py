@@ -113,6 +113,10 @@ def say_and_wait(marker: Path) -> None:
     time.sleep(300)
 
 
+def run_out_of_memory() -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB")
+
+
 def limit_file_size(size: int) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))
 
@@ -390,6 +394,17 @@ def test_an_image_that_is_not_a_number_is_an_error_and_the_checkpoint_stands(pla
     assert "The checkpoint of step 4 stands, and the same call goes on from it. It would meet this again." in last
     assert steps_saved(out, "vqa") == [2, 4] and not (out / "vqa").exists()
     goes_on(place, out)
+
+
+def test_a_gpu_whose_memory_does_not_suffice_is_an_error_that_says_what_takes_less(place: Path, out: Path) -> None:
+    last = failed(place, out, during, "vqa", 5, True, run_out_of_memory)
+    assert "llavamed_peft.errors.TrainingError: Step 6 of 8 of stage 'vqa': CUDA out of memory. Make the same call with" in last
+    assert "with max_row_tokens=89 (now 100) or gradient_checkpointing=True; what is learnt stays the same. The check" in last
+    less = {"max_row_tokens": 89, "gradient_checkpointing": True}
+    last = failed(place, out, during, "vqa", 5, True, run_out_of_memory, **less)
+    assert "The longest row has 89 tokens: take quantization='nf4' or a smaller max_length, in a new output_dir. The ch" in last
+    assert last.endswith("The checkpoint of step 4 stands, and the same call goes on from it.")
+    kills.finish(kills.start(place, out, "lora", **less), out)
 
 
 def test_a_file_that_gets_too_large_is_an_error_and_nothing_is_half_written(place: Path, out: Path) -> None:

@@ -22,13 +22,15 @@ from ..errors import ConfigError
 
 BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
 # FlexAttention is compiled for each kind of row: another width of heads, with and without gradients, one block or more. Behind
-# torch's limit, 8 in a process, it would go on uncompiled, without a word, and write a row's scores out in full: tokens² a head.
+# torch's limit, 8 in a process, it goes on uncompiled, with a warning, and writes a row's scores out in full: tokens² a head.
 RECOMPILE_LIMIT = 64
 _NARROWEST_HEAD = 16  # that FlexAttention's kernel takes
 # Most tokens of a device batch of several rows that need a dense mask. Larger ones cost memory, for masks (their square) and
 # activations: with 4,096 a model of 64 M parameters trained 7 % faster and took 3.9 GB (benchmarks/LOG.md, "rows of their own").
 DENSE_FILL = 1024
-MAX_ROW_TOKENS = {"cpu": 4096, "cuda": 16_384}  # of a device batch, by default; not yet measured on CUDA
+# Of a device batch, by default. CUDA's is counted, not measured: with it, a 7B base in 4 bits and LoRA take 14 GB, which one card
+# of 16 to 24 GB has (recipes/configs/llava-1.5-7b/nf4-24gb.yaml).
+MAX_ROW_TOKENS = {"cpu": 4096, "cuda": 8192}
 
 _INVERTING = {"__invert__", "bitwise_not", "logical_not"}  # what is not seen may be used as a number
 _SELECTING = {"where", "masked_fill", "masked_fill_", "masked_select", "__getitem__", "__setitem__"}
