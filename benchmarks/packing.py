@@ -242,7 +242,7 @@ class Bench:
 
     def _start(self, side: str, how: dict[str, Any], data: str, step: int, conversations: int, steps: int) -> Run:
         path, images = self.drawer.write(data, step, conversations)
-        run = {"side": side, "how": how, "steps": steps, "conversations": conversations}
+        run = {"side": side, "how": how, "steps": steps, "epochs": steps, "conversations": conversations}
         places = {"folder": str(self.folder), "file": str(path), "images": str(images)}
         return run_apart(str(RUNS), [json.dumps(run | places)])
 

@@ -89,15 +89,17 @@ def peak_mb() -> float:
 def run_ours(run: Run) -> Run:
     import torch
 
-    from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune
+    from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune, training
     from llavamed_peft.packing import masks
 
     moments = start_clock()
     how = dict(run["how"])
-    attention = how.pop("attention", "flex_attention" if torch.cuda.is_available() else "sdpa")
-    if attention == "sdpa":  # what a GPU without Triton has
+    if how.pop("attention", None) == "sdpa":  # what a GPU without Triton has
         masks.has_triton = lambda: False
-    schedule = Schedule(epochs=run["steps"], learning_rate=RATE, global_batch=run["conversations"], warmup_ratio=0)
+    taken: list[str] = []
+    choose = training.choose_attention
+    training.choose_attention = lambda *given: taken.append(choose(*given)) or taken[-1]
+    schedule = Schedule(epochs=run["epochs"], learning_rate=RATE, global_batch=run["conversations"], warmup_ratio=0)
     stage = Stage("work", "lora", schedule, LoraSpec(RANK, ALPHA, dropout=0.0))
     with tempfile.TemporaryDirectory() as runs:
         metrics = curriculum_finetune(
@@ -110,11 +112,14 @@ def run_ours(run: Run) -> Run:
             **how,
         )["work"].metrics
         found = {"peak_mb": peak_mb(), "peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)}
-        if how.get("layout") != "padded":
+        if taken:
+            found["attention"] = taken[-1]
             bound, index = how.get("max_row_tokens", MAX_ROW_TOKENS), Path(runs) / "run" / "index" / "work-train.arrow"
-            found["counts"] = count(Path(run["folder"]), index, schedule, bound, masks.fill_tokens(attention))
+            found["counts"] = count(Path(run["folder"]), index, schedule, bound, masks.fill_tokens(taken[-1]))
     found |= read_clock(moments, [run["conversations"]] * run["steps"], run["conversations"])
-    return found | {name: metrics[name] for name in ("trainable_parameters", "loss_first")}
+    return found | {
+        name: metrics[name] for name in ("trainable_parameters", "supervised_tokens", "loss_first", "waiting_seconds")
+    }
 
 
 def run_trl(run: Run) -> Run:
@@ -125,6 +130,13 @@ def run_trl(run: Run) -> Run:
     from trl import SFTConfig, SFTTrainer
 
     from llavamed_peft.modeling.load import NOT_QUANTIZED
+
+    class Counting(SFTTrainer):
+        supervised = 0
+
+        def compute_loss(self, model: Any, inputs: Any, *more: Any, **others: Any) -> Any:
+            self.supervised += (inputs["labels"][:, 1:] != -100).sum()
+            return super().compute_loss(model, inputs, *more, **others)
 
     moments = start_clock()
     on_gpu = torch.cuda.is_available()
@@ -139,7 +151,7 @@ def run_trl(run: Run) -> Run:
     size = how["device_batch"]
     processor = AutoProcessor.from_pretrained(folder / "processor")
     rows = json.loads(Path(run["file"]).read_text(encoding="utf-8"))
-    questions = len(rows)
+    epochs, questions = run["epochs"], run["conversations"]
     if how["form"] == "dialogue":
         rows = dialogues(rows)
     data = [trl_row(row, how["form"], Path(run["images"]), processor) for row in rows]
@@ -153,14 +165,15 @@ def run_trl(run: Run) -> Run:
             "dataloader_persistent_workers": how["workers"] > 0,
             "completion_only_loss" if "prompt" in data[0] else "assistant_only_loss": True,
         }
+    step = len(data) * epochs // run["steps"]
     with tempfile.TemporaryDirectory() as runs:
         config = SFTConfig(
             output_dir=runs,
-            num_train_epochs=run["steps"],
+            num_train_epochs=epochs,
             learning_rate=RATE,
             seed=SEED,
             per_device_train_batch_size=size,
-            gradient_accumulation_steps=-(-len(data) // size),
+            gradient_accumulation_steps=-(-step // size),
             max_length=None,
             use_cpu=not on_gpu,
             bf16=on_gpu,
@@ -170,7 +183,7 @@ def run_trl(run: Run) -> Run:
             report_to="none",
             **best,
         )
-        trainer = SFTTrainer(
+        trainer = Counting(
             model=AutoModelForImageTextToText.from_pretrained(folder / "base", **loading),
             args=config,
             train_dataset=datasets.Dataset.from_list(data).cast_column("images", datasets.List(datasets.Image())),
@@ -189,12 +202,14 @@ def run_trl(run: Run) -> Run:
         found = {"peak_mb": peak_mb(), "peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)}
     if trainer.model.base_model.model.is_activation_checkpointing != (on_gpu or not best):
         sys.exit(f"TRL's activation checkpointing is not what {how['form']!r} says.")
-    parts = [len(data[begin : begin + size]) * questions / len(data) for begin in range(0, len(data), size)] * run["steps"]
-    parts = [questions] * run["steps"] if on_gpu else parts
+    parts = [questions] * run["steps"]
+    if not on_gpu:
+        parts = [min(size, step - begin) * questions / step for begin in range(0, step, size)] * run["steps"]
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     found |= read_clock(moments, parts, questions if run["steps"] > 1 else questions / 4)
     trainable = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
-    return found | {"trainable_parameters": trainable, "loss_first": losses[0], **how}
+    counts = {"trainable_parameters": trainable, "supervised_tokens": int(trainer.supervised)}
+    return found | {**counts, "loss_first": losses[0], **how}
 
 
 def trl_row(row: dict[str, Any], form: str, images: Path, processor: Any) -> dict[str, Any]:

@@ -123,21 +123,25 @@ def test_packing_compares_equal_work_and_prints_its_log_entry():
 
 
 @pytest.mark.slow
-def test_packing_gpu_runs_in_miniature_without_a_gpu():
+def test_packing_gpu_runs_in_miniature_and_in_slices(tmp_path):
     small = ["--tiny", "--quantization", "none", "--row_tokens=200", "--device_batches=2", "--conversations=8", "--steps=2"]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "packing_gpu.py"), *small, "--repeats=1"],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        timeout=280,
-    )
-    assert done.returncode == 0, done.stderr  # it stops where the arms do not do the same work
-    rows = table(done.stdout.splitlines())[1:]
-    assert [row[:3] for row in rows] == [
-        ["bf16", "packed", "200"],
+    printed = []
+    for more in (["--repeats=1", "--arms", "packed", "TRL"], ["--repeats=1"], ["--repeats=9", "--minutes=0"]):
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "benchmarks" / "packing_gpu.py"), *small, "--folder", str(tmp_path), *more],
+            capture_output=True,
+            text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            timeout=280,
+        )
+        assert done.returncode == 0, done.stderr  # it stops where the arms do not do the same work
+        printed.append((table(done.stdout.splitlines())[1:], done.stderr.count("repeat 1")))
+    assert [ran for _, ran in printed] == [2, 2, 0], "each call goes on behind the one before"
+    assert printed[1][0] == printed[2][0]
+    assert [row[:3] for row in printed[2][0]] == [
+        ["bf16", "TRL", "2 conversations"],
+        ["bf16", "packed (sdpa)", "200"],
         ["bf16", "packed, sdpa", "200"],
         ["bf16", "padded", "200"],
-        ["bf16", "TRL", "2 conversations"],
     ]
-    assert all(float(row[4].split("**")[1]) > 0 for row in rows) and rows[-1][4].startswith("**1.00**")
+    assert all(float(row[4].split("**")[1]) > 0 for row in printed[2][0]) and printed[2][0][0][4].startswith("**1.00**")
