@@ -5,10 +5,8 @@ What trains is `modeling/parts.py`'s business, how a step is computed `trainer.p
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,9 +18,10 @@ from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from trl import SFTConfig
 
-from .checkpoints import Checkpoint, standing
+from .checkpoints import Checkpoint
 from .errors import TrainingError
 from .feature_cache import Asked
+from .gpu_memory import enough_to_train
 from .modeling.parts import (
     Tensors,
     always_look,
@@ -37,7 +36,7 @@ from .modeling.parts import (
 from .modeling.sharding import Sharding, set_masters, shard, unrounded
 from .packing import PackedCollator
 from .packing.index import Index
-from .packing.masks import RECOMPILE_LIMIT, choose_attention, fill_tokens, why_not_flex
+from .packing.masks import RECOMPILE_LIMIT, choose_attention, fill_tokens
 from .packing.steps import why_nothing_is_learnt
 from .report import RunLog
 from .stages import Stage
@@ -172,8 +171,6 @@ def train_stage(
         run_log.show(
             f"{stage.name:<10} DeepSpeed: saved when it is finished; stopped before, it begins again (FSDP2 saves)", True
         )
-    if on_gpu and fills is not None and trainer.is_world_process_zero():
-        run_log.show(f"{stage.name:<10} packed rows with masks in full, not FlexAttention: {why_not_flex(bare(model))}", True)
     if start is not None:
         # The trainer rounds a quantised model's trainables to bf16 while it is built; what the stage starts from is put back.
         set_dtypes(model, computing.dtype)
@@ -195,13 +192,15 @@ def train_stage(
             carried = {name: tensor for name, tensor in trainable_tensors(model).items() if is_lora(name)}
     if why := why_nothing_is_learnt(stage, len(trainer.get_train_dataloader()), train_index.image_counts().sum()):
         warnings.warn(f"Stage {stage.name!r} will learn nothing: {why}", stacklevel=2)
+    # autograd's threads, which this does not reach, compile nothing: what they compute again was compiled here
     compiling = torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT)
-    with _advice_on_memory(trainer, computing), trainer.naming_rows(), trainer.stop, compiling:
+    with trainer.naming_rows(), trainer.stop, compiling:
         if sharding is None:
             trainer.collator.features = trainer.stored_features(computing.feature_cache, computing.dtype, feature_folder)
-        trainer.train()
-        if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
-            trainer.evaluate()
+        with enough_to_train(trainer, computing.max_row_tokens, computing.gradient_checkpointing):
+            trainer.train()
+            if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
+                trainer.evaluate()
         trainer.agree_on_stopping()
     for index, kind in ((train_index, "training"), (eval_index, "held-out")):
         if index is not None:
@@ -222,30 +221,6 @@ def train_stage(
     del trainer  # it and its callbacks hold one another, the model and the optimizer; the next stage loads its own
     gc.collect()
     return trained
-
-
-@contextlib.contextmanager
-def _advice_on_memory(trainer: StageTrainer, computing: Computing) -> Iterator[None]:
-    """Where the GPU's memory does not suffice, say which keyword takes less of it and leaves what is learnt as it is.
-
-    Raises:
-        TrainingError: it did not.
-    """
-    try:
-        yield
-    except torch.OutOfMemoryError as error:
-        tokens, longest = computing.max_row_tokens, int(trainer.train_index.column("length").max())
-        less = [f"max_row_tokens={max(tokens // 2, longest)} (now {tokens})"] if tokens > longest else []
-        less += [] if computing.gradient_checkpointing else ["gradient_checkpointing=True"]
-        advice = f"Make the same call with {' or '.join(less)}; what is learnt stays the same."
-        if not less:
-            advice = (
-                f"The longest row has {longest} tokens: take quantization='nf4' or a smaller max_length, in a new output_dir."
-            )
-        raise TrainingError(
-            f"Step {trainer.state.global_step + 1} of {trainer.state.max_steps} of stage {trainer.stage.name!r}: "
-            f"{str(error).partition('. ')[0]}. {advice} {standing(trainer.checkpoint_folder)}"
-        ) from error
 
 
 class _LeftWhereItIs(SFTConfig):

@@ -51,8 +51,9 @@ def draw_conversations(images: dict[str, str]) -> list[Conversation]:
     return [asked(number, *row) for number, row in enumerate(rows, start=1)]
 
 
-def trained(base: Path, trains: str = "full", quantization: str | None = None, dropout: float = 0.0) -> tuple[object, object]:
-    model, processor = load_checkpoint(base, quantization)
+def trainable(base: Path, trains: str = "full", quantization: str | None = None, dropout: float = 0.0) -> tuple[object, object]:
+    """A model that a stage could train, all of it computed in fp32, and its processor."""
+    model, processor = load_checkpoint(base, quantization, "float32")
     if trains == "full":
         freeze_tower(model)
         return model.train(), processor

@@ -36,13 +36,13 @@ from llavamed_peft import (
     load_stage,
 )
 from llavamed_peft.adapters import write_folder
-from llavamed_peft.curriculum import Run
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
 from llavamed_peft.evaluation.answer import answer_questions
 from llavamed_peft.hashing import file_sha256
 from llavamed_peft.images import load_image
 from llavamed_peft.packing import PackedCollator, collator
 from llavamed_peft.report import progress_line, read_metrics
+from llavamed_peft.run import Run
 
 KINDS = {
     "llava": ("llama", "clip", -2),

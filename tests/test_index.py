@@ -19,7 +19,6 @@ import tiny
 from PIL import Image
 
 from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, StageAdapter, Turn, curriculum_finetune
-from llavamed_peft.curriculum import Run
 from llavamed_peft.datasets import vqa_rad
 from llavamed_peft.datasets.rejects import Reject, RejectLog
 from llavamed_peft.datasets.sources import Source, open_sources, question_source
@@ -28,6 +27,7 @@ from llavamed_peft.modeling.load import read_config
 from llavamed_peft.modeling.processor import load_processor, make_stage_processor
 from llavamed_peft.packing import PackedCollator, index
 from llavamed_peft.packing.index import Index, build_index
+from llavamed_peft.run import Run
 
 KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevision": ("qwen2", "siglip", -1)}
 

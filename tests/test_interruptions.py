@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import kills  # noqa: E402
 
-from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, StageAdapter  # noqa: E402
+from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, StageAdapter, run  # noqa: E402
 from llavamed_peft.arguments import start as start_script  # noqa: E402
 from llavamed_peft.checkpoints import (  # noqa: E402
     KEPT,
@@ -46,7 +46,7 @@ from llavamed_peft.checkpoints import (  # noqa: E402
 from llavamed_peft.errors import ConfigError, TrainingError  # noqa: E402
 from llavamed_peft.interruption import Interrupted, StopSignals  # noqa: E402
 from llavamed_peft.packing.batches import DeviceInputs  # noqa: E402
-from llavamed_peft.runs import differences, locked  # noqa: E402
+from llavamed_peft.run_folder import differences, locked  # noqa: E402
 from llavamed_peft.trainer import StageTrainer  # noqa: E402
 
 STEPS = {"align": 6, "vqa": 8}
@@ -398,13 +398,24 @@ def test_an_image_that_is_not_a_number_is_an_error_and_the_checkpoint_stands(pla
 
 def test_a_gpu_whose_memory_does_not_suffice_is_an_error_that_says_what_takes_less(place: Path, out: Path) -> None:
     last = failed(place, out, during, "vqa", 5, True, run_out_of_memory)
-    assert "llavamed_peft.errors.TrainingError: Step 6 of 8 of stage 'vqa': CUDA out of memory. Make the same call with" in last
+    assert "TrainingError: Stage 'vqa', behind step 5 of 8: CUDA out of memory. Tried to allocate 2.00 GiB. Make the same" in last
     assert "with max_row_tokens=89 (now 100) or gradient_checkpointing=True; what is learnt stays the same. The check" in last
     less = {"max_row_tokens": 89, "gradient_checkpointing": True}
-    last = failed(place, out, during, "vqa", 5, True, run_out_of_memory, **less)
-    assert "The longest row has 89 tokens: take quantization='nf4' or a smaller max_length, in a new output_dir. The ch" in last
-    assert last.endswith("The checkpoint of step 4 stands, and the same call goes on from it.")
+    last = failed(place, out, during, "vqa", 8, False, run_out_of_memory, **less)
+    assert "behind step 8 of 8: CUDA out of memory. Tried to allocate 2.00 GiB. The same call would meet this again; want" in last
+    assert "a Schedule.max_length below the longest row's 89 tokens, a base in 4 bits (quantization='nf4'; not for f" in last
+    assert last.endswith("The checkpoint of step 8 stands, and the same call goes on from it.")
     kills.finish(kills.start(place, out, "lora", **less), out)
+
+
+def fit_no_model() -> None:
+    run.train_stage = lambda *how, **more: run_out_of_memory()
+
+
+def test_a_model_that_does_not_fit_is_an_error(place: Path, out: Path) -> None:
+    last = failed(place, out, fit_no_model)
+    assert "TrainingError: Stage 'align', before its first step: CUDA out of memory. Tried to allocate 2.00 GiB. The mod" in last
+    assert last.endswith("or a model spread over more GPUs (docs/scaling.md).")
 
 
 def test_a_file_that_gets_too_large_is_an_error_and_nothing_is_half_written(place: Path, out: Path) -> None:

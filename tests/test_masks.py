@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from packed import KINDS, draw_conversations, draw_images, loss_and_gradients, trained
+from packed import KINDS, draw_conversations, draw_images, loss_and_gradients, trainable
 from torch.utils.data import DataLoader
 from transformers import CONFIG_MAPPING, LlavaConfig, LlavaForConditionalGeneration, ProcessorMixin
 from transformers.modeling_flash_attention_utils import _get_unpad_data
@@ -58,7 +58,7 @@ def test_attention_that_would_misread_a_dense_mask_is_refused(
 
 
 def test_a_compiled_model_reads_a_packed_batch_as_it_is(bases: dict[str, Path], conversations: list[Conversation]) -> None:
-    model, processor = trained(bases["llava"])
+    model, processor = trainable(bases["llava"])
     batch = PackedCollator(processor, layout="packed")(conversations[:3])
     plain = loss_and_gradients(model, batch)
     compiled = loss_and_gradients(torch.compile(model, backend="aot_eager"), batch)

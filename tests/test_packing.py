@@ -11,7 +11,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed import KINDS, asked, assert_same, draw_conversations, draw_images, loss_and_gradients, trained
+from packed import KINDS, asked, assert_same, draw_conversations, draw_images, loss_and_gradients, trainable
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoProcessor
 
@@ -191,9 +191,6 @@ def test_first_fit_wastes_little(sizes: list[int], capacity: int) -> None:
     assert len(fitting) < 2 or fitting[0] + fitting[1] > capacity, "two bins could have been one"
 
 
-# Masks
-
-
 # Batches
 
 
@@ -218,7 +215,7 @@ def conversations(images: dict[str, str]) -> list[Conversation]:
 def test_loss_and_every_gradient_are_the_padded_batchs(
     kind: str, max_row_tokens: int | None, bases: dict[str, Path], conversations: list[Conversation]
 ) -> None:
-    model, processor = trained(bases[kind])
+    model, processor = trainable(bases[kind])
     packed = PackedCollator(processor, 2048, max_row_tokens, "packed")(conversations)
     padded = PackedCollator(processor, layout="padded")(conversations)
     assert packed["input_ids"].numel() < padded["input_ids"].numel() or max_row_tokens == 1
@@ -260,7 +257,7 @@ def test_random_trees_have_the_padded_batchs_gradient(
 
 @pytest.fixture(scope="module")
 def models(bases: dict[str, Path]) -> dict[str, tuple[object, object]]:
-    return {kind: trained(base, "lora") for kind, base in bases.items()}
+    return {kind: trainable(base, "lora") for kind, base in bases.items()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -269,7 +266,7 @@ def test_rows_of_their_own_have_the_padded_batchs_loss_and_gradients(
     kind: str, shared: bool, bases: dict[str, Path], conversations: list[Conversation]
 ) -> None:
     """Four lengths in one batch, with padding behind the shorter ones; without anything shared it needs no mask."""
-    model, processor = trained(bases[kind])
+    model, processor = trainable(bases[kind])
     given = conversations if shared else [conversations[i] for i in (0, 2, 6, 9)]
     packed = PackedCollator(processor, layout="packed", fill_tokens=1024).inputs(given)
     assert len(packed["input_ids"]) == (7 if shared else 4)
@@ -374,7 +371,7 @@ def test_logits_at_supervised_positions_are_those_among_all(
 def test_twenty_optimizer_steps_have_the_padded_batchs_losses(bases: dict[str, Path], conversations: list[Conversation]) -> None:
     losses: dict[str, list[float]] = {}
     for layout in ("packed", "padded"):
-        model, processor = trained(bases["llava"], "lora")
+        model, processor = trainable(bases["llava"], "lora")
         collator = PackedCollator(processor, max_row_tokens=200 if layout == "packed" else None, layout=layout)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
         for step in range(20):
@@ -393,7 +390,7 @@ def test_twenty_optimizer_steps_have_the_padded_batchs_losses(bases: dict[str, P
 def test_gradients_are_the_padded_ones_over_nf4_and_under_checkpointing(
     trains: str, quantization: str | None, bases: dict[str, Path], conversations: list[Conversation]
 ) -> None:
-    model, processor = trained(bases["llava_next"], trains, quantization)
+    model, processor = trainable(bases["llava_next"], trains, quantization)
     packed = PackedCollator(processor, max_row_tokens=400, layout="packed")(conversations)
     plain = loss_and_gradients(model, packed)
     bare(model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -404,7 +401,7 @@ def test_gradients_are_the_padded_ones_over_nf4_and_under_checkpointing(
 
 
 def test_bf16_and_lora_dropout_train(bases: dict[str, Path], conversations: list[Conversation]) -> None:
-    model, processor = trained(bases["llava"], "lora", dropout=0.1)
+    model, processor = trainable(bases["llava"], "lora", dropout=0.1)
     set_dtypes(model, torch.bfloat16)
     packed = PackedCollator(processor, layout="packed")(conversations)
     padded = PackedCollator(processor, layout="padded")(conversations)

@@ -37,13 +37,13 @@ from llavamed_peft.modeling.parts import bare
 from llavamed_peft.trainer import StageTrainer
 
 base, images, out, processes, how, dtype, stopped, attention = sys.argv[1:]
-if attention == "flex":
+if attention == "flex_attention":
     import flex_on_cpu
     flex_on_cpu.allow()
     flex_on_cpu.choose()
 
 def plain_descent(self, model=None):  # Adam would blow rounding up
-    assert bare(self.model).config.text_config._attn_implementation.startswith(attention)
+    assert bare(self.model).config.text_config._attn_implementation == attention
     groups = self.optimizer_groups(self.model if model is None else model)
     self.optimizer = torch.optim.SGD(groups)
     trained = [parameter for group in groups for parameter in group["params"]]
@@ -247,7 +247,7 @@ def test_losses_tensors_and_counts_are_one_processes(how: str, processes: int, p
 @pytest.mark.parametrize("how", ["ddp", *SHARDED])
 def test_what_spreads_a_model_hands_flex_attention_its_mask(how: str, place: Path, alone: Path) -> None:
     """A block mask is no tensor, and goes through DDP's, FSDP2's and DeepSpeed's hands."""
-    agree(alone, launch(place, 2, how, out=place / f"flex-{how}", attention="flex"), 1e-5)
+    agree(alone, launch(place, 2, how, out=place / f"flex-{how}", attention="flex_attention"), 1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -298,7 +298,7 @@ WAITING = """
 import time
 from datetime import timedelta
 from accelerate import PartialState
-from llavamed_peft.curriculum import _others_wait
+from llavamed_peft.run import _others_wait
 
 processes = PartialState(cpu=True, timeout=timedelta(seconds=2))
 began = time.monotonic()

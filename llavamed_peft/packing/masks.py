@@ -10,6 +10,7 @@ scores and crash, and a sliding window is forgotten. So the dense mask refuses w
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -28,8 +29,8 @@ _NARROWEST_HEAD = 16  # that FlexAttention's kernel takes
 # Most tokens of a device batch of several rows that need a dense mask. Larger ones cost memory, for masks (their square) and
 # activations: with 4,096 a model of 64 M parameters trained 7 % faster and took 3.9 GB (benchmarks/LOG.md, "rows of their own").
 DENSE_FILL = 1024
-# Of a device batch, by default. CUDA's is counted, not measured: with it, a 7B base in 4 bits and LoRA take 14 GB, which one card
-# of 16 to 24 GB has (recipes/configs/llava-1.5-7b/nf4-24gb.yaml).
+# Of a device batch, by default. CUDA's is counted, not measured: with it, a 7B base in 4 bits and LoRA take 14 GB, of the
+# 24 GB of one card (recipes/configs/llava-1.5-7b/nf4-24gb.yaml).
 MAX_ROW_TOKENS = {"cpu": 4096, "cuda": 8192}
 
 _INVERTING = {"__invert__", "bitwise_not", "logical_not"}  # what is not seen may be used as a number
@@ -172,6 +173,9 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
     Raises:
         ConfigError: not all of its layers are attention that heeds a mask of four dimensions. A convolution or a state runs
             along the row, from one branch into the next; attention in chunks counts its chunks along it.
+
+    Warns:
+        UserWarning: FlexAttention cannot be had on CUDA, and why.
     """
     text = model.config.get_text_config()
     others = sorted({*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
@@ -181,13 +185,19 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
             f"The language model ({text.model_type}) has layers that do not heed a packed row's mask ({', '.join(others)}), so "
             "conversations would see one another; wanted attention alone. Take layout='padded'."
         )
-    implementation = "flex_attention" if device.type == "cuda" and why_not_flex(model) is None else "sdpa"
+    implementation = "sdpa"
+    if device.type == "cuda":
+        why = _why_not_flex(model)
+        if why is None:
+            implementation = "flex_attention"
+        else:
+            warnings.warn(f"Packed rows get masks in full, not FlexAttention: {why}.", stacklevel=2)
     model.set_attn_implementation({"text_config": implementation})
     return implementation
 
 
-def why_not_flex(model: PreTrainedModel) -> str | None:
-    """What keeps a model's packed rows from FlexAttention on CUDA, if anything does."""
+def _why_not_flex(model: PreTrainedModel) -> str | None:
+    """What keeps a model from FlexAttention's kernels, if anything does."""
     text = model.config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if not has_triton():
