@@ -33,7 +33,7 @@ from .packing import PackedCollator
 from .packing.batches import DeviceBatches, DeviceInputs
 from .packing.features import Features, Pictures
 from .packing.index import Index
-from .packing.masks import attention_mask
+from .packing.masks import attention_inputs
 from .packing.steps import StepSampler, steps_in_all
 from .packing.workers import WorkerNote, WorkerNotes
 from .resumption import ResumableTrainer
@@ -258,9 +258,9 @@ class StageTrainer(ResumableTrainer):
 
     def _summed_loss(self, model: nn.Module, batch: DeviceInputs) -> torch.Tensor:
         """Cross-entropy summed over a device batch's supervised tokens; zero, with a graph, for a batch without any."""
-        inputs: dict[str, torch.Tensor] = self._prepare_input(dict(batch.inputs))
+        inputs: dict[str, Any] = self._prepare_input(dict(batch.inputs))
         if "ends" in inputs:
-            inputs["attention_mask"] = attention_mask(inputs.pop("ends"), bare(self.model).config)
+            inputs |= attention_inputs(inputs.pop("ends"), bare(self.model).config)
         labels = inputs.pop("labels")[:, 1:]
         learnt = labels != -100
         asked = nn.functional.pad(learnt, (0, 1))  # the position before a supervised token predicts it

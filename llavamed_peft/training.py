@@ -160,7 +160,8 @@ def train_stage(
     start = trainable_tensors(model) if quantized else None
     fills = None
     if computing.layout == "packed":
-        fills = fill_tokens(choose_attention(bare(model), torch.device("cuda" if on_gpu else "cpu")))
+        device = torch.device("cuda" if on_gpu else "cpu")
+        fills = fill_tokens(choose_attention(bare(model), device, computing.dtype))
     collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout, fills)
     trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator)
     unset_hf_deepspeed_config()  # or the next stage's model would be loaded in pieces

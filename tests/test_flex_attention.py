@@ -28,7 +28,7 @@ from llavamed_peft.modeling.parts import bare, set_dtypes
 from llavamed_peft.packing import PackedCollator, masks
 from llavamed_peft.packing.masks import (
     RECOMPILE_LIMIT,
-    attention_mask,
+    attention_inputs,
     block_mask,
     choose_attention,
     dense_mask,
@@ -98,7 +98,7 @@ def test_a_model_reads_a_packed_batch_through_the_cpu_kernel_as_through_sdpa(
         model.set_attn_implementation({"text_config": implementation})
         assert model.model.vision_tower.config._attn_implementation == "sdpa"
         with torch.no_grad():
-            found[implementation] = model(**batch, attention_mask=attention_mask(ends, model.config)).logits[ends > 0]
+            found[implementation] = model(**batch, **attention_inputs(ends, model.config)).logits[ends > 0]
     torch.testing.assert_close(found["flex_attention"], found["sdpa"], rtol=1e-4, atol=1e-4)
 
 
@@ -108,7 +108,7 @@ def test_a_model_reads_a_packed_batch_through_the_cpu_kernel_as_through_sdpa(
 def packed_inputs(model: torch.nn.Module, collator: PackedCollator, conversations: list[Conversation]) -> dict[str, object]:
     """A batch for FlexAttention, on the model's device."""
     batch = {name: tensor.to(model.device) for name, tensor in collator.inputs(conversations).items()}
-    return {**batch, "attention_mask": attention_mask(batch.pop("ends"), bare(model).config)}
+    return {**batch, **attention_inputs(batch.pop("ends"), bare(model).config)}
 
 
 def padded_inputs(model: torch.nn.Module, processor: object, conversations: list[Conversation]) -> dict[str, object]:
@@ -130,7 +130,7 @@ def test_loss_and_every_gradient_are_the_padded_batchs(
     model, processor = trainable(bases[kind], trains, quantization)
     model.to(device)
     padded = loss_and_gradients(model, padded_inputs(model, processor, conversations))
-    assert choose_attention(bare(model), CUDA) == "flex_attention"
+    assert choose_attention(bare(model), CUDA, torch.float32) == "flex_attention"
     if trains != "full":
         bare(model).gradient_checkpointing_enable({"use_reentrant": False})
         bare(model).enable_input_require_grads()
@@ -146,10 +146,10 @@ def test_bf16_stays_near_the_padded_batch(
     model, processor = trainable(bases["llava_onevision"], "lora")
     set_dtypes(model, torch.bfloat16)
     model.to(device)
-    choose_attention(bare(model), CUDA)
+    choose_attention(bare(model), CUDA, torch.bfloat16)
     with torch.autocast(device.type, torch.bfloat16):
         one = loss_and_gradients(model, packed_inputs(model, PackedCollator(processor), conversations))
-        choose_attention(bare(model), CPU)
+        choose_attention(bare(model), CPU, torch.bfloat16)
         other = loss_and_gradients(model, padded_inputs(model, processor, conversations))
     assert_same(one, other, loss=2e-2, gradient=0.1)
 
@@ -163,7 +163,7 @@ def test_rows_of_any_length_are_compiled_a_few_times_and_no_more(
     """A row of one block is a kind of its own, as are rows without gradients; lengths are not."""
     model, processor = trainable(bases["llava"])
     model.to(device)
-    choose_attention(bare(model), CUDA)
+    choose_attention(bare(model), CUDA, torch.float32)
     counters.clear()
     lengths = set()
     with torch.compiler.config.patch(fail_on_recompile_limit_hit=True):
@@ -217,21 +217,22 @@ def test_stages_of_every_class_train_in_one_process_as_padded_ones(
 def test_each_device_has_one_attention_and_others_are_refused(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     model, _ = load_checkpoint(bases["llava"])
     monkeypatch.setattr(masks, "has_triton", lambda: True)
-    assert (fill_tokens(choose_attention(model, CPU)), fill_tokens(choose_attention(model, CUDA))) == (1024, None)
+    assert [fill_tokens(choose_attention(model, device, torch.float32)) for device in (CPU, CUDA)] == [1024, None]
     assert model.config.text_config._attn_implementation == "flex_attention"
     assert model.model.vision_tower.config._attn_implementation == "sdpa"
-    choose_attention(model, CPU)
+    choose_attention(model, CPU, torch.float32)
     assert model.config.text_config._attn_implementation == "sdpa"
     model.set_attn_implementation({"text_config": "eager"})
     with pytest.raises(ConfigError, match="The language model's attention is 'eager'; packed rows need one of sdpa, flex_att"):
-        attention_mask(torch.tensor([[2, 2]]), model.config)
+        attention_inputs(torch.tensor([[2, 2]]), model.config)
 
 
 @pytest.mark.parametrize(
     ("change", "why"),
     [
         ({"triton": False}, "Triton is not installed"),
-        ({"head_dim": 8}, "heads are 8 wide, and its kernel needs 16"),
+        ({"head_dim": 8}, "heads are 8 wide, and its kernels need 16"),
+        ({"head_dim": 64}, "heads are 64 wide, too wide for its kernels in float32"),
         ({"attention_dropout": 0.1}, "has attention_dropout 0.1"),
         ({"supported": False}, "transformers' llama does not take it"),
     ],
@@ -245,8 +246,8 @@ def test_where_flex_attention_cannot_be_had_on_cuda_sdpa_takes_its_place(
     for name in change.keys() - {"triton", "supported"}:
         setattr(model.config.text_config, name, change[name])
     with pytest.warns(UserWarning, match=f"Packed rows get masks in full, not FlexAttention: .*{why}"):
-        assert choose_attention(model, CUDA) == "sdpa"
+        assert choose_attention(model, CUDA, torch.float32) == "sdpa"
     assert model.config.text_config._attn_implementation == "sdpa"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        choose_attention(model, CPU)
+        choose_attention(model, CPU, torch.float32)

@@ -18,14 +18,14 @@ from llavamed_peft import Conversation
 from llavamed_peft.errors import ConfigError
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.packing import PackedCollator
-from llavamed_peft.packing.masks import DenseMask, attention_mask, check_window, choose_attention, dense_mask
+from llavamed_peft.packing.masks import DenseMask, attention_inputs, check_window, choose_attention, dense_mask
 
 
 def test_only_rows_of_one_sequence_go_without_a_mask(bases: dict[str, Path]) -> None:
     config = load_checkpoint(bases["llava"])[0].config
-    assert attention_mask(torch.tensor([[4, 4, 4, 4], [2, 2, 3, 4]]), config) is None
+    assert attention_inputs(torch.tensor([[4, 4, 4, 4], [2, 2, 3, 4]]), config)["attention_mask"] is None
     for branching in ([[2, 2, 6, 5, 6, 7]], [[4, 2, 4, 4]], [[2, 2, 4, 4]]):
-        assert attention_mask(torch.tensor(branching), config) is not None
+        assert attention_inputs(torch.tensor(branching), config)["attention_mask"] is not None
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_language_model_that_is_not_attention_alone_is_refused(language: str) 
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tiny.vision_config("clip"), text_config=text_config))
     with pytest.raises(ConfigError, match=rf"\({language}\) has layers that do not heed .* Take layout='padded'"):
-        choose_attention(model, torch.device("cpu"))
+        choose_attention(model, torch.device("cpu"), torch.float32)
 
 
 def test_a_sliding_window_is_refused_only_where_a_conversation_is_longer(

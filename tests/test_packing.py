@@ -21,7 +21,7 @@ from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.parts import bare, set_dtypes
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.encoding import IGNORED
-from llavamed_peft.packing.masks import attention_mask, block_mask, dense_mask
+from llavamed_peft.packing.masks import attention_inputs, block_mask, dense_mask
 from llavamed_peft.packing.rows import Row, lay_rows
 from llavamed_peft.packing.tree import ImageSpan, TokenSequence, build_forest, describe, first_fit
 
@@ -250,7 +250,7 @@ def test_random_trees_have_the_padded_batchs_gradient(
         for number, (names, said) in enumerate(rows)
     ]
     packed = PackedCollator(processor, 2048, bound, "packed", 1024 if apart else None).inputs(given)
-    packed["attention_mask"] = attention_mask(packed.pop("ends"), bare(model).config)
+    packed |= attention_inputs(packed.pop("ends"), bare(model).config)
     padded = PackedCollator(processor, layout="padded")(given)
     assert_same(loss_and_gradients(model, packed), loss_and_gradients(model, padded))
 
@@ -270,7 +270,7 @@ def test_rows_of_their_own_have_the_padded_batchs_loss_and_gradients(
     given = conversations if shared else [conversations[i] for i in (0, 2, 6, 9)]
     packed = PackedCollator(processor, layout="packed", fill_tokens=1024).inputs(given)
     assert len(packed["input_ids"]) == (7 if shared else 4)
-    packed["attention_mask"] = attention_mask(packed.pop("ends"), bare(model).config)
+    packed |= attention_inputs(packed.pop("ends"), bare(model).config)
     assert (packed["attention_mask"] is None) == (not shared)
     padded = PackedCollator(processor, layout="padded")(given)
     assert_same(loss_and_gradients(model, packed), loss_and_gradients(model, padded))

@@ -25,7 +25,13 @@ BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
 # FlexAttention is compiled for each kind of row: another width of heads, with and without gradients, one block or more. Behind
 # torch's limit, 8 in a process, it goes on uncompiled, with a warning, and writes a row's scores out in full: tokens² a head.
 RECOMPILE_LIMIT = 64
-_NARROWEST_HEAD = 16  # that FlexAttention's kernel takes
+_NARROWEST_HEAD = 16  # that FlexAttention's kernels take
+# By the dtype that attention is computed in; wider ones need more shared memory than cards have (benchmarks/LOG.md: of the 99 KB
+# of a 24 GB card 97 in bfloat16 at 128, 145 in float32).
+_WIDEST_HEAD = {torch.bfloat16: 128, torch.float32: 32}
+# Left to choose, torch takes a kernel for decoding where a row is shorter than 128 tokens, which then does not compile for
+# grouped heads such as Mistral's.
+_KERNEL_OPTIONS = {"BACKEND": "TRITON"}
 # Most tokens of a device batch of several rows that need a dense mask. Larger ones cost memory, for masks (their square) and
 # activations: with 4,096 a model of 64 M parameters trained 7 % faster and took 3.9 GB (benchmarks/LOG.md, "rows of their own").
 DENSE_FILL = 1024
@@ -133,29 +139,30 @@ def block_mask(ends: torch.Tensor) -> BlockMask:
     )
 
 
-def attention_mask(ends: torch.Tensor, config: PreTrainedConfig) -> DenseMask | BlockMask | None:
-    """The mask in the form that a model's attention reads.
+def attention_inputs(ends: torch.Tensor, config: PreTrainedConfig) -> dict[str, Any]:
+    """What a model is given beside its other inputs so that its attention heeds the rows.
 
     Args:
         ends: [rows, tokens] integers, on the model's device.
         config: the model's; its language model's attention implementation decides.
 
     Returns:
-        `None` for `sdpa` where each row is one sequence, perhaps with padding behind it: there everything before a token is its
-        own, and attention that is causal by itself skips half of the work.
+        `attention_mask`, and for FlexAttention `kernel_options`. The mask is `None` for `sdpa` where each row is one sequence,
+        perhaps with padding behind it: there everything before a token is its own, and attention that is causal by itself skips
+        half of the work.
 
     Raises:
         ConfigError: an implementation that packed rows cannot be given to.
     """
     implementation = config.get_text_config()._attn_implementation
-    if implementation not in _MASKS:
-        raise ConfigError(
-            f"The language model's attention is {implementation!r}; packed rows need one of {', '.join(_MASKS)}. Call "
-            "model.set_attn_implementation('sdpa'), or take layout='padded'."
-        )
-    if implementation == "sdpa" and _is_causal(ends):
-        return None
-    return _MASKS[implementation](ends)
+    if implementation == "flex_attention":
+        return {"attention_mask": block_mask(ends), "kernel_options": dict(_KERNEL_OPTIONS)}
+    if implementation == "sdpa":
+        return {"attention_mask": None if _is_causal(ends) else dense_mask(ends)}
+    raise ConfigError(
+        f"The language model's attention is {implementation!r}; packed rows need one of sdpa, flex_attention. Call "
+        "model.set_attn_implementation('sdpa'), or take layout='padded'."
+    )
 
 
 def _is_causal(ends: torch.Tensor) -> bool:
@@ -164,8 +171,11 @@ def _is_causal(ends: torch.Tensor) -> bool:
     return bool(((ends == tokens) | ((places >= tokens) & (ends == places + 1))).all())
 
 
-def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
+def choose_attention(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> str:
     """Give the language model the attention with which packed rows are computed: FlexAttention on CUDA if it can, else `sdpa`.
+
+    Args:
+        dtype: that attention is computed in, the model's or autocast's.
 
     Returns:
         Its name.
@@ -187,7 +197,7 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
         )
     implementation = "sdpa"
     if device.type == "cuda":
-        why = _why_not_flex(model)
+        why = _why_not_flex(model, dtype)
         if why is None:
             implementation = "flex_attention"
         else:
@@ -196,14 +206,17 @@ def choose_attention(model: PreTrainedModel, device: torch.device) -> str:
     return implementation
 
 
-def _why_not_flex(model: PreTrainedModel) -> str | None:
+def _why_not_flex(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
     """What keeps a model from FlexAttention's kernels, if anything does."""
     text = model.config.get_text_config()
     width = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
     if not has_triton():
         return "Triton is not installed, or does not know this GPU"
     if width < _NARROWEST_HEAD:
-        return f"the language model's heads are {width} wide, and its kernel needs {_NARROWEST_HEAD}"
+        return f"the language model's heads are {width} wide, and its kernels need {_NARROWEST_HEAD}"
+    if width > _WIDEST_HEAD.get(dtype, 0):
+        name = str(dtype).removeprefix("torch.")
+        return f"the language model's heads are {width} wide, too wide for its kernels in {name}"
     if getattr(text, "attention_dropout", 0):
         return f"the language model has attention_dropout {text.attention_dropout}, which it cannot do"
     if not model.get_decoder()._supports_flex_attn:
@@ -247,6 +260,3 @@ def _in_order(chosen: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """[rows, queries, keys] boolean → [rows, 1, queries] how many, [rows, 1, queries, keys] which, the chosen ones first."""
     order = torch.argsort(chosen.int(), dim=-1, descending=True, stable=True).int()
     return chosen.sum(-1).int()[:, None].contiguous(), order[:, None].contiguous()
-
-
-_MASKS = {"sdpa": dense_mask, "flex_attention": block_mask}
