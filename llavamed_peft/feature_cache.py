@@ -10,6 +10,7 @@ Left out: models in shards, whose processes must run the tower's layers together
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import shutil
@@ -30,7 +31,7 @@ from transformers.models.llava_next.modeling_llava_next import image_size_to_num
 
 from .checkpoints import standing
 from .errors import DataError, TrainingError
-from .images import content_key, image_size
+from .images import ContentNames, content_key, image_size
 from .interruption import Interrupted
 from .modeling.parts import bare, tower_features, tower_layers, tower_positions
 from .packing.encoding import Encoder, Size
@@ -68,7 +69,8 @@ class Forecast:
     """What a stage's feature cache would take and save.
 
     Args:
-        images: files that the stage shows.
+        images: different images that the stage shows: equal files are one (OneVision tiles lone images only: one that is shown
+            alone and among others is two), and one that cannot be read is none.
         uncomputed: of them, those whose features are not stored yet.
         passes: images that pass the tower without a cache, over the stage's epochs and held-out losses; an estimate where an
             epoch has many steps.
@@ -226,20 +228,36 @@ class FeatureCache:
         return Features.open(self.folder, names, plans, {path: content for path, (content, _) in found.items()}, self.encoder)
 
     def _forecast(self, shown: Shown) -> tuple[int, int, int]:
-        """How many images are shown, how many of them have to be computed, and about the bytes of these; no image is read."""
+        """How many different images are shown, how many of them have to be computed, and about the bytes of these.
+
+        No image is decoded, and only files that look alike are read in full.
+        """
+        content_name = ContentNames()
+
+        @functools.cache
+        def name_of(path: str) -> str | None:
+            self._obey("equal images were being found")
+            self._progress(f"{name_of.cache_info().currsize:,} images looked at for equal ones")
+            try:
+                return content_name(path)
+            except DataError:  # training will meet it
+                return None
+
         plans = read_plans(self.folder)
-        planned = {(image.path, image.alone): (name, image) for name, images in plans.items() for image in images}
-        there = {name for name in plans if (self.folder / name).exists()}
-        absent = [planned[place][1] for place in shown if place in planned and planned[place][0] not in there]
-        unplanned = [place for place in shown if place not in planned]
+        planned = {(name_of(image.path), image.alone): image for images in plans.values() for image in images}
+        there = [images for file, images in plans.items() if (self.folder / file).exists()]
+        stored = {(name_of(image.path), image.alone) for images in there for image in images}
+        different = {(name, alone): (path, alone) for path, alone in shown if (name := name_of(path)) is not None}
+        absent = [planned[key] for key in different if key in planned and key not in stored]
+        unplanned = [place for key, place in different.items() if key not in planned]
         size = self._bytes(absent) + self.tile_bytes * self._estimated_tiles(unplanned)
-        return len(shown), len(absent) + len(unplanned), size
+        return len(different), len(absent) + len(unplanned), size
 
     def _bytes(self, images: Iterable[Planned]) -> int:
         return self.tile_bytes * sum(image.tiles for image in images)
 
     def _shown(self) -> Shown:
-        """The images of the stage's training and held-out data, each once, in their order."""
+        """The image files of the stage's training and held-out data, each once, in their order."""
         shown: Shown = {}
         for index in (self.trainer.train_index, self.trainer.eval_index):
             for row, images in index.shown_images() if index is not None else ():

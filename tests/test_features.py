@@ -380,6 +380,44 @@ def test_by_default_it_is_used_where_the_tower_would_see_images_twice(
         lines("refused", 3, feature_cache=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_equal_files_are_forecast_once(
+    kind: str,
+    bases: dict[str, Path],
+    images: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As where an export has a copy of the image for each question, and a later stage's export copies of its own."""
+
+    def copies(name: str) -> list[Conversation]:
+        paths = [Path(images[number % 3]).with_name(f"{name} {number}.png") for number in range(15)]
+        for number, path in enumerate(paths):
+            path.write_bytes(Path(images[number % 3]).read_bytes())
+        return [asked(path.name, str(path)) for path in paths]
+
+    def lines() -> list[str]:
+        return [line for line in capsys.readouterr().err.splitlines() if "feature cache" in line]
+
+    made = trainer(bases[kind], copies("one"), tmp_path / "one")
+    found = stored(made, tmp_path)
+    written = sum(tensor.nbytes for tensor in tensors_of(found).values())
+    size = f"{written / 1e3:.1f} kB"
+    forecast, filled = lines()
+    assert f"feature cache on: 3 images, {size} on disk, {size} of them to be added " in forecast
+    assert "; 3 images pass the vision tower instead of " in forecast and "3 of 3 images stored" in filled
+    files = sum(path.stat().st_size for path in found.folder.glob("*.safetensors"))
+    monkeypatch.setattr(feature_cache, "MAX_BYTES", files)
+    later = trainer(bases[kind], copies("two"), tmp_path / "two")
+    os.remove(images[1].replace("1.png", "two 1.png"))  # training will meet it
+    for again in (made, later):
+        stored(again, tmp_path)
+        (line,) = lines()
+        assert "feature cache on: 3 images, " in line and ", 0.0 kB of them to be added " in line
+        assert "; 0 images pass the vision tower instead of " in line
+
+
 def test_a_stage_without_images_has_no_cache(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = run(bases["llava"], [asked("0"), asked("1")], tmp_path / "run", feature_cache=True)["vqa"]
     assert adapter.metrics["cached_images"] == 0 and "feature cache" not in capsys.readouterr().err
