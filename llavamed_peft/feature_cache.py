@@ -218,7 +218,7 @@ class FeatureCache:
         plans = read_plans(self.folder)
         file_of = planned_files(plans)
         names = list(dict.fromkeys(file_of[key] for key in keys))
-        broken = gather_object([name for name in names[self.rank :: self.processes] if not is_whole(self.folder / name)])
+        broken = self._broken(names)
         if self.encoder.sends_image_sizes:  # what was an estimate is known now
             images = [image for name in broken for image in plans[name]]
             if not self._agree_on(asked, len(keys), len(images), self._bytes(images), passes, again=True):
@@ -326,6 +326,17 @@ class FeatureCache:
                     new[key] = Planned(key, path, *size, self._tiles(size, alone))
         if new:
             write_plan(self.folder, list(new.values()), self.tile_bytes)
+
+    def _broken(self, names: Sequence[str]) -> list[str]:
+        """Of these files, those that are missing or were damaged; read in shares."""
+        broken = []
+        mine = names[self.rank :: self.processes]
+        for number, name in enumerate(mine):
+            self._obey("its files were being checked")
+            self._progress(f"{number:,} of {len(mine):,} files checked")
+            if not is_whole(self.folder / name):
+                broken.append(name)
+        return list(gather_object(broken))
 
     def _fill(self, files: Sequence[tuple[str, tuple[Planned, ...]]], paths: dict[str, str], shown: Shown) -> None:
         """Compute and write files, one after the other."""

@@ -560,6 +560,19 @@ def at_flush(number: int, then: Callable[..., object], *arguments: object) -> No
     features.flush = watched
 
 
+def at_call(name: str, then: Callable[..., object], *arguments: object) -> None:
+    """Each time before the feature cache calls something; every line of its progress is shown."""
+    in_files_of_two()
+    feature_cache._SECONDS_BETWEEN_LINES = -1
+    called = getattr(feature_cache, name)
+
+    def watched(*how: object) -> object:
+        then(*arguments)
+        return called(*how)
+
+    setattr(feature_cache, name, watched)
+
+
 def signal_myself(number: int) -> None:
     os.kill(os.getpid(), number)
 
@@ -629,6 +642,21 @@ def test_stopped_while_it_is_filled_it_says_what_stays(place: Path) -> None:
     )
     assert "feature cache: 2 of 3 images stored" in call(place, out, in_files_of_two)
     kills.check_same(place / "lora", out)
+
+
+@pytest.mark.parametrize(
+    ("name", "line", "done"),
+    [
+        ("ContentNames", None, "equal images were being found"),
+        ("content_key", "6 images looked at for equal ones", "its images were being read"),
+        ("is_whole", "6 of 7 images read", "its files were being checked"),
+        ("fill", "3 of 4 files checked", "0 of 4 files that were missing are whole, and stay"),
+    ],
+)
+def test_whatever_it_is_at_it_says_so_and_can_be_stopped(name: str, line: str | None, done: str, place: Path) -> None:
+    said = call(place, place / f"stopped at {name}", at_call, name, signal_myself, signal.SIGTERM, exit_code=1)
+    assert line is None or f"align      feature cache: {line}\n" in said
+    assert f"Stopped by SIGTERM while the feature cache of stage 'align' was filled; {done}. No checkpoint of this " in said
 
 
 def test_a_full_disk_is_said_and_made_room_on_it_goes_on(place: Path) -> None:
