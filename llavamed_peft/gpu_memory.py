@@ -17,7 +17,7 @@ _ANOTHER_RUN = "a base in 4 bits (quantization='nf4'; not for full stages) or a 
 
 @contextlib.contextmanager
 def enough_for_model(stage: Stage) -> Iterator[None]:
-    """While a stage's model is loaded and placed.
+    """While a stage's model is loaded, placed and wrapped; what it does then has contexts of its own, inside this one.
 
     Raises:
         TrainingError: it does not fit.
@@ -28,6 +28,23 @@ def enough_for_model(stage: Stage) -> Iterator[None]:
         raise TrainingError(
             f"Stage {stage.name!r}, before its first step: {_first_words(error)} The model does not fit beside what else the GPU "
             f"holds; wanted an emptier GPU, or in another output_dir {_ANOTHER_RUN}."
+        ) from error
+
+
+@contextlib.contextmanager
+def enough_to_store_features(trainer: ResumableTrainer) -> Iterator[None]:
+    """While a stage's feature cache is filled.
+
+    Raises:
+        TrainingError: there is too little.
+    """
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"Stage {trainer.stage.name!r}, while features of its images were stored: {_first_words(error)} Make the same call "
+            "with feature_cache=False or on an emptier GPU; what is learnt stays the same. Files of features that are whole "
+            f"stay. {standing(trainer.checkpoint_folder)}"
         ) from error
 
 

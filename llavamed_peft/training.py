@@ -21,7 +21,7 @@ from trl import SFTConfig
 from .checkpoints import Checkpoint
 from .errors import TrainingError
 from .feature_cache import Asked
-from .gpu_memory import enough_to_train
+from .gpu_memory import enough_to_store_features, enough_to_train
 from .modeling.parts import (
     Tensors,
     always_look,
@@ -197,7 +197,8 @@ def train_stage(
     compiling = torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT)
     with trainer.naming_rows(), trainer.stop, compiling:
         if sharding is None:
-            trainer.collator.features = trainer.stored_features(computing.feature_cache, computing.dtype, feature_folder)
+            with enough_to_store_features(trainer):
+                trainer.collator.features = trainer.stored_features(computing.feature_cache, computing.dtype, feature_folder)
         with enough_to_train(trainer, computing.max_row_tokens, computing.gradient_checkpointing):
             trainer.train()
             if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:

@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import kills  # noqa: E402
 
-from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, StageAdapter, run  # noqa: E402
+from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, StageAdapter, feature_cache, run  # noqa: E402
 from llavamed_peft.arguments import start as start_script  # noqa: E402
 from llavamed_peft.checkpoints import (  # noqa: E402
     KEPT,
@@ -45,6 +45,7 @@ from llavamed_peft.checkpoints import (  # noqa: E402
 )
 from llavamed_peft.errors import ConfigError, TrainingError  # noqa: E402
 from llavamed_peft.interruption import Interrupted, StopSignals  # noqa: E402
+from llavamed_peft.packing import features  # noqa: E402
 from llavamed_peft.packing.batches import DeviceInputs  # noqa: E402
 from llavamed_peft.run_folder import differences, locked  # noqa: E402
 from llavamed_peft.trainer import StageTrainer  # noqa: E402
@@ -416,6 +417,30 @@ def test_a_model_that_does_not_fit_is_an_error(place: Path, out: Path) -> None:
     last = failed(place, out, fit_no_model)
     assert "TrainingError: Stage 'align', before its first step: CUDA out of memory. Tried to allocate 2.00 GiB. The mod" in last
     assert last.endswith("or a model spread over more GPUs (docs/scaling.md).")
+
+
+def fit_one_file_of_features() -> None:
+    features.IMAGES_PER_FILE = 2
+    tower_features, seen = feature_cache.tower_features, 0
+
+    def watched(*how: object) -> torch.Tensor:
+        nonlocal seen
+        seen += 1
+        return tower_features(*how) if seen == 1 else run_out_of_memory()
+
+    feature_cache.tower_features = watched
+
+
+def test_too_little_memory_to_store_features_is_an_error_and_whole_files_stay(place: Path, out: Path) -> None:
+    last = failed(place, out, fit_one_file_of_features, feature_cache=True)
+    assert last.endswith(
+        "TrainingError: Stage 'align', while features of its images were stored: CUDA out of memory. Tried to allocate 2.00 GiB. "
+        "Make the same call with feature_cache=False or on an emptier GPU; what is learnt stays the same. Files of features "
+        "that are whole stay. No checkpoint of this stage is there; the same call begins it again, behind the stages that are "
+        "finished."
+    )
+    assert len(list((out / "features").rglob("*.safetensors"))) == 1
+    kills.finish(kills.start(place, out, "lora", feature_cache=False), out)
 
 
 def test_a_file_that_gets_too_large_is_an_error_and_nothing_is_half_written(place: Path, out: Path) -> None:
