@@ -156,6 +156,28 @@ def test_rows_of_their_own_are_dealt_out_evenly() -> None:
     assert max(costs) / min(costs) < 1.05
 
 
+@pytest.mark.parametrize(
+    ("sizes", "rows"),
+    [
+        ([100, 90, 60, 50], [[[100], [50]], [[90], [60]]]),  # the shortest row for the process that has the longest
+        ([60, 60, 50, 40, 40, 30], [[[50, 30], [60]], [[40, 40], [60]]]),
+        ([70, 30, 30, 30], [[[30, 30, 30]], [[70]]]),
+    ],
+)
+def test_rows_of_flex_attention_are_few_and_dealt_out_evenly(sizes: list[int], rows: list[list[list[int]]]) -> None:
+    prefixes = Prefixes(np.arange(len(sizes)), np.zeros(len(sizes), dtype=int))
+    shares = packed_share_of_step(range(len(sizes)), np.array(sizes), prefixes, 100, None, 2)
+    assert [[[sizes[conversation] for conversation in row] for row in share] for share in shares] == rows
+
+
+def test_many_long_conversations_are_planned_in_as_few_rows_as_hold_them() -> None:
+    """Each needs a row of its own, which is far from what the sum of their lengths says."""
+    lengths = np.random.default_rng(0).integers(4100, 4300, size=2048)
+    prefixes = Prefixes(np.arange(2048), np.zeros(2048, dtype=int))
+    shares = packed_share_of_step(range(2048), lengths, prefixes, 8192, None, 8)
+    assert [len(share) for share in shares] == [256] * 8 and all(len(batch) == 1 for share in shares for batch in share)
+
+
 def test_a_packed_step_has_the_same_conversations_on_any_number_of_processes() -> None:
     lengths, groups = np.array([50, 60] * 20), np.arange(40) // 4
     prefixes = Prefixes(groups, np.full(40, 30))

@@ -11,6 +11,8 @@ row a little shorter than planned.
 
 from __future__ import annotations
 
+import bisect
+import heapq
 import math
 from collections.abc import Hashable, Iterator, Sequence
 from typing import NamedTuple
@@ -193,7 +195,7 @@ def packed_share_of_step(
 
 
 def _share_rows(sizes: Sequence[int], max_row_tokens: int, world_size: int) -> list[list[list[int]]]:
-    """Each process's device batches of lots, each batch one row: as few rows as hold all lots, as many for each process."""
+    """Each process's device batches of lots, each batch one row: about as few rows as hold all lots, as many for each process."""
     rows, loads = _even(sizes, max_row_tokens, world_size)
     shares: list[list[list[int]]] = [[] for _ in range(world_size)]
     costs = [0] * world_size
@@ -248,20 +250,31 @@ def _alike(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[li
 
 
 def _even(sizes: Sequence[int], capacity: int, multiple: int) -> tuple[list[list[int]], list[int]]:
-    """Items into as few bins as hold them, a multiple of some number, all about equally full; one too large has its own.
+    """Items into about as few bins as hold them, a multiple of some number, all about equally full; one too large has its own.
 
     Returns:
         The items of each bin, and their sum.
     """
     largest_first = sorted(range(len(sizes)), key=lambda item: -sizes[item])
-    number = multiple * max(1, -(-sum(min(size, capacity) for size in sizes) // (capacity * multiple)))
-    while True:
+
+    def fill(number: int) -> tuple[list[list[int]], list[int]]:
+        """Each item into the emptiest bin, the largest first."""
         bins: list[list[int]] = [[] for _ in range(number)]
         loads = [0] * number
+        emptiest = [(0, place) for place in range(number)]
         for item in largest_first:
-            least = loads.index(min(loads))
-            bins[least].append(item)
-            loads[least] += sizes[item]
-        if all(load <= capacity or len(items) == 1 for load, items in zip(loads, bins, strict=True)):
-            return bins, loads
-        number += multiple
+            _, place = heapq.heappop(emptiest)
+            bins[place].append(item)
+            loads[place] += sizes[item]
+            heapq.heappush(emptiest, (loads[place], place))
+        return bins, loads
+
+    def hold(number: int) -> bool:
+        bins, loads = fill(number * multiple)
+        return all(load <= capacity or len(items) == 1 for items, load in zip(bins, loads, strict=True))
+
+    large = sum(2 * size > capacity for size in sizes)  # no two of them share a bin
+    least = max(1, large, -(-sum(min(size, capacity) for size in sizes) // capacity))
+    least, most = -(-least // multiple), max(1, -(-len(sizes) // multiple))
+    number = bisect.bisect_left(range(most), True, lo=min(least, most) - 1, key=lambda bins: hold(bins + 1)) + 1
+    return fill(min(number, most) * multiple)
