@@ -102,13 +102,13 @@ def test_a_sliding_window_is_refused_only_where_a_conversation_is_longer(
         model.config.text_config.sliding_window = window
         with torch.no_grad():
             losses = [model(**batch).loss.item() for batch in (packed, padded)]
-        if window == longest:
-            check_window(model.config, longest)
-            assert losses[0] == pytest.approx(losses[1], rel=1e-5)
-        else:
-            with pytest.raises(ConfigError, match=rf"sliding_window is {window}, the longest conversation has {longest} tokens"):
-                check_window(model.config, longest)
-            assert losses[0] != pytest.approx(losses[1], rel=1e-7), "why it is refused"
+        assert (losses[0] == pytest.approx(losses[1], rel=1e-6)) == (window == longest), "why it is refused"
+    check_window(model.config, window)
+    with pytest.raises(ConfigError, match=rf"sliding_window is {window}, the longest conversation has {window + 1} tokens"):
+        check_window(model.config, window + 1)
+    model.config.text_config.layer_types = ["full_attention"]
+    check_window(model.config, longest)
+    check_window(LlavaConfig(text_config=CONFIG_MAPPING["qwen2_moe"]()), longest)
 
 
 def test_a_mask_can_be_moved_and_looked_into_and_survives_a_worker(
@@ -124,7 +124,7 @@ def test_a_mask_can_be_moved_and_looked_into_and_survives_a_worker(
     assert mask[0, 0].tolist() == mask.numpy()[0, 0].tolist() == whole[0, 0].tolist()
     assert torch.equal((~mask).to(torch.float32), (~whole).float()) and torch.equal(mask[:, :, :, 0], whole[:, :, :, 0])
     assert torch.equal(mask.sum(-1, dtype=torch.long), whole.sum(-1)) and mask.sum() == whole.sum()
-    assert mask.float().mean() == whole.float().mean() and (mask & ~whole).sum() == 0
+    assert mask.plain().float().mean() == whole.float().mean() and (mask & ~whole).sum() == 0
     assert torch.equal(mask[:, :, :5, :5], whole[:, :, :5, :5]) and torch.equal(copy.deepcopy(batch)["attention_mask"], whole)
     torch.save(batch, tmp_path / "batch.pt")
     assert torch.equal(torch.load(tmp_path / "batch.pt")["attention_mask"], whole)
@@ -141,6 +141,7 @@ MISREADINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
     "with another mask": lambda mask, scores: scores + (mask & torch.ones(4, 4, dtype=torch.bool)),
     "to trained scores": lambda mask, scores: torch.nn.Parameter(scores) + mask,
     "cast": lambda mask, scores: mask.to(torch.float32),
+    "cast by name": lambda mask, scores: mask.float(),
     "cast and moved": lambda mask, scores: mask.to("cpu", torch.bfloat16),
     "cut to the keys": lambda mask, scores: mask[:, :, :, : scores.shape[-1]],
     "flash attention's lengths": lambda mask, scores: _get_unpad_data(mask),

@@ -40,6 +40,7 @@ DENSE_FILL = 1024
 MAX_ROW_TOKENS = {"cpu": 4096, "cuda": 8192}
 
 _INVERTING = {"__invert__", "bitwise_not", "logical_not"}  # what is not seen may be used as a number
+_CASTING = {"float", "double", "half", "bfloat16"}
 _SELECTING = {"where", "masked_fill", "masked_fill_", "masked_select", "__getitem__", "__setitem__"}
 
 
@@ -51,7 +52,7 @@ class DenseMask(torch.Tensor):
 
     Raises:
         ConfigError: it is used as attention would that reads it wrongly: computed with beside floating point numbers (`eager`
-            adds it to its scores), cast to them by `to` or `type`, cut along its last dimension alone, summed into int32.
+            adds it to its scores), cast to them, cut along its last dimension alone, summed into int32.
     """
 
     @classmethod
@@ -94,7 +95,8 @@ def _misread(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a function is called on a mask as attention does that takes it for something else."""
     given = [value for value in (*args, *kwargs.values()) if not isinstance(value, DenseMask)]
     computes = any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in given) and name not in _SELECTING
-    casts = name in ("to", "type") and any(isinstance(value, torch.dtype) and value.is_floating_point for value in given)
+    casts = name in _CASTING
+    casts |= name in ("to", "type") and any(isinstance(value, torch.dtype) and value.is_floating_point for value in given)
     part = args[1] if name == "__getitem__" else None
     cuts = isinstance(part, tuple) and [type(place) for place in part] == [slice] * 4 and part[:3] == (slice(None),) * 3
     counts = name == "sum" and kwargs.get("dtype") == torch.int32  # each row's tokens, as flash attention does
@@ -248,8 +250,10 @@ def check_window(config: PreTrainedConfig, longest: int) -> None:
     Raises:
         ConfigError: it does not fit the window.
     """
-    window = getattr(config.get_text_config(), "sliding_window", None)
-    if window is not None and longest > window:
+    text = config.get_text_config()
+    window = getattr(text, "sliding_window", None)
+    layers = getattr(text, "layer_types", None)
+    if window and (layers is None or "sliding_attention" in layers) and longest > window:
         raise ConfigError(
             f"The language model's sliding_window is {window}, the longest conversation has {longest} tokens; packed rows need "
             f"conversations that fit the window. Set max_length={window}, or take layout='padded'."
