@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -15,15 +16,16 @@ from packed import KINDS, asked, assert_same, draw_conversations, draw_images, l
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoProcessor
 
-from llavamed_peft import Conversation
+from llavamed_peft import Conversation, Question
 from llavamed_peft.errors import CheckpointError, ConfigError, DataError
+from llavamed_peft.images import content_key, image_size
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.parts import bare, set_dtypes
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.encoding import IGNORED
 from llavamed_peft.packing.masks import attention_inputs, block_mask, dense_mask
 from llavamed_peft.packing.rows import Row, lay_rows
-from llavamed_peft.packing.tree import ImageSpan, TokenSequence, build_forest, describe, first_fit
+from llavamed_peft.packing.tree import ImageSpan, Segment, TokenSequence, build_forest, describe, first_fit
 
 untimed = settings(deadline=None)  # a busy machine is no failure
 
@@ -318,40 +320,63 @@ def test_a_conversation_that_is_too_long_or_an_image_that_is_missing_is_named(ba
         PackedCollator(processor, layout="packed")([asked(8, (str(tmp_path / "none.png"),), "what is it ?", "a heart")])
 
 
-def logits_by_conversation(model: torch.nn.Module, batch: dict[str, torch.Tensor], rows: list[Row]) -> dict[int, torch.Tensor]:
-    with torch.no_grad():
-        logits = model(**{**batch, "labels": None}).logits
-    return {number: logits[i, row.path(number)] for i, row in enumerate(rows) for number in row.last}
+def laid_rows(collator: PackedCollator, conversations: list[Conversation]) -> tuple[list[TokenSequence], list[Row]]:
+    sequences = [
+        collator.sequence(one, [content_key(image) for image in one.images], [image_size(image) for image in one.images])
+        for one in conversations
+    ]
+    return sequences, collator.rows(sequences)
+
+
+def paths_of(row: Row) -> dict[int, list[int]]:
+    """Where each conversation's tokens stand, by how the segments were laid down; nothing that a mask is made of is read."""
+    paths: dict[int, list[int]] = {}
+    places = itertools.count()
+
+    def walk(segment: Segment, before: list[int]) -> None:
+        path = before + [next(places) for _ in range(segment.begin, segment.end)]
+        for child in segment.children:
+            walk(child, path)
+        if not segment.children:
+            paths[segment.sequence] = path
+
+    for tree in row.forest:
+        walk(tree, [])
+    return paths
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_changed_branch_leaves_every_other_one_as_it_was_to_the_last_bit(
+def test_a_changed_branch_or_image_leaves_every_other_one_as_it_was_to_the_last_bit(
     kind: str, bases: dict[str, Path], conversations: list[Conversation]
 ) -> None:
     model, processor = load_checkpoint(bases[kind])
-    batch = PackedCollator(processor, layout="packed")(conversations)
-    row = row_of(batch)
-    before = logits_by_conversation(model, batch, [row])
-    for changed in (1, 9):  # one that shares an image, one that shares words
-        others = {token for other in row.last if other != changed for token in row.path(other).tolist()}
+    collator = PackedCollator(processor, layout="packed")
+    batch = {**collator(conversations), "labels": None}
+    sequences, (row,) = laid_rows(collator, conversations)
+    paths = paths_of(row)
+    assert all(row.input_ids[path].tolist() == sequences[number].input_ids.tolist() for number, path in paths.items())
+    assert len(paths) == len(conversations) and batch["input_ids"][0].tolist() == row.input_ids.tolist()
+
+    def logits(**changed: torch.Tensor) -> dict[int, torch.Tensor]:
+        with torch.no_grad():
+            found = model(**{**batch, **changed}).logits[0]
+        return {number: found[path] for number, path in paths.items()}
+
+    before = logits()
+    for changed, path in paths.items():
+        others = {token for other in paths if other != changed for token in paths[other]}
+        own = [token for token in path if token not in others and row.input_ids[token] != processor.image_token_id]
         input_ids = batch["input_ids"].clone()
-        for token in row.path(changed).tolist():
-            if token not in others and input_ids[0, token] != processor.image_token_id:
-                input_ids[0, token] = 10 + (input_ids[0, token] + 7) % 200
-        after = logits_by_conversation(model, {**batch, "input_ids": input_ids}, [row])
-        assert not torch.equal(after[changed], before[changed])
-        for other in row.last:
-            if other != changed:
-                assert torch.equal(after[other], before[other])
-
-
-def row_of(batch: dict[str, torch.Tensor]) -> Row:
-    """The row of a batch, read back from its tensors."""
-    visible = batch["attention_mask"][0, 0]
-    ends = visible.shape[0] - visible.flip(0).int().argmax(0)
-    leaves = [i for i in range(len(ends)) if ends[i] == i + 1]
-    ids, labels, positions = (batch[name][0].numpy() for name in ("input_ids", "labels", "position_ids"))
-    return Row(ids, labels, positions, ends.numpy(), dict(enumerate(leaves)), (), ())
+        input_ids[0, own] = 10 + (input_ids[0, own] + 7) % 200
+        after = logits(input_ids=input_ids)
+        assert [number for number in paths if not torch.equal(after[number], before[number])] == [changed]
+    for shown, (sequence, number) in enumerate(row.images):
+        pixels = batch["pixel_values"].clone()
+        pixels[shown] = -pixels[shown]
+        after = logits(pixel_values=pixels)
+        place = paths[sequence][sequences[sequence].images[number].begin]
+        seeing = [other for other in paths if place in paths[other]]
+        assert [other for other in paths if not torch.equal(after[other], before[other])] == seeing
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -368,10 +393,13 @@ def test_logits_at_supervised_positions_are_those_among_all(
     torch.testing.assert_close(some, every[asked], rtol=1e-5, atol=1e-6)
 
 
-def test_twenty_optimizer_steps_have_the_padded_batchs_losses(bases: dict[str, Path], conversations: list[Conversation]) -> None:
+@pytest.mark.parametrize("kind", KINDS)
+def test_twenty_optimizer_steps_have_the_padded_batchs_losses(
+    kind: str, bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
     losses: dict[str, list[float]] = {}
     for layout in ("packed", "padded"):
-        model, processor = trainable(bases["llava"], "lora")
+        model, processor = trainable(bases[kind], "lora")
         collator = PackedCollator(processor, max_row_tokens=200 if layout == "packed" else None, layout=layout)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
         for step in range(20):
@@ -418,6 +446,7 @@ def test_bf16_and_lora_dropout_train(bases: dict[str, Path], conversations: list
     [
         ({"layout": "dense"}, ConfigError, "layout is 'dense'; wanted one of packed, padded."),
         ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted None or a whole number of at least 1."),
+        ({"fill_tokens": "some"}, ConfigError, "fill_tokens is 'some'; wanted None or a whole number of at least 1."),
         ({"max_length": None}, ConfigError, "max_length is None; wanted a whole number of at least 1."),
         (
             {"processor": "stock"},
@@ -438,3 +467,23 @@ def test_a_collator_refuses_what_it_cannot_work_with(
     processors = {None: load_checkpoint(bases["llava"])[1], "stock": stock, "tokenizer": stock.tokenizer}
     with pytest.raises(error, match=re.escape(said)):
         PackedCollator(processors[wrong.pop("processor", None)], **wrong)
+
+
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_a_collator_takes_any_iterable_of_conversations_and_names_what_it_cannot_take(
+    layout: str, bases: dict[str, Path], images: dict[str, str]
+) -> None:
+    collator = PackedCollator(load_checkpoint(bases["llava"])[1], layout=layout)
+    questions = [Question(str(number), images["a"], f"is it {number} ?", "no", "closed") for number in range(3)]
+    asked_for = [question.conversation() for question in questions]
+    one, other = collator(asked_for), collator(question.conversation() for question in questions)
+    assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+    with pytest.raises(
+        ConfigError, match=r"conversations\[1\] is a Question; wanted a Conversation; call its conversation\(\)\."
+    ):
+        collator([asked_for[0], questions[1]])
+    with pytest.raises(ConfigError, match=r"conversations\[0\] is a str; wanted a Conversation\."):
+        collator("abc")
+    for words, said in (("a </s> b", "Turn 1 holds '</s>', which"), ("a \ud800 b", r"Turn 1 holds '\\ud800', half of a char")):
+        with pytest.raises(DataError, match=rf"d\.json:7 \(id 7\): {said}"):
+            collator([asked(7, (), words, "a heart")])

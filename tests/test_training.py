@@ -116,7 +116,11 @@ def test_a_steps_gradient_is_the_plain_means_however_it_is_cut(
     stage = trainer(bases[kind], conversations, tmp_path, max_row_tokens=max_row_tokens, layout=layout)
     (inputs,) = list(stage.get_train_dataloader())
     assert len(inputs) > 1 or max_row_tokens == 4096
+    scored: list[int] = []
+    head = bare(stage.model).lm_head.register_forward_hook(lambda head, given, logits: scored.append(logits[..., 0].numel()))
     loss = stage.training_step(stage.model, inputs)
+    head.remove()
+    assert scored == [batch.supervised_tokens for batch in inputs], "no other position has logits"
     cut = gradients(stage.model)
     stage.model.zero_grad()
     plain = stage.model(**PackedCollator(stage.processing_class, layout="padded")(conversations)).loss

@@ -8,7 +8,7 @@ conversation only (`masks.py`). Ten questions about one image then cost one imag
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from itertools import accumulate
 from numbers import Integral
 
@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from transformers import BatchFeature, ProcessorMixin
 
-from ..conversations import Conversation
+from ..conversations import Conversation, Question
 from ..errors import ConfigError, DataError
 from ..images import content_key, file_size, load_image
 from .encoding import IGNORED, Encoded, Encoder, Size, Tokenized
@@ -68,7 +68,12 @@ class PackedCollator:
     ):
         if layout not in LAYOUTS:
             raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
-        for name, number, wanted in (("max_length", max_length, ""), ("max_row_tokens", max_row_tokens, "None or ")):
+        bounds = (
+            ("max_length", max_length, ""),
+            ("max_row_tokens", max_row_tokens, "None or "),
+            ("fill_tokens", fill_tokens, "None or "),
+        )
+        for name, number, wanted in bounds:
             if not (number is None and wanted) and (not isinstance(number, Integral) or isinstance(number, bool) or number < 1):
                 raise ConfigError(f"{name} is {number!r}; wanted {wanted}a whole number of at least 1.")
         self.encoder = Encoder(processor)
@@ -78,7 +83,7 @@ class PackedCollator:
         self.fill_tokens = fill_tokens
         self.features: Features | None = None
 
-    def __call__(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
+    def __call__(self, conversations: Iterable[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
         """Inputs of the model for these conversations.
 
         Args:
@@ -89,9 +94,10 @@ class PackedCollator:
             `input_ids` and `labels`, [rows, tokens] int64, and where there are images `pixel_values` and what the model class
             wants beside it, in the order in which placeholders stand in the rows. Padded: `attention_mask`, [rows, tokens] int64.
             Packed: `position_ids`, [rows, tokens] int64, and `attention_mask`, [rows, 1, tokens, tokens] boolean, for `sdpa`. No
-            conversations give one row of padding without a label.
+            conversations give one row of padding without a label, whose loss is not a number.
 
         Raises:
+            ConfigError: something that is no conversation.
             DataError: an image that cannot be decoded, a conversation longer than `max_length` or without a supervised token.
         """
         batch = self.inputs(conversations, on_image)
@@ -99,12 +105,17 @@ class PackedCollator:
             batch["attention_mask"] = dense_mask(batch.pop("ends"))
         return batch
 
-    def inputs(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
+    def inputs(self, conversations: Iterable[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
         """As a call, but packed with `ends`, [rows, tokens] int64, in the place of the mask that `masks.py` makes of it.
 
         Raises:
             DataError: as a call.
         """
+        conversations = list(conversations)
+        for number, given in enumerate(conversations):
+            if not isinstance(given, (Conversation, Tokenized)):
+                advice = "; call its conversation()" if isinstance(given, Question) else ""
+                raise ConfigError(f"conversations[{number}] is a {type(given).__name__}; wanted a Conversation{advice}.")
         lay_out = self._packed if self.layout == "packed" else self._padded
         return lay_out(conversations, on_image or (lambda path: None))
 
@@ -119,8 +130,14 @@ class PackedCollator:
             DataError: it is longer than `max_length`, without a supervised token, or cannot be encoded.
         """
         counts = self.encoder.count_image_tokens(sizes)
-        encoded = check_length(conversation, self.encoder.encode(conversation, counts), self.max_length)
-        return token_sequence(encoded, contents, counts, self.encoder)
+        return token_sequence(self._encode(conversation, counts), contents, counts, self.encoder)
+
+    def _encode(self, conversation: Conversation | Tokenized, tokens_per_image: Sequence[int]) -> Encoded:
+        try:
+            encoded = self.encoder.encode(conversation, tokens_per_image)
+        except DataError as error:
+            raise DataError(f"{_place(conversation)}: {error}") from error
+        return check_length(conversation, encoded, self.max_length)
 
     def rows(self, sequences: Sequence[TokenSequence]) -> list[Row]:
         """The rows of a packed device batch of these conversations."""
@@ -222,12 +239,7 @@ class PackedCollator:
             inputs, counts = self.encoder.process_images([[decoded[path] for path in group] for group in shown])
             batch.update(inputs)
         remaining = iter(counts)
-        rows = [
-            check_length(
-                conversation, self.encoder.encode(conversation, next(remaining) if conversation.images else []), self.max_length
-            )
-            for conversation in conversations
-        ]
+        rows = [self._encode(conversation, next(remaining) if conversation.images else []) for conversation in conversations]
         return self._pad(rows) | batch
 
     def _pad(self, rows: list[Encoded]) -> Batch:
@@ -287,9 +299,14 @@ def check_length(conversation: Conversation | Tokenized, encoded: Encoded, max_l
     length = len(encoded.input_ids)
     if length > max_length:
         raise DataError(
-            f"{conversation.source or 'conversation'} (id {conversation.id}): {length} tokens, {encoded.image_tokens} of them "
+            f"{_place(conversation)}: {length} tokens, {encoded.image_tokens} of them "
             f"image tokens; max_length is {max_length}. It would need max_length={length}."
         )
     if not encoded.supervised_tokens:
-        raise DataError(f"{conversation.source or 'conversation'} (id {conversation.id}): no token of it is supervised.")
+        raise DataError(f"{_place(conversation)}: no token of it is supervised.")
     return encoded
+
+
+def _place(conversation: Conversation | Tokenized) -> str:
+    """A conversation, as an error names it."""
+    return f"{conversation.source or 'conversation'} (id {conversation.id})"

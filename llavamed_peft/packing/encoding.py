@@ -29,6 +29,8 @@ from ..modeling.templates import Piece, read_template
 
 IGNORED = -100  # the label that Hugging Face losses leave out
 
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
 Size = tuple[int, int]  # (height, width) in pixels
 
 
@@ -124,9 +126,11 @@ class Encoder:
         """The words of one conversation as tokens.
 
         Raises:
-            DataError: the words hold a special token.
+            DataError: the words hold a special token, or half of a character.
         """
         for position, turn in enumerate(conversation.turns, start=1):
+            if halves := _SURROGATE.search(turn.text):
+                raise DataError(f"Turn {position} holds {halves[0]!r}, half of a character; wanted text that UTF-8 can write.")
             if found := self._special.search(turn.text.replace(IMAGE_MARKER, "")):
                 raise DataError(
                     f"Turn {position} holds {found[0]!r}, which the tokenizer reads as a special token; wanted words."
