@@ -1,8 +1,8 @@
 """FlexAttention, which reads packed rows on CUDA: its block mask, its gradients, how often it is compiled, where it cannot be.
 
 Its kernels for training run on CUDA only. On a CPU torch's own formulas for both passes take their place, which shows everything
-but the kernels: that mask, model, checkpointing and trainer give FlexAttention what it must get, and what becomes of it. With
-`CUDA_VISIBLE_DEVICES=0` the same tests run the kernels.
+but the kernels (`test_flex_kernels.py` has them): that mask, model, checkpointing and trainer give FlexAttention what it must
+get, and what becomes of it. With `CUDA_VISIBLE_DEVICES=0` the same tests run the kernels.
 """
 
 from __future__ import annotations
@@ -232,7 +232,7 @@ def test_each_device_has_one_attention_and_others_are_refused(bases: dict[str, P
     [
         ({"triton": False}, "Triton is not installed"),
         ({"head_dim": 8}, "heads are 8 wide, and its kernels need 16"),
-        ({"head_dim": 64}, "heads are 64 wide, too wide for its kernels in float32"),
+        ({"head_dim": 128}, "heads are 128 wide, too wide for its kernels in float32"),
         ({"attention_dropout": 0.1}, "has attention_dropout 0.1"),
         ({"supported": False}, "transformers' llama does not take it"),
     ],

@@ -26,9 +26,9 @@ BLOCK = 128  # tokens of a side of FlexAttention's blocks, its default
 # torch's limit, 8 in a process, it goes on uncompiled, with a warning, and writes a row's scores out in full: tokens² a head.
 RECOMPILE_LIMIT = 64
 _NARROWEST_HEAD = 16  # that FlexAttention's kernels take
-# By the dtype that attention is computed in; wider ones need more shared memory than cards have (benchmarks/LOG.md: of the 99 KB
-# of a 24 GB card 97 in bfloat16 at 128, 145 in float32).
-_WIDEST_HEAD = {torch.bfloat16: 128, torch.float32: 32}
+# By the dtype that attention is computed in; wider ones need more shared memory than common cards have, of whose 99 KB 97 are
+# taken in bfloat16 at 128 (benchmarks/LOG.md, "flex_kernels").
+_WIDEST_HEAD = {torch.bfloat16: 128, torch.float32: 64}
 # Left to choose, torch takes a kernel for decoding where a row is shorter than 128 tokens, which then does not compile for
 # grouped heads such as Mistral's.
 _KERNEL_OPTIONS = {"BACKEND": "TRITON"}
