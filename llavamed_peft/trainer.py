@@ -14,9 +14,9 @@ import functools
 import math
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -39,9 +39,13 @@ from .packing.workers import WorkerNote, WorkerNotes
 from .resumption import ResumableTrainer
 from .stages import Schedule, Stage
 
-HANGS_AFTER = 600.0  # seconds that training waits for its workers' next step; a slow disk takes seconds, a dead one for ever
+HANGS_AFTER = 600.0  # seconds that a worker may be at one image; a slow disk takes seconds, a dead one for ever
+LOOKS_EVERY = 10.0  # seconds in which training that waits for data looks whether its workers get on
+_DIED, _TIMED_OUT = "DataLoader worker (pid", "DataLoader timed out"  # how torch's errors begin; it has no class for them
 # torch hands each tensor of a worker over as an open file: 8 workers may have 2,000 under way, and 1,024 is the usual limit.
 OPEN_FILES = 65_536
+
+Loaded = TypeVar("Loaded")
 
 
 class StageTrainer(ResumableTrainer):
@@ -105,7 +109,7 @@ class StageTrainer(ResumableTrainer):
         return {
             "num_workers": self.args.dataloader_num_workers,
             "worker_init_fn": functools.partial(prepare_worker, self.stop.trains),
-            "timeout": HANGS_AFTER if self.args.dataloader_num_workers else 0,
+            "timeout": LOOKS_EVERY if self.args.dataloader_num_workers else 0,
             "generator": torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
         }
 
@@ -120,8 +124,8 @@ class StageTrainer(ResumableTrainer):
         if asked is False:
             return None
 
-        def load(pictures: Pictures) -> DataLoader[torch.Tensor | None]:
-            return DataLoader(pictures, batch_size=None, **self._loading())
+        def load(pictures: Pictures) -> Iterator[torch.Tensor | None]:
+            return self._patiently(DataLoader(pictures, batch_size=None, **self._loading()), "features")
 
         cache = FeatureCache(self, self.collator.encoder, dtype, folder, load, self.worker_notes.get("features"))
         began = time.monotonic()
@@ -146,6 +150,27 @@ class StageTrainer(ResumableTrainer):
         """Of a held-out loss."""
         return Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
 
+    def _patiently(self, loader: Iterable[Loaded], use: str) -> Iterator[Loaded]:
+        """What a data loader yields, waited for as long as its workers get on: a large step of slow images may take long.
+
+        Raises:
+            RuntimeError: of torch's, a worker died, or is at one image for longer than `HANGS_AFTER`.
+        """
+        items, asked = iter(loader), time.monotonic()
+        while True:
+            try:
+                item = next(items)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith(_TIMED_OUT):
+                    raise
+                if time.monotonic() - asked > HANGS_AFTER and not self.worker_notes[use].get_on(HANGS_AFTER):
+                    raise
+            else:
+                yield item
+                asked = time.monotonic()
+
     @contextlib.contextmanager
     def naming_rows(self) -> Iterator[None]:
         """Where a worker dies or hangs, an error that names the row it was at.
@@ -162,11 +187,12 @@ class StageTrainer(ResumableTrainer):
                     time.sleep(0.1)
             notes = self._notes()
             ends = [f"died at {note.text}" for note in notes if note.is_dead]
-            ends += [f"has been at {note.text} for {note.seconds:.0f} s" for note in notes if note.seconds > HANGS_AFTER / 2]
-            if not ends and not str(error).startswith("DataLoader worker (pid"):  # torch has no class for it
+            ends += [f"has been at {note.text} for {note.seconds:.0f} s" for note in notes if note.seconds > HANGS_AFTER]
+            if not ends and not str(error).startswith((_DIED, _TIMED_OUT)):
                 raise
+            unknown = "hangs" if str(error).startswith(_TIMED_OUT) else "died"
             raise TrainingError(
-                f"A worker that decodes images {'; another '.join(ends or ['died'])} ({str(error).strip()}). Look at the image "
+                f"A worker that decodes images {'; another '.join(ends or [unknown])} ({str(error).strip()}). Look at the image "
                 "in a process of its own, and leave the row out if it is the cause; if memory ran out, take fewer workers (now "
                 f"{self.args.dataloader_num_workers}). {standing(self.checkpoint_folder)}"
             ) from error
@@ -174,10 +200,10 @@ class StageTrainer(ResumableTrainer):
     def _notes(self) -> list[WorkerNote]:
         return [note for notes in self.worker_notes.values() for note in notes.read()]
 
-    def get_batch_samples(self, *arguments: Any) -> tuple[list[list[DeviceInputs]], Any]:
+    def get_batch_samples(self, steps: Iterator[list[DeviceInputs]], *arguments: Any) -> tuple[list[list[DeviceInputs]], Any]:
         """The next step's data; what it takes is time that the model waits."""
         began = time.monotonic()
-        samples = super().get_batch_samples(*arguments)
+        samples = super().get_batch_samples(self._patiently(steps, "train"), *arguments)
         self.waiting_seconds += time.monotonic() - began
         return samples
 
@@ -218,7 +244,7 @@ class StageTrainer(ResumableTrainer):
         summed = torch.zeros((), dtype=torch.float64, device=self.args.device)
         supervised = 0
         with torch.no_grad():
-            for inputs in self._steps(self.eval_index, self._once(), "eval"):
+            for inputs in self._patiently(self._steps(self.eval_index, self._once(), "eval"), "eval"):
                 self._note_failures(self.eval_index, inputs)
                 supervised += self._total(inputs)[1]
                 for batch in inputs:

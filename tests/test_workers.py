@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pickle
 import resource
@@ -175,6 +176,7 @@ def test_training_names_the_row_at_which_a_worker_hangs(
 
     monkeypatch.setattr(collator, "load_image", hangs)
     monkeypatch.setattr(trainer, "HANGS_AFTER", 4.0)
+    monkeypatch.setattr(trainer, "LOOKS_EVERY", 0.5)
     question = [Question("asked", str(tmp_path / "6.png"), "what?", "a heart", "closed")]
     data, eval_data = ({"vqa": rows[:6]}, {"vqa": question}) if held_out else ({"vqa": rows}, None)
     with pytest.raises(TrainingError) as raised:
@@ -183,6 +185,67 @@ def test_training_names_the_row_at_which_a_worker_hangs(
     assert f"A worker that decodes images has been at {row}, image {tmp_path / '6.png'}, in the device batch of" in str(
         raised.value
     )
+
+
+@pytest.mark.parametrize("goes_on", [False, True])
+def test_a_step_slower_than_the_limit_of_one_image_is_waited_for(
+    goes_on: bool, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Behind a checkpoint too, where the trainer passes over steps with a data loader of its own."""
+    two_steps = Curriculum((Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=4)),))
+    call = functools.partial(curriculum_finetune, bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=two_steps)
+    step, load_image = trainer.StageTrainer.training_step, collator.load_image
+
+    def one_step(self: trainer.StageTrainer, *arguments: object) -> torch.Tensor:
+        if self.state.global_step == 1:
+            raise RuntimeError("the node was lost")
+        return step(self, *arguments)
+
+    def slow(path: str) -> Image.Image:
+        time.sleep(1)
+        return load_image(path)
+
+    if goes_on:
+        with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=r"^the node was lost$"):
+            patch.setattr(trainer.StageTrainer, "training_step", one_step)
+            call(save_steps=1)
+    monkeypatch.setattr(collator, "load_image", slow)
+    monkeypatch.setattr(trainer, "HANGS_AFTER", 3.0)
+    monkeypatch.setattr(trainer, "LOOKS_EVERY", 0.2)
+    metrics = call(workers=1)["vqa"].metrics
+    assert metrics["steps"] == 2 and metrics["conversations"] == 8
+
+
+def test_workers_get_on_while_one_writes_and_none_is_long_at_one_image() -> None:
+    notes = WorkerNotes(2)
+
+    class Written(torch.utils.data.Dataset):
+        def __len__(self) -> int:
+            return 2
+
+        def __getitem__(self, row: int) -> int:
+            notes.write(f"image {row}")
+            if row == 1:
+                notes.clear()
+            return row
+
+    assert not notes.get_on(within=1), "nobody has begun"
+    list(torch.utils.data.DataLoader(Written(), num_workers=2, batch_size=None, multiprocessing_context="fork"))
+    assert [note.text for note in notes.read()] == ["image 0"]
+    assert notes.get_on(within=60)
+    (at_image,) = notes.read()
+    time.sleep(0.1)
+    assert not notes.get_on(within=0.1) and notes.get_on(within=at_image.seconds + 60)
+
+
+def test_a_worker_that_hangs_at_no_image_is_an_error_all_the_same(
+    bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(DeviceBatches, "__getitem__", lambda self, rows: time.sleep(3600))
+    monkeypatch.setattr(trainer, "HANGS_AFTER", 1.0)
+    monkeypatch.setattr(trainer, "LOOKS_EVERY", 0.2)
+    with pytest.raises(TrainingError, match=r"A worker that decodes images hangs \(DataLoader timed out after 0.2 seconds\)\."):
+        curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=ONE_STAGE, workers=1)
 
 
 def test_another_error_in_training_is_left_as_it_is(

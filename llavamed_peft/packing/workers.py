@@ -59,8 +59,13 @@ class WorkerNotes:
             slot[: _HEAD.size + len(encoded)] = _HEAD.pack(os.getpid(), time.monotonic(), len(encoded)) + encoded
 
     def clear(self) -> None:
-        """In a worker: it is at nothing."""
+        """In a worker: it is done with what it was at."""
         self.write("")
+
+    def get_on(self, within: float) -> bool:
+        """Some worker wrote in the last `within` seconds, and none is at something for longer; those without work are silent."""
+        last = max(_HEAD.unpack(slot[: _HEAD.size].tobytes())[1] for slot in self._slots.numpy())
+        return time.monotonic() - last <= within and all(note.seconds <= within for note in self.read())
 
     def read(self) -> list[WorkerNote]:
         """The notes of the workers that are, or were to the last, at something."""
