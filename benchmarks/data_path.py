@@ -196,7 +196,9 @@ def loader_of(batches: Any, workers: int) -> Any:
 
     schedule = Schedule(epochs=1, learning_rate=1, global_batch=GLOBAL_BATCH)
     sampler = batches.index.sampler(batches.collator, schedule, SEED)
-    return StepLoader(batches, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers, timeout=HANGS_AFTER)
+    return StepLoader(
+        batches, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers, prefetch_factor=1, timeout=HANGS_AFTER
+    )
 
 
 def as_it_is(batches: Any) -> Any:

@@ -60,7 +60,8 @@ class RunArguments:
     workers: int | None = field(
         default=None,
         metadata={
-            "help": "processes that decode images ahead, for each GPU; None: its share of the cores, up to 8; none on a CPU"
+            "help": "processes that decode images ahead, for each GPU; None: its share of the cores, up to 8; none on a CPU; "
+            "fewer where /dev/shm has no room"
         },
     )
     feature_cache: Literal["auto", True, False] = field(

@@ -73,7 +73,8 @@ def curriculum_finetune(
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
         save_steps: optimizer steps between two checkpoints; `None`: ten of them a stage. What one costs is shown at the first.
         workers: processes that decode images ahead, for each GPU; `None`: its share of the cores, up to 8; none on a CPU, where
-            they would take the model's cores. One that dies, or that is at one image for ten minutes while training waits, is
+            they would take the model's cores. Where half of the free /dev/shm has no room for the steps that they hold, fewer
+            start, and a line says so. One that dies, or that is at one image for ten minutes while training waits, is
             an error that names its row.
         report_to: further trackers, such as `"tensorboard"` or `"trackio"`.
         gradient_checkpointing: `None`: on for CUDA, off for a CPU.

@@ -27,7 +27,6 @@ import torch
 import transformers
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
-from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from .checkpoints import standing
 from .errors import DataError, TrainingError
@@ -48,7 +47,6 @@ from .packing.features import (
     write_plan,
 )
 from .packing.steps import StepSampler
-from .packing.workers import WorkerNotes
 from .resumption import ResumableTrainer
 
 Asked = Literal["auto"] | bool
@@ -103,8 +101,8 @@ class Forecast:
 
     def __str__(self) -> str:
         return (
-            f"{self.images:,} images, {_size(self.stored + self.missing)} on disk, {_size(self.missing)} of them to be added "
-            f"({_size(self.free)} free); {self.uncomputed:,} images pass the vision tower instead of {self.passes:,}"
+            f"{self.images:,} images, {in_bytes(self.stored + self.missing)} on disk, {in_bytes(self.missing)} of them to be "
+            f"added ({in_bytes(self.free)} free); {self.uncomputed:,} images pass the vision tower instead of {self.passes:,}"
         )
 
 
@@ -121,15 +119,17 @@ def decide(forecast: Forecast, asked: Asked, stage: str, folder: Path) -> tuple[
     if asked is True and not forecast.fits:
         raise TrainingError(
             f"feature_cache is True, and the features of stage {stage!r} do not fit into {folder}: {forecast}. Wanted at most "
-            f"{_size(forecast.room)} to be added: {_size(MAX_BYTES)} in all and half of the free disk. Make room, choose another "
-            "output_dir, or call with feature_cache='auto' or False."
+            f"{in_bytes(forecast.room)} to be added: {in_bytes(MAX_BYTES)} in all and half of the free disk. Make room, choose "
+            "another output_dir, or call with feature_cache='auto' or False."
         )
     on = asked is True or (forecast.pays and forecast.fits)
-    why = "" if on else "; too few to pay" if not forecast.pays else f"; more than the {_size(forecast.room)} that may be added"
+    too_many = f"; more than the {in_bytes(forecast.room)} that may be added"
+    why = "" if on else "; too few to pay" if not forecast.pays else too_many
     return on, f"{stage:<10} feature cache {'on' if on else 'off'}: {forecast}{why}"
 
 
-def _size(number: int) -> str:
+def in_bytes(number: float) -> str:
+    """`1.2 GB`."""
     unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if number >= unit), (1e3, "kB"))
     return f"{number / unit:,.1f} {name}"
 
@@ -173,7 +173,6 @@ class FeatureCache:
         dtype: to store features in: the one that is computed in.
         folder: of the run's features.
         load: a data loader over pictures, which decodes ahead where there are workers.
-        notes: where workers write what they are at.
     """
 
     def __init__(
@@ -183,9 +182,8 @@ class FeatureCache:
         dtype: torch.dtype,
         folder: Path,
         load: Callable[[Pictures], Iterable[torch.Tensor | None]],
-        notes: WorkerNotes | None,
     ):
-        self.trainer, self.encoder, self.dtype, self.load, self.notes = trainer, encoder, dtype, load, notes
+        self.trainer, self.encoder, self.dtype, self.load = trainer, encoder, dtype, load
         self.root, self.folder = folder, folder / fingerprint(trainer.model, encoder, dtype)[:32]
         vision = bare(trainer.model).config.vision_config
         positions = tower_positions(bare(trainer.model).model.vision_tower)
@@ -269,13 +267,6 @@ class FeatureCache:
     def _key(self, content: str, alone: bool) -> str:
         return image_key(content, alone, self.encoder.tiles_lone_images_only)
 
-    def _tiles(self, size: Size, alone: bool) -> int:
-        """Of an image of (height, width) pixels, those that the tower sees."""
-        config = bare(self.trainer.model).config
-        if not self.encoder.sends_image_sizes or not alone:
-            return 1
-        return image_size_to_num_patches(size, config.image_grid_pinpoints, config.vision_config.image_size)
-
     def _estimated_tiles(self, places: Sequence[tuple[str, bool]]) -> int:
         """Of all these images, from the headers of some of them."""
         if not self.encoder.sends_image_sizes:
@@ -284,7 +275,7 @@ class FeatureCache:
         tiles = []
         for path, alone in looked_at:
             try:
-                tiles.append(self._tiles(image_size(path), alone))
+                tiles.append(self.encoder.tiles(image_size(path), alone))
             except DataError:  # will be left out
                 continue
         return round(len(places) * sum(tiles) / max(len(tiles), 1))
@@ -323,7 +314,7 @@ class FeatureCache:
                 content, size = found[path]
                 key = self._key(content, alone)
                 if key not in planned and key not in new:
-                    new[key] = Planned(key, path, *size, self._tiles(size, alone))
+                    new[key] = Planned(key, path, *size, self.encoder.tiles(size, alone))
         if new:
             write_plan(self.folder, list(new.values()), self.tile_bytes)
 
@@ -344,7 +335,7 @@ class FeatureCache:
         if not images:
             return
         rows = {path: row for (path, _), row in shown.items()}
-        pixels = iter(self.load(Pictures(images, paths, rows, self.encoder, self.notes)))
+        pixels = iter(self.load(Pictures(images, paths, rows, self.encoder)))
         began, stored = time.monotonic(), 0
         for number, (name, together) in enumerate(files):
 

@@ -68,7 +68,7 @@ def _record(line: str) -> dict[str, Any] | None:
 def progress_line(record: dict[str, Any]) -> str:
     """`align 12/100  loss 2.3100  learning rate projector 1.9e-03  34.1 conversations/s  … waiting 2%  0:41 left`.
 
-    Waiting is the share of the time so far in which the model had no data: with `workers=0` they are decoded meanwhile.
+    Waiting is the share of the time so far in which the model had no data: without workers they are decoded meanwhile.
     """
     names = [name for name in record if name.endswith("_learning_rate")]
     rates = ", ".join(f"{name.removesuffix('_learning_rate').replace('_', ' ')} {record[name]:.1e}" for name in names)

@@ -12,9 +12,10 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import os
 import resource
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,7 +27,7 @@ from trl import SFTConfig
 
 from .checkpoints import rng_state, standing
 from .errors import TrainingError
-from .feature_cache import Asked, FeatureCache, passes_in_an_epoch
+from .feature_cache import Asked, FeatureCache, in_bytes, passes_in_an_epoch
 from .interruption import prepare_worker
 from .modeling.parts import PROJECTOR, bare
 from .packing import PackedCollator
@@ -35,12 +36,13 @@ from .packing.features import Features, Pictures
 from .packing.index import Index
 from .packing.masks import attention_inputs
 from .packing.steps import StepSampler, steps_in_all
-from .packing.workers import WorkerNote, WorkerNotes
+from .packing.workers import WorkerNote, WorkerNotes, free_shared_memory, workers_with_room
 from .resumption import ResumableTrainer
 from .stages import Schedule, Stage
 
 HANGS_AFTER = 600.0  # seconds that a worker may be at one image; a slow disk takes seconds, a dead one for ever
 LOOKS_EVERY = 10.0  # seconds in which training that waits for data looks whether its workers get on
+_AHEAD = {"train": 1, "eval": 1, "features": 2}  # items that a worker prepares ahead, by use: whole steps, or single images
 _DIED, _TIMED_OUT = "DataLoader worker (pid", "DataLoader timed out"  # how torch's errors begin; it has no class for them
 # torch hands each tensor of a worker over as an open file: 8 workers may have 2,000 under way, and 1,024 is the usual limit.
 OPEN_FILES = 65_536
@@ -71,9 +73,10 @@ class StageTrainer(ResumableTrainer):
         collator: PackedCollator,
     ):
         self.collator = collator
-        workers = config.dataloader_num_workers
-        self.worker_notes = {use: WorkerNotes(workers) for use in ("train", "eval", "features")} if workers else {}
-        if workers:
+        self.tile_bytes = collator.encoder.tile_bytes  # of what a device batch holds of an image's tile: pixels, or features
+        self.workers: dict[str, int] = {}  # of the data loaders of each use
+        self.worker_notes: dict[str, WorkerNotes] = {}
+        if config.dataloader_num_workers:
             allow_open_files()
         self.rates: dict[str, float] = {}  # of the step just taken, by part
         self.step_supervised_tokens = 0  # of the step just taken, over all processes
@@ -97,21 +100,46 @@ class StageTrainer(ResumableTrainer):
         return index.sampler(self.collator, schedule, self.args.seed, self.args.process_index, self.args.world_size)
 
     def _steps(self, index: Index, schedule: Schedule, use: str) -> DataLoader[list[DeviceInputs]]:
+        share = max(1, min(schedule.global_batch, len(index)) / self.args.world_size)
+        loading = self._loading(use, lambda: share * index.mean_tiles(self.collator.encoder) * self.tile_bytes)
         return StepLoader(
             DeviceBatches(index, self.collator, self.worker_notes.get(use)),
             batch_sampler=self._sampler(index, schedule),
             collate_fn=_as_is,
-            **self._loading(),
+            **loading,
         )
 
-    def _loading(self) -> dict[str, Any]:
-        """How data loaders decode ahead."""
+    def _loading(self, use: str, item_bytes: Callable[[], float]) -> dict[str, Any]:
+        """How a data loader decodes ahead: by the workers asked for, or as many as have room, decided once for each use."""
+        if use not in self.workers:
+            asked = self.args.dataloader_num_workers
+            self.workers[use] = self._workers_with_room(use, item_bytes()) if asked else 0
+            if self.workers[use]:
+                self.worker_notes[use] = WorkerNotes(self.workers[use])
+        workers = self.workers[use]
         return {
-            "num_workers": self.args.dataloader_num_workers,
+            "num_workers": workers,
+            "prefetch_factor": _AHEAD[use] if workers else None,
             "worker_init_fn": functools.partial(prepare_worker, self.stop.trains),
-            "timeout": LOOKS_EVERY if self.args.dataloader_num_workers else 0,
+            "timeout": LOOKS_EVERY if workers else 0,
             "generator": torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
         }
+
+    def _workers_with_room(self, use: str, item_bytes: float) -> int:
+        """As many of the workers asked for as shared memory has room for; says so where they are fewer."""
+        asked, free = self.args.dataloader_num_workers, free_shared_memory()
+        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        workers = workers_with_room(asked, _AHEAD[use] * item_bytes, free, processes)
+        if workers < asked and self.run_log is not None and self.is_world_process_zero():
+            item = {"train": "a step", "eval": "a held-out step", "features": "an image"}[use]
+            what = "pixels" if use == "features" or self.collator.features is None else "features"
+            shared = f" for {processes} processes" if processes > 1 else ""
+            self.run_log.show(
+                f"{self.stage.name:<10} {workers} worker{'' if workers == 1 else 's'} instead of {asked}: {item} has about "
+                f"{in_bytes(item_bytes)} of {what}, and /dev/shm has {in_bytes(free)} free{shared}",
+                True,
+            )
+        return workers
 
     def stored_features(self, asked: Asked, dtype: torch.dtype, folder: Path) -> Features | None:
         """The features of the stage's images, stored now if they are not; `None` where they are not to be.
@@ -125,12 +153,18 @@ class StageTrainer(ResumableTrainer):
             return None
 
         def load(pictures: Pictures) -> Iterator[torch.Tensor | None]:
-            return self._patiently(DataLoader(pictures, batch_size=None, **self._loading()), "features")
+            largest = max(image.tiles for image in pictures.images) * encoder.tile_bytes
+            loading = self._loading("features", lambda: largest)
+            pictures.notes = self.worker_notes.get("features")
+            return self._patiently(DataLoader(pictures, batch_size=None, **loading), "features")
 
-        cache = FeatureCache(self, self.collator.encoder, dtype, folder, load, self.worker_notes.get("features"))
+        encoder = self.collator.encoder
+        cache = FeatureCache(self, encoder, dtype, folder, load)
         began = time.monotonic()
         features = cache.prepare(asked, self._tower_passes())
         self.features_seconds += time.monotonic() - began
+        if features is not None:
+            self.tile_bytes = cache.tile_bytes
         return features
 
     def _tower_passes(self) -> float:
@@ -194,7 +228,7 @@ class StageTrainer(ResumableTrainer):
             raise TrainingError(
                 f"A worker that decodes images {'; another '.join(ends or [unknown])} ({str(error).strip()}). Look at the image "
                 "in a process of its own, and leave the row out if it is the cause; if memory ran out, take fewer workers (now "
-                f"{self.args.dataloader_num_workers}). {standing(self.checkpoint_folder)}"
+                f"{max(self.workers.values())}). {standing(self.checkpoint_folder)}"
             ) from error
 
     def _notes(self) -> list[WorkerNote]:

@@ -56,7 +56,7 @@ class Computing:
         layout: of a device batch, see `PackedCollator`.
         max_row_tokens: bound of a device batch's tokens, rows × longest.
         gradient_checkpointing: recompute activations in the backward pass.
-        workers: processes that decode images ahead; 0 decodes in the training process.
+        workers: processes that decode images ahead, at most; 0 decodes in the training process.
         eval_steps: optimizer steps between two held-out losses; `None`: a tenth of the stage's.
         save_steps: optimizer steps between two checkpoints; `None`: a tenth of the stage's.
         report_to: `"none"`, or trackers that the trainer knows, such as `"tensorboard"` or `"trackio"`.
@@ -191,7 +191,7 @@ def train_stage(
         trainer.add_callback(_Masters(unrounded(model, computing.dtype)))
         if stage.trains == "projector":  # what it carries frozen, DeepSpeed would hand on rounded
             carried = {name: tensor for name, tensor in trainable_tensors(model).items() if is_lora(name)}
-    if why := why_nothing_is_learnt(stage, len(trainer.get_train_dataloader()), train_index.image_counts().sum()):
+    if why := why_nothing_is_learnt(stage, len(train_index.sampler(collator, schedule, seed)), train_index.image_counts().sum()):
         warnings.warn(f"Stage {stage.name!r} will learn nothing: {why}", stacklevel=2)
     # autograd's threads, which this does not reach, compile nothing: what they compute again was compiled here
     compiling = torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT)

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import itertools
 import json
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
@@ -22,6 +23,7 @@ import transformers
 from PIL import Image
 from torch.utils.data import default_collate
 from transformers import BatchFeature, ProcessorMixin
+from transformers.models.llava_next.modeling_llava_next import image_size_to_num_patches
 
 from ..conversations import IMAGE_MARKER, Conversation, Turn
 from ..errors import CheckpointError, DataError
@@ -189,6 +191,23 @@ class Encoder:
     def sends_image_sizes(self) -> bool:
         """The model is told how large each image was, and gets its tiles in a dimension of their own (NeXT, OneVision)."""
         return "image_sizes" in self._probe
+
+    def tiles(self, size: Size, alone: bool) -> int:
+        """Of an image of (height, width) pixels, those that the vision tower sees.
+
+        Args:
+            alone: it is the only one of its conversation, or `tiles_lone_images_only` is not so.
+        """
+        if not self.sends_image_sizes or not alone:
+            return 1
+        pinpoints = list(self.processor.image_processor.image_grid_pinpoints)
+        return image_size_to_num_patches(size, pinpoints, self._probe["pixel_values"].shape[-1])
+
+    @property
+    def tile_bytes(self) -> int:
+        """Of one tile's pixels."""
+        pixels = self._probe["pixel_values"]
+        return math.prod(pixels.shape[-3:]) * pixels.itemsize
 
     def process_image(self, image: Image.Image, alone: bool) -> torch.Tensor:
         """Pixels of one image as the vision tower sees them, [tiles, 3, height, width].

@@ -15,6 +15,7 @@ packed, is the same for images of equal content.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
@@ -38,7 +39,7 @@ from ..errors import DataError
 from ..images import MAX_PIXELS, ContentNames, image_size
 from ..stages import Schedule
 from .collator import PackedCollator, check_length, token_sequence
-from .encoding import Tokenized, Tokens
+from .encoding import Encoder, Tokenized, Tokens
 from .steps import Prefixes, StepSampler
 
 FORMAT = 3  # goes up with every change of what is checked, how it is encoded, or what the file holds
@@ -62,6 +63,7 @@ SCHEMA = pa.schema(
 _FINGERPRINT, _REJECTED, _FILES = b"fingerprint", b"rejected", b"files"  # keys of what stands in the file beside the rows
 _ROWS_PER_BATCH = 1000
 _FILES_KNOWN = 10_000  # images and folders that need not be looked at again
+_ROWS_LOOKED_AT = 200  # to estimate how many tiles conversations have
 _SECONDS_BETWEEN_LINES = 5.0
 LONGEST_STRIP = 100  # times its width, of an image that is still shown
 
@@ -133,6 +135,18 @@ class Index:
     def image_counts(self) -> np.ndarray:
         """[conversations], how many images each shows."""
         return np.asarray(pc.list_value_length(self.rows.data.column("images")))
+
+    def mean_tiles(self, encoder: Encoder) -> float:
+        """What the vision tower sees of a conversation's images; where they have several tiles, from the headers of some."""
+        if not encoder.sends_image_sizes:
+            return float(self.image_counts().mean())
+        looked_at = range(0, len(self), max(1, len(self) // _ROWS_LOOKED_AT))
+        tiles = 0
+        for images in (self.tokenized(row).images for row in looked_at):
+            for image in images:
+                with contextlib.suppress(DataError):  # will be left out
+                    tiles += encoder.tiles(image_size(image), len(images) == 1 or not encoder.tiles_lone_images_only)
+        return tiles / len(looked_at)
 
     def shown_images(self) -> Iterator[tuple[str, list[str]]]:
         """Of each conversation how an error names it, and the paths of its images."""

@@ -1,4 +1,4 @@
-"""What each data-loading worker is at, kept where it outlives the worker: in shared memory.
+"""Data-loading workers: how many have room in shared memory, and what each is at, kept there so that it outlives the worker.
 
 A worker that dies in a decoder, or never comes back from one, cannot say which image it was. So each writes it down before it
 decodes, some microseconds an image, and the training process reads it when the data loader gives up. Left out: why a worker died.
@@ -8,15 +8,36 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import shutil
 import struct
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch.utils.data import get_worker_info
 
 _HEAD = struct.Struct("=qdH")  # process, time, bytes of the text
 _SLOT = 2048  # bytes of a worker; what does not fit is cut
+_SHARED_MEMORY = Path("/dev/shm")  # where torch lays down, on Linux, what goes from one process to another
+
+
+def free_shared_memory() -> int | None:
+    """Bytes; `None` where the system does not bound it apart from other memory."""
+    return shutil.disk_usage(_SHARED_MEMORY).free if _SHARED_MEMORY.is_dir() else None
+
+
+def workers_with_room(asked: int, item_bytes: float, free: int | None, processes: int) -> int:
+    """How many of the workers asked for can decode ahead: as much as each has ready, the training process holds once more.
+
+    Args:
+        item_bytes: of what one worker has ready, in the mean: it may be more, so that half of what is free is taken.
+        free: bytes of shared memory.
+        processes: that train on this machine and share it.
+    """
+    if free is None:
+        return asked
+    return max(0, min(asked, int(free / 2 / processes // max(item_bytes, 1)) - 1))
 
 
 @dataclass(frozen=True, slots=True)
