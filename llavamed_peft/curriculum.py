@@ -53,9 +53,9 @@ def curriculum_finetune(
         model: Hub id or folder of any LLaVA checkpoint (LLaVA, LLaVA-NeXT, ViP-LLaVA, LLaVA-OneVision).
         data: stage name → a LLaVA JSON file, several, or `Conversation` and `Question` values. Every stage has an entry.
         output_dir: holds `<stage>/` for each stage; beside them `metrics.jsonl`, `rejected.jsonl` (if rows were), `loss.png`,
-            `stages.md`, `index/` (the checked rows, found again by a later call with the same data; delete it where images were
-            mended), `logs/` (the trackers'), `run.json` (what decides the result) and, until the last stage is finished,
-            `checkpoints/` and `features/`.
+            `stages.md`, `index/` (the checked rows with their SHA-256, found again by a later call with the same data; delete it
+            where images were mended), `logs/` (the trackers'), `run.json` (what decides the result) and, until the last stage is
+            finished, `checkpoints/` and `features/`.
         image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data file's own.
         curriculum: what to train, how. Default: the paper's stages, the later two as LoRA.
         eval_data: as `data`; stages with an entry report the held-out loss before, during and after.

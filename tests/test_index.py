@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import tiny
 from PIL import Image
@@ -289,25 +288,40 @@ def test_a_kill_while_building_leaves_nothing_that_is_found(bases: dict[str, Pat
     assert [path.name for path in tmp_path.glob("index.*")] == ["index.partial"]
     built, rejected = build(data, collator_of(bases["llava"]), tmp_path)
     assert len(built) == 3 and len(rejected) == 4
-    assert [path.name for path in tmp_path.glob("index.*")] == ["index.arrow"]
+    assert {path.name for path in tmp_path.glob("index.*")} == {"index.arrow", "index.sha256"}
 
 
-@pytest.mark.parametrize("damage", ["cut", "without its end", "no arrow"])
+def flipped(whole: bytes, place: int) -> bytes:
+    return whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", ["a token", "a header", "cut", "no arrow", "not finished", "of another"])
 def test_a_damaged_index_is_built_anew(damage: str, bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
     collator = collator_of(bases["llava"])
-    build(data, collator, tmp_path)
-    path = tmp_path / "index.arrow"
-    if damage == "without its end":  # as a stream it is sound
-        with pa.ipc.open_stream(path.read_bytes()) as reader:
-            batch = reader.read_next_batch_with_custom_metadata()
-        with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, batch.batch.schema) as writer:
-            writer.write_batch(batch.batch, batch.custom_metadata)
-    else:
-        whole = path.read_bytes()
-        path.write_bytes(whole[: len(whole) * 2 // 3] if damage == "cut" else b"something else")
+    built, rejected = build(data, collator, tmp_path)
+    rows = built.rows.to_list()
+    path, digest = tmp_path / "index.arrow", tmp_path / "index.sha256"
+    whole = path.read_bytes()
+    token_ids = np.asarray(rows[1]["token_ids"], np.int32).tobytes()
+    damaged = {
+        "a token": flipped(whole, whole.index(token_ids) + 4),
+        "a header": flipped(whole, 4),
+        "cut": whole[: len(whole) * 2 // 3],
+        "no arrow": b"something else",
+    }
+    path.unlink()  # `built` is mapped from it
+    path.write_bytes(damaged.get(damage, whole))
+    if damage == "not finished":
+        digest.unlink()
+    elif damage == "of another":
+        digest.write_text("0" * 64)
     first = which(tmp_path)
-    found, rejected = build(data, collator, tmp_path)
-    assert which(tmp_path) != first and len(found) == 3 and len(rejected) == 4
+    with pytest.warns(UserWarning, match=r"index\.arrow: was damaged or not finished; its rows are checked again\."):
+        found, again = build(data, collator, tmp_path)
+    assert which(tmp_path) != first and found.rows.to_list() == rows and again == rejected and found.account() == built.account()
+    second = which(tmp_path)
+    build(data, collator, tmp_path)
+    assert which(tmp_path) == second
 
 
 def test_rows_are_counted_across_batches_and_shown_as_they_are_checked(
@@ -358,7 +372,7 @@ def test_a_run_begun_again_finds_its_indexes(
         curriculum_finetune(bases["llava"], curriculum=curriculum, max_rejected=0.9, **call)
     built = {path.name: path.stat().st_ino for path in (tmp_path / "run" / "index").iterdir()}
     rejected = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8")
-    assert set(built) == {"align-train.arrow", "vqa-train.arrow", "vqa-eval.arrow"}
+    assert set(built) == {f"{name}.{kind}" for name in ("align-train", "vqa-train", "vqa-eval") for kind in ("arrow", "sha256")}
     assert [json.loads(line)["row"] for line in rejected.splitlines()] == [2, 3, 5, 6], "of one file in three places, once"
 
     monkeypatch.setattr(Run, "stage", stage)

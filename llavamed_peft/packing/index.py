@@ -6,8 +6,9 @@ whose header is fine and whose pixels are not is found when it is decoded, while
 which gets smaller, and are counted as failed.
 
 The file holds what it was made from (a fingerprint of the data files, the processor and the limits) and what was rejected, so the
-next call with the same data takes it as it is. Image files are not part of that: one that changed, vanished or came back since
-is not noticed before it is decoded. Whoever mends images deletes the index.
+next call with the same data takes it as it is, as long as it has the SHA-256 that stands in a file beside it. Image files are not
+part of that: one that changed, vanished or came back since is not noticed before it is decoded. Whoever mends images deletes the
+index.
 
 Conversations are grouped for shuffling by the paths of their images, links resolved; what they begin with, by which steps are
 packed, is the same for images of equal content.
@@ -21,6 +22,7 @@ import hashlib
 import json
 import os
 import time
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +38,7 @@ from ..conversations import Conversation, Turn
 from ..datasets.rejects import Reject, RejectLog
 from ..datasets.sources import Source
 from ..errors import DataError
+from ..hashing import file_sha256
 from ..images import MAX_PIXELS, ContentNames, image_size
 from ..stages import Schedule
 from .collator import PackedCollator, check_length, token_sequence
@@ -214,10 +217,13 @@ def build_index(
 
     Raises:
         DataError: a file that cannot be read, too many rejected rows (the commonest reasons are named), or none left.
+
+    Warns:
+        UserWarning: the index that is there was damaged or not finished; the rows are checked again.
     """
     fingerprint = _fingerprint(sources, collator)
-    partial = path.with_suffix(".partial")
-    found = fingerprint is not None and _is_whole(path, fingerprint)
+    partial, digest = path.with_suffix(".partial"), path.with_suffix(".sha256")
+    found = fingerprint is not None and _is_whole(path, digest) and _is_of(path, fingerprint)
     if found:
         for note in _notes(path):
             for reject in note.get(_REJECTED, []):
@@ -230,11 +236,13 @@ def build_index(
         if any(count.rejected for count in index.files):
             advice = "Mend the data, or raise max_rejected." if len(index) else "Mend the data."
             fault += f" Each row is listed in {rejects.path.name}. {advice}"
-        path.unlink(missing_ok=True)  # what will be mended may be images, which the fingerprint does not know
-        partial.unlink(missing_ok=True)
+        for file in (path, partial, digest):  # what will be mended may be images, which the fingerprint does not know
+            file.unlink(missing_ok=True)
         raise DataError(fault)
     if not found:
+        written = file_sha256(partial)
         os.replace(partial, path)
+        digest.write_text(written, encoding="utf-8")  # last: who is killed before leaves an index that is not taken
         return Index.open(path)
     if show is not None:
         show(f"{path.stem}: {len(index):,} conversations, checked before ({path}; delete it if image files have changed)", True)
@@ -250,15 +258,24 @@ def _fingerprint(sources: Sequence[Source], collator: PackedCollator) -> str | N
     return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
 
 
-def _is_whole(path: Path, fingerprint: str) -> bool:
-    """Whether a finished index with this fingerprint lies there."""
-    try:
-        with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
-            if (reader.schema.metadata or {}).get(_FINGERPRINT) != fingerprint.encode():
-                return False
-        return any(_FILES in note for note in _notes(path))
-    except (OSError, pa.ArrowInvalid):
+def _is_whole(path: Path, digest: Path) -> bool:
+    """Whether an index lies there as it was written.
+
+    Warns:
+        UserWarning: it lies there otherwise.
+    """
+    if not path.is_file():
         return False
+    if digest.is_file() and digest.read_bytes() == file_sha256(path).encode():
+        return True
+    warnings.warn(f"{path}: was damaged or not finished; its rows are checked again.", stacklevel=3)
+    return False
+
+
+def _is_of(path: Path, fingerprint: str) -> bool:
+    """Whether a whole index has this fingerprint."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        return (reader.schema.metadata or {}).get(_FINGERPRINT) == fingerprint.encode()
 
 
 def _notes(path: Path) -> Iterator[dict[bytes, list[dict[str, object]]]]:
