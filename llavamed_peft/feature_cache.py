@@ -284,7 +284,7 @@ class FeatureCache:
         """Decide in one process, which shows it, for all; the second time only where nothing came of it."""
         answer = [False]
         if self.trainer.is_world_process_zero():
-            stored = sum(file.stat().st_size for file in self.root.rglob("*.safetensors"))
+            stored = sum(file.stat().st_size for file in self.root.rglob("*.safetensors") if file.is_file())
             free = shutil.disk_usage(self.root.parent).free
             forecast = Forecast(images, uncomputed, round(passes), stored, missing, free)
             answer[0], line = decide(forecast, asked, self.trainer.stage.name, self.root)

@@ -473,6 +473,7 @@ def test_a_damaged_file_is_dropped_and_its_images_come_out_as_before(
         (one, whole[:-100], r"cannot be read \(.*"),
         (one, whole[:-1] + bytes([whole[-1] ^ 1]), "has another content than was written"),
         (one, b"", r"cannot be read \(.*"),
+        (one, (first.folder / other).read_bytes(), "has another content than was written"),
     ):
         (first.folder / name).unlink()
         (first.folder / name).write_bytes(damaged)
@@ -498,6 +499,21 @@ def test_a_damaged_file_is_dropped_and_its_images_come_out_as_before(
         path.unlink()
     with pytest.raises(TrainingError, match=r"safetensors: cannot be read any more .* Make the same call again"):
         made.collator.inputs(conversations(images))
+
+
+def test_what_is_no_file_is_replaced_or_refused(bases: dict[str, Path], images: list[str], tmp_path: Path) -> None:
+    made = trainer(bases["llava"], conversations(images), tmp_path / "run")
+    folder = stored(made, tmp_path).folder
+    for path in sorted(folder.iterdir()):
+        path.unlink()
+        path.symlink_to("nowhere")
+    assert len(stored(made, tmp_path)) == 6 and not any(path.is_symlink() for path in folder.iterdir())
+    for path in sorted(folder.iterdir()):
+        path.unlink()
+        path.mkdir()
+        with pytest.raises(TrainingError, match=r"cannot be written \(.*Is a directory.*Make room or mend the folder"):
+            stored(made, tmp_path)
+        path.rmdir()
 
 
 def test_a_later_stage_adds_what_is_new_and_changes_nothing(

@@ -5,7 +5,7 @@ their files. A plan (`plan-*.json`) says which images stand together in which fi
 written before the first of its files and never changed, and an image stands in one file only. A file's images pass the tower
 together, cut into batches the same way each time, so an image's features are the same bits whenever they are computed, by
 whatever process, and whatever was there before. A file is written under another name, flushed and renamed, and holds the SHA-256
-of its content: one that is damaged is removed and computed again.
+of its name and content: one that is damaged, or another one, is removed and computed again.
 
 Left out: whether it pays, and which tower it is (`feature_cache.py`).
 """
@@ -34,7 +34,7 @@ from ..images import content_key, load_image
 from .encoding import Encoder, Size
 from .workers import WorkerNotes
 
-FORMAT = 2  # goes up with every change of what a file holds or of how its images are computed
+FORMAT = 3  # goes up with every change of what a file holds or of how its images are computed
 IMAGES_PER_FILE = 32  # 38 MB of a tower of 336 pixels in 16 bits; what a kill or a damaged byte costs at most
 _BYTES_PER_FILE = 256_000_000  # of images with many tiles fewer stand in a file
 _TILES_PER_BATCH = 32  # that pass the tower at once; an image's stay together
@@ -82,7 +82,7 @@ def read_plans(folder: Path) -> Plans:
     for path in sorted(folder.glob("plan-*.json")):
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
-        except FileNotFoundError:  # another process found it damaged
+        except (FileNotFoundError, IsADirectoryError):  # another process found it damaged; writing it says that a folder is there
             continue
         if path.name == _plan_name(text):
             files = {name: tuple(Planned(*image) for image in images) for name, images in json.loads(text).items()}
@@ -141,10 +141,12 @@ def is_whole(path: Path) -> bool:
     Warns:
         UserWarning: it was damaged.
     """
+    if path.is_dir():  # writing it will say so
+        return False
     try:
         with safe_open(path, framework="pt") as file:
             written = (file.metadata() or {}).get(_SHA256)
-            if written == _content((name, file.get_tensor(name)) for name in sorted(file.keys())):
+            if written == _content(path.name, ((name, file.get_tensor(name)) for name in sorted(file.keys()))):
                 return True
         damage = "has another content than was written"
     except FileNotFoundError:
@@ -156,8 +158,8 @@ def is_whole(path: Path) -> bool:
     return False
 
 
-def _content(tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    digest = hashlib.sha256()
+def _content(file: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    digest = hashlib.sha256(f"{file}\n".encode())
     for name, tensor in tensors:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.view(torch.uint8).numpy())
@@ -192,7 +194,7 @@ def fill(path: Path, images: Sequence[Planned], pixels: Iterator[torch.Tensor | 
                 look()
             batch[image.key] = tiles
     look()
-    metadata = {_SHA256: _content(sorted(features.items()))}
+    metadata = {_SHA256: _content(path.name, sorted(features.items()))}
     _write(path, lambda partial: save_file(features, partial, metadata))
     return len(features)
 
