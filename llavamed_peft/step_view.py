@@ -22,7 +22,7 @@ from .packing.encoding import IGNORED
 from .packing.index import Index
 from .packing.masks import dense_mask
 from .packing.rows import Row, lay_row, lay_rows
-from .packing.steps import StepSampler
+from .packing.steps import StepSampler, share_of_step
 from .packing.tree import Forest, TokenSequence, build_forest
 
 IMAGE, SHARED, OWN, SUPERVISED, NOTHING = range(5)
@@ -42,7 +42,7 @@ class PackedStep:
         rows: one device batch each.
         kinds: of each row, [tokens] integers: `IMAGE`, `SHARED`, `OWN` or `SUPERVISED`.
         useful: positions that no layout could do without.
-        padded: positions that a row for each conversation would take, padded to the longest.
+        padded: positions that the padded layout's device batches would take under the same bound.
     """
 
     title: str
@@ -63,13 +63,16 @@ def first_step(title: str, index: Index, collator: PackedCollator, sampler: Step
     Raises:
         DataError: an image's file is gone.
     """
-    (share,) = sampler.shares(next(sampler.steps()))
+    step = next(sampler.steps())
+    (share,) = sampler.shares(step)
     batches = [[_sequence(index, collator, row) for row in batch] for batch in share]
     rows = [row for batch in batches for row in lay_rows(batch, collator.max_row_tokens)]
     kinds = [_kinds(row, collator.encoder.processor.image_token_id) for row in rows]
     every = [sequence for batch in batches for sequence in batch]
     useful = len(lay_row(build_forest(every), every))
-    return PackedStep(title, rows, kinds, useful, len(every) * max(map(len, every)))
+    (padded,) = share_of_step(step, sampler.lengths, sampler.max_row_tokens, world_size=1)
+    positions = sum(len(batch) * int(sampler.lengths[list(batch)].max()) for batch in padded)
+    return PackedStep(title, rows, kinds, useful, positions)
 
 
 def describe_step(step: PackedStep, width: int) -> Iterator[str]:

@@ -20,6 +20,7 @@ from llavamed_peft.lineage import show
 from llavamed_peft.modeling.load import read_config
 from llavamed_peft.modeling.processor import load_processor, make_stage_processor
 from llavamed_peft.packing.collator import PackedCollator
+from llavamed_peft.packing.steps import share_of_step
 from llavamed_peft.terminal import histogram
 
 SHORT = Schedule(epochs=1.5, learning_rate=1e-3, global_batch=2, max_length=64)
@@ -278,12 +279,17 @@ def test_packing_shows_what_the_first_step_would_be(place, tmp_path):
     text = " ".join(line.strip() for line in shown)
     processor = make_stage_processor(load_processor(base, read_config(base)), curriculum.image_aspect_ratio)
     conversations = list(llava_json.read(tmp_path / "asked.json", place))
-    once, padded = (PackedCollator(processor, layout=layout)(conversations)["input_ids"] for layout in ("packed", "padded"))
+    once = PackedCollator(processor)(conversations)["input_ids"]
+    alone = PackedCollator(processor, layout="padded")
+    lengths = alone(conversations)["attention_mask"].sum(1)
+    (share,) = share_of_step(range(9), lengths, 100, world_size=1)
+    padded = sum(alone([conversations[i] for i in batch])["input_ids"].numel() for batch in share)
+    assert len(share) > 1 and padded < lengths.max() * 9
     found = re.search(r"9 conversations in (\d+) row\(s\), (\d+) tokens, ([\d.]+)% of them useful; padded ([\d.]+) times", text)
     rows, tokens, useful, times = map(float, found.groups())
     assert rows > 1 and once.numel() < tokens <= 100 * rows
     assert useful == pytest.approx(100 * once.numel() / tokens, abs=0.06)
-    assert times == pytest.approx(padded.numel() / tokens, abs=0.06)
+    assert times == pytest.approx(padded / tokens, abs=0.06)
     assert text.count("tokens shared by 4") == 2, "four questions about each image"
     assert Image.open(picture).format == "PNG" and Image.open(picture).width > 1000
     with pytest.raises(ConfigError, match=r"no/step\.png: cannot be written"):
