@@ -30,7 +30,7 @@ from .modeling.processor import load_processor, make_stage_processor
 from .packing.collator import PackedCollator
 from .packing.encoding import IGNORED
 from .packing.index import Index, build_index, fault_of_share
-from .packing.masks import MAX_ROW_TOKENS
+from .packing.masks import MAX_ROW_TOKENS, check_window
 from .packing.steps import StepSampler, steps_in_all, why_nothing_is_learnt
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Scope, Stage
 from .step_view import describe_step, draw_steps, first_step
@@ -88,14 +88,20 @@ def inspect(
         Lines, as they are found out. What cannot be opened at all raises before the first.
 
     Raises:
-        ConfigError: `data` or `image_folder` has a key that is no stage of the curriculum; the picture is no PNG file.
+        ConfigError: `data` or `image_folder` has a key that is no stage of the curriculum; the picture is no PNG file, has no
+            folder to stand in, or nothing to show.
         CheckpointError: the configuration or the processor cannot be used.
         DataError: a file that is missing, or broken as a whole.
     """
     curriculum.check_keys("data", data)
     curriculum.check_keys("image_folder", image_folder if isinstance(image_folder, Mapping) else ())
-    if isinstance(packing, Path) and packing.suffix.lower() != ".png":
-        raise ConfigError(f"The picture of the packed steps is to be {packing}; wanted a name that ends in .png.")
+    if isinstance(packing, Path):
+        if packing.suffix.lower() != ".png":
+            raise ConfigError(f"The picture of the packed steps is to be {str(packing)!r}; wanted a name that ends in .png.")
+        if not packing.parent.is_dir():
+            raise ConfigError(
+                f"The picture of the packed steps is to be {packing}; {packing.parent} is no folder. Make it first."
+            )
     max_row_tokens = max_row_tokens or MAX_ROW_TOKENS["cuda"]
     config = read_config(base)
     processor = make_stage_processor(load_processor(base, config), curriculum.image_aspect_ratio)
@@ -122,7 +128,7 @@ def inspect(
         if packing:
             yield f"\npacking, in rows of at most {max_row_tokens:,} tokens"
             picture = packing if isinstance(packing, Path) else None
-            yield from indented(2, _packing(curriculum, indexes, processor, max_row_tokens, picture, width - 2))
+            yield from indented(2, _packing(curriculum, indexes, config, processor, max_row_tokens, picture, width - 2))
 
 
 def files_by_stage(words: Iterable[str], curriculum: Curriculum) -> dict[str, list[str]]:
@@ -360,6 +366,7 @@ def _steps(curriculum: Curriculum, indexes: Mapping[str, Index]) -> Iterator[str
 def _packing(
     curriculum: Curriculum,
     indexes: Mapping[str, Index],
+    config: PreTrainedConfig,
     processor: ProcessorMixin,
     max_row_tokens: int,
     picture: Path | None,
@@ -368,19 +375,28 @@ def _packing(
     drawn = []
     for stage in curriculum.stages:
         index = indexes.get(stage.name)
-        if index is not None and len(index):
-            collator = PackedCollator(processor, stage.schedule.max_length, max_row_tokens)
-            sampler = index.sampler(collator, stage.schedule, curriculum.seed)
-            drawn.append(first_step(f"{stage.name}, the first step", index, collator, sampler))
-            for line in describe_step(drawn[-1], width):
-                blanks = len(line) - len(line.lstrip())
-                yield from wrapped(line.strip(), width, " " * blanks, " " * (blanks + 2))
-    if picture is not None and drawn:
+        if index is None or not len(index):
+            continue
         try:
-            draw_steps(drawn, picture)
-        except OSError as error:
-            raise ConfigError(f"{picture}: cannot be written ({error}); wanted a PNG file's name.") from error
-        yield f"drawn: {picture}"
+            check_window(config, int(index.column("length").max()))
+        except ConfigError as error:
+            yield from wrapped(f"{stage.name}: training would refuse this: {error}", width, "", "  ")
+            continue
+        collator = PackedCollator(processor, stage.schedule.max_length, max_row_tokens)
+        sampler = index.sampler(collator, stage.schedule, curriculum.seed)
+        drawn.append(first_step(f"{stage.name}, the first step", index, collator, sampler))
+        for line in describe_step(drawn[-1], width):
+            blanks = len(line) - len(line.lstrip())
+            yield from wrapped(line.strip(), width, " " * blanks, " " * (blanks + 2))
+    if picture is None:
+        return
+    if not drawn:
+        raise ConfigError(f"{picture}: not drawn, since no stage has conversations that could be packed.")
+    try:
+        draw_steps(drawn, picture)
+    except OSError as error:
+        raise ConfigError(f"{picture}: cannot be written ({error}); choose another place for the picture.") from error
+    yield f"drawn: {picture}"
 
 
 def _dtype_name(dtype: torch.dtype) -> str:

@@ -212,6 +212,14 @@ REFUSED = {
         "{data}.yaml: cannot be read ([Errno 2] No such file or directory",
     ),
     "not a curriculum": (["inspect", BASE, "{data}", "--curriculum", IMAGE], "{image}: cannot be read ("),
+    "no name for a picture": (
+        ["inspect", BASE, "{data}", "--packing", ""],
+        "The picture of the packed steps is to be '.'; wanted a name that ends in .png.",
+    ),
+    "no folder for a picture": (
+        ["inspect", BASE, "{data}", "--packing", "{base}/no/step.png"],
+        "The picture of the packed steps is to be {base}/no/step.png; {base}/no is no folder. Make it first.",
+    ),
     "nothing to show": (["show", BASE], "{base}: has no stage.json; wanted a folder that a finished stage left."),
     "no such stage to show": (["show", "{adapter}-nope"], "{adapter}-nope: neither a folder nor a Hub repository"),
     "nothing to merge": (["merge", BASE, BASE, "{base}-merged"], "{base}: has no stage.json; wanted a folder that a finished"),

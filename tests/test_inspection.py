@@ -292,8 +292,37 @@ def test_packing_shows_what_the_first_step_would_be(place, tmp_path):
     assert times == pytest.approx(padded / tokens, abs=0.06)
     assert text.count("tokens shared by 4") == 2, "four questions about each image"
     assert Image.open(picture).format == "PNG" and Image.open(picture).width > 1000
-    with pytest.raises(ConfigError, match=r"no/step\.png: cannot be written"):
-        list(inspect(base, data, place, curriculum, packing=tmp_path / "no" / "step.png"))
+    picture.unlink()
+    picture.mkdir()
+    with pytest.raises(ConfigError, match=r"step\.png: cannot be written \(.*\); choose another place for the picture\."):
+        list(inspect(base, data, place, curriculum, packing=picture))
+
+
+def test_a_picture_that_cannot_be_is_refused(place, tmp_path):
+    for picture, told in (
+        (tmp_path / "no" / "step.png", rf"is to be {tmp_path}/no/step\.png; {tmp_path}/no is no folder\. Make it first\."),
+        (Path("step.pdf"), r"is to be 'step\.pdf'; wanted a name that ends in \.png\."),
+    ):
+        with pytest.raises(ConfigError, match=told):
+            next(inspect(place / "tiny-llava", {"align": [place / "train.json"]}, packing=picture))
+    (tmp_path / "bad.json").write_text(json.dumps([ROWS[1]]), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"step\.png: not drawn, since no stage has conversations that could be packed\."):
+        said(place, {"align": [tmp_path / "bad.json"]}, packing=tmp_path / "step.png")
+    assert not (tmp_path / "step.png").exists()
+
+
+def test_packing_says_where_training_would_refuse_a_sliding_window(place, tmp_path):
+    base = build(tmp_path / "tiny-llava_next", "llava_next", "mistral")
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config["text_config"]["sliding_window"] = 40
+    (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (tmp_path / "short.json").write_text(json.dumps([ROWS[3]]), encoding="utf-8")
+    curriculum = Curriculum((Stage("long", "projector", replace(SHORT, max_length=256)), Stage("short", "projector", SHORT)))
+    data = {"long": [place / "train.json"], "short": [tmp_path / "short.json"]}
+    shown = list(inspect(base, data, curriculum=curriculum, packing=True, width=1000))
+    shown = shown[shown.index("\npacking, in rows of at most 8,192 tokens") + 1 :]
+    assert re.match(r"  long: training would refuse this: The language model's sliding_window is 40, the longest con", shown[0])
+    assert shown[1].startswith("  short, the first step: 1 conversations in 1 row(s)")
 
 
 def test_files_by_stage(tmp_path, monkeypatch):
