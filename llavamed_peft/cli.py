@@ -44,6 +44,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.data += words  # argparse takes BASE and DATA in one go, before an option that stands between them
     elif behind:
         parser.error(f"unrecognized arguments: {' '.join(behind)}")
+    if not os.path.exists("/dev/nvidia0"):  # where DeepSpeed, once installed, says on stdout that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # The libraries' notes to programmers would only hide the answer or the error.
     warnings.simplefilter("ignore", FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
