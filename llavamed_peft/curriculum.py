@@ -109,7 +109,7 @@ def curriculum_finetune(
     """
     eval_data = {} if eval_data is None else eval_data
     check_names(curriculum, data, eval_data, image_folder)
-    check_files(Path(output_dir), [*data.values(), *eval_data.values()], OWN_NAMES)
+    check_files(output_dir, [*data.values(), *eval_data.values()], OWN_NAMES)
     if not isinstance(max_rejected, (int, float)) or not 0 <= max_rejected <= 1:
         raise ConfigError(f"max_rejected is {max_rejected!r}; wanted a share between 0 and 1.")
     parent = start_from if isinstance(start_from, StageAdapter) or start_from is None else StageAdapter.load(start_from)

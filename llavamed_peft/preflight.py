@@ -57,12 +57,14 @@ def check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Map
         )
 
 
-def check_files(output_dir: Path, data: Sequence[Data], own_names: Collection[str]) -> None:
-    """No data file may stand where the run writes its own."""
+def check_files(output_dir: str | Path, data: Sequence[Data], own_names: Collection[str]) -> None:
+    """A folder to write to is named, and no data file may stand where the run writes its own."""
+    if not isinstance(output_dir, (str, os.PathLike)) or output_dir == "":
+        raise ConfigError(f"output_dir is {output_dir!r}; wanted a folder to write to ('.' is the current one).")
     several = [[given] if isinstance(given, (str, Path)) else given for given in data]
     files = [file for given in several if isinstance(given, (list, tuple)) for file in given if isinstance(file, (str, Path))]
     for file in map(Path, files):
-        if file.name in own_names and file.parent.resolve() == output_dir.resolve():
+        if file.name in own_names and file.parent.resolve() == Path(output_dir).resolve():
             raise ConfigError(f"data names {file}, which the run writes itself; wanted the data outside output_dir.")
 
 

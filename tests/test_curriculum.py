@@ -497,6 +497,8 @@ class TestRefusals:
             ({"report_to": "nonsense"}, ConfigError, "report_to names 'nonsense'; installed here: none"),
             ({"save_steps": 0}, ConfigError, "save_steps is 0; wanted None or a whole number of at least 1."),
             ({"gradient_checkpointing": "False"}, ConfigError, "gradient_checkpointing is 'False'; wanted None, True or False."),
+            ({"output_dir": ""}, ConfigError, "output_dir is ''; wanted a folder to write to ('.' is the current one)."),
+            ({"output_dir": None}, ConfigError, "output_dir is None; wanted a folder to write to"),
             ({"workers": -1}, ConfigError, "workers is -1; wanted None or a whole number of at least 0."),
             ({"start_from": "/nowhere"}, AdapterError, "/nowhere: neither a folder nor a Hub repository that can be reached."),
         ],
