@@ -24,13 +24,14 @@ python recipes/vqa.py \\
     --quantization nf4 \\
     --output_dir runs/vqa-rad-mevf
 
-Questions as LLaVA JSON train too. They do not say which are open and which closed, so only the held-out loss is measured:
+Questions as LLaVA JSON train too. They do not say which are open and which closed, so only the held-out loss is measured. SLAKE's
+own files are not read; the ones below were made of them:
 
 python recipes/vqa.py \\
     --model llava-hf/llava-1.5-7b-hf \\
     --dataset llava \\
-    --data slake/train.json \\
-    --eval_data slake/test.json \\
+    --data slake/llava_train.json \\
+    --eval_data slake/llava_test.json \\
     --image_folder slake/images/ \\
     --output_dir runs/slake
 

@@ -81,7 +81,7 @@ def build(folder, bases, align_rows=4):
         write(folder / name, rows(4))
     for name in ("instruct_60k.json", "instruct_heldout.json"):
         write(folder / name, rows(4, turns=2))
-    for name in ("slake/train.json", "slake/test.json"):
+    for name in ("slake/llava_train.json", "slake/llava_test.json"):
         write(folder / name, rows(4))
     original = {"qid_linked_id": "03f4"}
     both = vqa_rad_rows(TRAIN_ROWS, **original) + vqa_rad_rows(HELD_OUT_ROWS, phrase_type="test_freeform", **original)

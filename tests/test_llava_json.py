@@ -119,6 +119,12 @@ BAD = {
     "not an object": (["x"], "malformed row", "the row is a list; wanted an object with 'conversations'."),
     "null": (None, "malformed row", "the row is null; wanted an object with 'conversations'."),
     "no turns key": (row(conversations=...), "malformed row", "the row has no 'conversations'; wanted a list of turns."),
+    "a question of another format": (
+        row(conversations=..., question="what?", answer="yes"),
+        "malformed row",
+        "the row has no 'conversations'; wanted a list of turns. VQA-RAD's own files, and no other set's, are read by "
+        "recipes/vqa.py --dataset vqa_rad.",
+    ),
     "turns as text": (row(conversations="hi"), "malformed row", "'conversations' is a string; wanted a list of turns."),
     "turns empty": (row(conversations=[]), "malformed row", "'conversations' is an empty list; wanted a list of turns."),
     "turn as text": (row(conversations=["hi"]), "malformed row", "turn 1 is a string; wanted an object with 'from' and 'value'."),

@@ -63,8 +63,9 @@ def _turns(row: Any) -> tuple[Turn, ...]:
         raise BadRow("malformed row", f"the row is {json_kind(row)}; wanted an object with 'conversations'.")
     key = next((key for key in _TURN_KEYS if key in row), None)
     if key is None:
-        vqa_rad = " VQA-RAD's own files are read by recipes/vqa.py." if {"question", "answer"} <= row.keys() else ""
-        raise BadRow("malformed row", f"the row has no 'conversations'; wanted a list of turns.{vqa_rad}")
+        a_question = {"question", "answer"} <= row.keys()
+        hint = " VQA-RAD's own files, and no other set's, are read by recipes/vqa.py --dataset vqa_rad." if a_question else ""
+        raise BadRow("malformed row", f"the row has no 'conversations'; wanted a list of turns.{hint}")
     said = row[key]
     if not isinstance(said, list) or not said:
         came = "an empty list" if said == [] else json_kind(said)
