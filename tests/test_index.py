@@ -267,6 +267,25 @@ def test_mended_images_are_seen_after_a_refusal(bases: dict[str, Path], data: Pa
     assert len(found) == 4 and [reject["row"] for reject in rejected] == [2, 5, 6]
 
 
+def test_data_refused_for_their_length_are_told_what_the_longest_needs(
+    bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    rows = [row(1, "missing.png", "<image>\nwhat?", "yes")]
+    rows += [row(number, "a.png", "<image>\nwhat?", "a heart " * number) for number in range(1, 4)]
+    data.write_text(json.dumps(rows), encoding="utf-8")
+    whole, _ = build(data, collator_of(bases["llava"]), tmp_path)
+    shortest, _, needed = whole.column("length").tolist()
+    told = f"Mend the data, or give max_length={needed}, which the longest row needs"
+    with pytest.raises(DataError, match=rf"{told}\."):
+        build(data, collator_of(bases["llava"], max_length=shortest - 1), tmp_path)
+    build(data, collator_of(bases["llava"], max_length=shortest), tmp_path)
+    for _ in ("index found", "index built"):
+        with pytest.raises(DataError, match=rf"{told}, or raise max_rejected\."):
+            build(data, collator_of(bases["llava"], max_length=shortest), tmp_path, max_rejected=0.5)
+    with pytest.raises(DataError, match=r"Mend the data, or raise max_rejected\."):
+        build(data, collator_of(bases["llava"], max_length=needed - 1), tmp_path, max_rejected=0.1)
+
+
 def killed_in_the_middle(base: Path, data: Path, folder: Path) -> None:
     (source,) = open_sources(data, None, "data")
 

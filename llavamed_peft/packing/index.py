@@ -64,6 +64,7 @@ SCHEMA = pa.schema(
     ]
 )
 _FINGERPRINT, _REJECTED, _FILES = b"fingerprint", b"rejected", b"files"  # keys of what stands in the file beside the rows
+_TOO_LONG = "longer than max_length"  # a reason, whose detail ends in what it would need (`check_length`)
 _ROWS_PER_BATCH = 1000
 _FILES_KNOWN = 10_000  # images and folders that need not be looked at again
 _ROWS_LOOKED_AT = 200  # to estimate how many tiles conversations have
@@ -234,8 +235,10 @@ def build_index(
     index = Index.open(path if found else partial)
     if max_rejected is not None and (fault := fault_of_share(index.files, max_rejected)):
         if any(count.rejected for count in index.files):
-            advice = "Mend the data, or raise max_rejected." if len(index) else "Mend the data."
-            fault += f" Each row is listed in {rejects.path.name}. {advice}"
+            needed = _needed_length(path if found else partial)
+            longer = f", or give max_length={needed}, which the longest row needs" if needed else ""
+            lenient = ", or raise max_rejected" if len(index) else ""
+            fault += f" Each row is listed in {rejects.path.name}. Mend the data{longer}{lenient}."
         for file in (path, partial, digest):  # what will be mended may be images, which the fingerprint does not know
             file.unlink(missing_ok=True)
         raise DataError(fault)
@@ -287,6 +290,16 @@ def _notes(path: Path) -> Iterator[dict[bytes, list[dict[str, object]]]]:
             except StopIteration:
                 return
             yield {key: json.loads(value) for key, value in (found or {}).items()}
+
+
+def _needed_length(path: Path) -> int:
+    """The `max_length` with which no row would be too long; 0 where most rejected rows were rejected for something else."""
+    rejected, lengths = 0, [0]
+    for reject in (reject for note in _notes(path) for reject in note.get(_REJECTED, [])):
+        rejected += 1
+        if reject["reason"] == _TOO_LONG:
+            lengths.append(int(str(reject["detail"]).rpartition("max_length=")[2].rstrip(".")))
+    return max(lengths) if 2 * (len(lengths) - 1) > rejected else 0
 
 
 def _write_index(
@@ -375,7 +388,7 @@ def _check(
         whole = Tokenized(conversation.id, conversation.images, conversation.source, tokens)
         counts = collator.encoder.count_image_tokens(sizes)
         encoded = collator.encoder.encode(whole, counts)
-        reason = "longer than max_length" if len(encoded.input_ids) > collator.max_length else "no supervised token"
+        reason = _TOO_LONG if len(encoded.input_ids) > collator.max_length else "no supervised token"
         check_length(whole, encoded, collator.max_length)
     except DataError as error:
         return Reject(path, row_number(conversation.source), conversation.id, reason, str(error))
