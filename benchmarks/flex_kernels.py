@@ -89,9 +89,15 @@ def compiled(gpu_name: str, dtype_name: str, width: str) -> dict[str, Any]:
 
 def log_entry(result: dict[str, Any]) -> str:
     """The result as a section of `LOG.md`."""
-    table = []
+    from llavamed_peft.packing.masks import WIDEST_HEAD
+
+    widest = {str(dtype).removeprefix("torch."): width for dtype, width in WIDEST_HEAD.items()}
+    at_most = " and ".join(f"{width} in {dtype}" for dtype, width in widest.items())
+    table, misfits = [], []
     for row in result["rows"]:
         dtype, width = row["head"].split(":")
+        if int(width) <= widest[dtype] and not all(row[name]["fits"] for name in PASSES):
+            misfits.append(f"{row['gpu']} {row['head']}")
         cells = [
             f"{'' if row[name]['fits'] else '**does not fit**: '}{row[name]['shared_kb']:.0f} KB, {row[name]['spilled']:,} bytes"
             for name in PASSES
@@ -105,6 +111,8 @@ def log_entry(result: dict[str, Any]) -> str:
             f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
             f"- Command: `{result['command']}`",
             "- What: shared memory of a block, bytes spilled behind a thread's registers",
+            f"- Expected: heads of at most {at_most} fit, which `packing/masks.py` gives FlexAttention",
+            f"- Result: {'as expected' if not misfits else 'not as expected: ' + ', '.join(misfits)}",
             "",
             "| GPU | dtype | width of a head | forward | backward |",
             "|---|---|---|---|---|",

@@ -146,7 +146,7 @@ def test_what_is_given_for_no_stage_is_refused_as_in_training(place):
 
 def test_only_a_png_is_drawn_over(place):
     before = (place / "train.json").read_bytes()
-    with pytest.raises(ConfigError, match=r"is to be .*train\.json; wanted a name that ends in \.png\."):
+    with pytest.raises(ConfigError, match=r"is to be '.*train\.json'; wanted a name that ends in \.png\."):
         said(place, packing=place / "train.json")
     assert (place / "train.json").read_bytes() == before
 

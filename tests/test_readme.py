@@ -74,12 +74,14 @@ def test_the_two_commands_are_targets_and_what_ci_runs() -> None:
 
 def test_snippets_and_recipe_command_run(workplace: Path) -> None:
     """In the README's order, with the small curriculum in the place of the paper's."""
-    whole, stock, yaml = blocks("python")
+    whole, stock, yaml, packed = blocks("python")
     assert 'quantization="nf4"' in whole
     script = re.sub(r"import LLAVA_MED, ", "import ", whole)
     run([sys.executable, "-c", SMALL + script + "\nassert list(adapters) == ['align', 'instruct', 'vqa']"], workplace)
     run([sys.executable, "-c", stock + "\nassert model.active_adapter == 'vqa'"], workplace)
     run([sys.executable, "-c", yaml.replace("from llavamed_peft import LLAVA_MED\n", SMALL)], workplace)
+    alone = "one = PackedCollator(processor)([questions[0].conversation()])['input_ids'].shape[1]"
+    run([sys.executable, "-c", f"{packed}\n{alone}\nassert one < batch['input_ids'].shape[1] < 2 * one and loss > 0"], workplace)
     (command,) = [block for block in blocks("bash") if "recipes/curriculum.py" in block]
     words = shlex.split(command.replace("\\\n", " ").replace("runs/llava-med", "runs/again"))
     assert words[0] == ".venv/bin/python"

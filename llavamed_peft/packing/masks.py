@@ -28,7 +28,7 @@ RECOMPILE_LIMIT = 64
 _NARROWEST_HEAD = 16  # that FlexAttention's kernels take
 # By the dtype that attention is computed in; wider ones need more shared memory than common cards have, of whose 99 KB 97 are
 # taken in bfloat16 at 128 (benchmarks/LOG.md, "flex_kernels").
-_WIDEST_HEAD = {torch.bfloat16: 128, torch.float32: 64}
+WIDEST_HEAD = {torch.bfloat16: 128, torch.float32: 64}
 # Left to choose, torch takes a kernel for decoding where a row is shorter than 128 tokens, which then does not compile for
 # grouped heads such as Mistral's.
 _KERNEL_OPTIONS = {"BACKEND": "TRITON"}
@@ -216,7 +216,7 @@ def _why_not_flex(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
         return "Triton is not installed, or does not know this GPU"
     if width < _NARROWEST_HEAD:
         return f"the language model's heads are {width} wide, and its kernels need {_NARROWEST_HEAD}"
-    if width > _WIDEST_HEAD.get(dtype, 0):
+    if width > WIDEST_HEAD.get(dtype, 0):
         name = str(dtype).removeprefix("torch.")
         return f"the language model's heads are {width} wide, too wide for its kernels in {name}"
     if getattr(text, "attention_dropout", 0):
