@@ -53,8 +53,6 @@ print(json.dumps([shape, sorted({kernel.name.rstrip("_0123456789") for kernel in
     [
         ("llava", "full", 3, 4096, [1, 88]),  # shorter than a block, with grouped heads
         ("llava", "lora", 3, 60, [2, 57]),  # padding behind the shorter row, activations computed again
-        ("vipllava", "full", 1, 4096, [1, 37]),
-        ("llava_next", "full", 1, 4096, [1, 108]),
         ("llava_onevision", "full", 2, 4096, [1, 144]),  # two blocks
     ],
 )
