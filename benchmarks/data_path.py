@@ -179,7 +179,7 @@ def index_of(folder: Path, layout: str = "packed") -> tuple[Any, Any]:
     from llavamed_peft.modeling.load import read_config
     from llavamed_peft.modeling.processor import load_processor, make_stage_processor
     from llavamed_peft.packing.collator import PackedCollator
-    from llavamed_peft.packing.index import build_index
+    from llavamed_peft.packing.indexing import build_index
     from llavamed_peft.report import RunLog
 
     processor = make_stage_processor(load_processor(folder / "base", read_config(folder / "base")), "pad")

@@ -29,7 +29,8 @@ from .modeling.parts import adapter_config, attach, own_name, set_dtypes, unfree
 from .modeling.processor import load_processor, make_stage_processor
 from .packing.collator import PackedCollator
 from .packing.encoding import IGNORED
-from .packing.index import Index, build_index, fault_of_share
+from .packing.index import Index
+from .packing.indexing import build_index, fault_of_share
 from .packing.masks import MAX_ROW_TOKENS, check_window
 from .packing.steps import StepSampler, steps_in_all, why_nothing_is_learnt
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Scope, Stage

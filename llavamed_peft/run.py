@@ -47,7 +47,8 @@ from .gpu_memory import enough_for_model
 from .modeling.load import Quantization, load_checkpoint, read_config
 from .modeling.parts import adapter_config, attach, bare, load_tensors, set_dtypes, unfreeze_full
 from .packing.collator import PackedCollator
-from .packing.index import Index, build_index, failed_in
+from .packing.index import Index, failed_in
+from .packing.indexing import build_index
 from .preflight import carried_lora
 from .report import CURVE, METRICS, TABLE, RunLog, draw_losses, read_metrics, stage_table
 from .run_folder import LOCK, RUN, check_same_run, disk_faults, locked, remove_partial, write_run

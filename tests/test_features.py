@@ -50,7 +50,7 @@ from llavamed_peft.modeling.parts import (  # noqa: E402
 from llavamed_peft.packing import PackedCollator, features  # noqa: E402
 from llavamed_peft.packing.batches import DeviceBatches  # noqa: E402
 from llavamed_peft.packing.features import Features, read_plans  # noqa: E402
-from llavamed_peft.packing.index import build_index  # noqa: E402
+from llavamed_peft.packing.indexing import build_index  # noqa: E402
 from llavamed_peft.report import RunLog  # noqa: E402
 from llavamed_peft.trainer import StageTrainer  # noqa: E402
 

@@ -34,7 +34,8 @@ from llavamed_peft.modeling.parts import (
 )
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.batches import DeviceBatches, DeviceInputs
-from llavamed_peft.packing.index import Index, build_index
+from llavamed_peft.packing.index import Index
+from llavamed_peft.packing.indexing import build_index
 from llavamed_peft.packing.masks import DENSE_FILL
 from llavamed_peft.trainer import StageTrainer
 

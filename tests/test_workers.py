@@ -25,7 +25,7 @@ from llavamed_peft.modeling.load import read_config
 from llavamed_peft.modeling.processor import load_processor, make_stage_processor
 from llavamed_peft.packing import PackedCollator, collator, features
 from llavamed_peft.packing.batches import DeviceBatches, DeviceInputs
-from llavamed_peft.packing.index import build_index
+from llavamed_peft.packing.indexing import build_index
 from llavamed_peft.packing.steps import StepSampler
 from llavamed_peft.packing.workers import WorkerNotes, workers_with_room
 from llavamed_peft.preflight import _decoders
@@ -202,7 +202,7 @@ def test_a_step_slower_than_the_limit_of_one_image_is_waited_for(
         return step(self, *arguments)
 
     def slow(path: str) -> Image.Image:
-        time.sleep(1)
+        time.sleep(1.6)
         return load_image(path)
 
     if goes_on:
@@ -210,7 +210,7 @@ def test_a_step_slower_than_the_limit_of_one_image_is_waited_for(
             patch.setattr(trainer.StageTrainer, "training_step", one_step)
             call(save_steps=1)
     monkeypatch.setattr(collator, "load_image", slow)
-    monkeypatch.setattr(trainer, "HANGS_AFTER", 3.0)
+    monkeypatch.setattr(trainer, "HANGS_AFTER", 5.0)
     monkeypatch.setattr(trainer, "LOOKS_EVERY", 0.2)
     metrics = call(workers=1)["vqa"].metrics
     assert metrics["steps"] == 2 and metrics["conversations"] == 8

@@ -1,6 +1,6 @@
 """What may be given as a stage's data, and where it comes from: files, or values in memory.
 
-A source knows its name and content hash and reads its conversations one by one; `packing/index.py` decides which of them fit.
+A source knows its name and content hash and reads its conversations one by one; `packing/indexing.py` decides which of them fit.
 """
 
 from __future__ import annotations
