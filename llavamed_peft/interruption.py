@@ -7,15 +7,18 @@ raises `Interrupted`. What it saves is `resumption.py`'s business.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from types import FrameType, TracebackType
 from typing import Any
 
+_OBEYED = (signal.SIGTERM, signal.SIGINT)
 _SECONDS_TO_REPEAT = 1.0  # a launcher hands a terminal's Ctrl-C on, so one keystroke may arrive twice
 
 
@@ -49,7 +52,7 @@ class StopSignals:
 
     def __enter__(self) -> StopSignals:
         if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGTERM, signal.SIGINT):
+            for number in _OBEYED:
                 if signal.getsignal(number) not in (signal.SIG_IGN, None):
                     self._before[number] = signal.signal(number, self._note)
         self.trains.value = 1
@@ -72,6 +75,16 @@ class StopSignals:
             signal.raise_signal(self.received)
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Let SIGTERM and SIGINT wait while workers are started, in the workers until `prepare_worker` can take them."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _OBEYED)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def prepare_worker(trains: ctypes.c_byte, worker: int) -> None:
     """For `DataLoader(worker_init_fn=...)`: keep signals from a worker while its trainer trains.
 
@@ -84,3 +97,4 @@ def prepare_worker(trains: ctypes.c_byte, worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda number, frame: None if trains.value else os._exit(0))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _OBEYED)

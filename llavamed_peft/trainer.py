@@ -28,7 +28,7 @@ from trl import SFTConfig
 from .checkpoints import rng_state, standing
 from .errors import TrainingError
 from .feature_cache import Asked, FeatureCache, in_bytes, passes_in_an_epoch
-from .interruption import prepare_worker
+from .interruption import prepare_worker, signals_held
 from .modeling.parts import PROJECTOR, bare
 from .packing import PackedCollator
 from .packing.batches import DeviceBatches, DeviceInputs
@@ -190,7 +190,9 @@ class StageTrainer(ResumableTrainer):
         Raises:
             RuntimeError: of torch's, a worker died, or is at one image for longer than `HANGS_AFTER`.
         """
-        items, asked = iter(loader), time.monotonic()
+        with signals_held():
+            items = iter(loader)
+        asked = time.monotonic()
         while True:
             try:
                 item = next(items)
@@ -352,6 +354,10 @@ def allow_open_files() -> None:
 
 class StepLoader(DataLoader[list[DeviceInputs]]):
     """A data loader whose sampler knows epochs; the trainer tells it through `set_epoch`, which torch's own does not have."""
+
+    def __iter__(self) -> Any:
+        with signals_held():
+            return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch whose order the next iteration follows."""

@@ -238,6 +238,23 @@ def test_workers_get_on_while_one_writes_and_none_is_long_at_one_image() -> None
     assert not notes.get_on(within=0.1) and notes.get_on(within=at_image.seconds + 60)
 
 
+def test_a_signal_to_a_worker_that_is_not_yet_prepared_waits(
+    bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scheduler signals every process of a job, also one that has just been started."""
+    prepare = trainer.prepare_worker
+
+    def signalled_before(*how: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        prepare(*how)
+
+    monkeypatch.setattr(trainer, "prepare_worker", signalled_before)
+    call = {"curriculum": ONE_STAGE, "workers": 1, "eval_data": {"vqa": rows[:2]}, "feature_cache": True}
+    assert curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", **call)["vqa"].metrics["conversations"] == len(
+        rows
+    )
+
+
 def test_a_worker_that_hangs_at_no_image_is_an_error_all_the_same(
     bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
