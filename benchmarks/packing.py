@@ -1,6 +1,6 @@
 """Packed training beside TRL's `SFTTrainer` at its best legal settings: speed, memory, and how near both come to their FLOPs.
 
-    python benchmarks/packing.py --data DATA                          # every work, five pairs: 90 minutes on 2 idle cores
+    python benchmarks/packing.py --data DATA                          # every work, five pairs: two hours on 2 idle cores
     python benchmarks/packing.py --data DATA --work vqa slake --log   # two of them, and adds what it found to LOG.md and results/
 
 `DATA` holds `vqa_rad/` (MEVF's trainset.json, and images/) and `slake/` (train.json) as released; without it, both are made up.
@@ -25,8 +25,9 @@ compared: they must agree to 1e-4.
 
 Speed is questions (conversations) per wall second of the training loop, warm-up left out: our first step, TRL's first quarter of
 a step; TRL's cost is the same in every step. Memory is the process's greatest resident size (`VmHWM`), with everything it does.
-padded and trl dialogue explain and are not judged: the first pair alone has them. Useful positions are those that are neither
-padding nor a beginning which another row of the step holds, too.
+padded and trl dialogue explain and are not judged: the first pair alone has them. Waiting is the share of the training loop in
+which our model waits for a step's images, which are decoded in its own process, the default on a CPU; TRL's does not tell.
+Useful positions are those that are neither padding nor a beginning which another row of the step holds, too.
 
 The bound by FLOPs is what TRL's padded step costs over what the packed one costs (the formula stands in `packing_runs.py`); the
 bound of packing alone takes TRL's with our head. A curve over 1 to 20 questions an image shows how near we come.
@@ -197,16 +198,15 @@ class Bench:
     def run_pair(self, name: str, pair: int) -> None:
         """Both sides, in alternating order, and what explains them; a check that they did the same work."""
         work = WORKS[name]
-        against = ["trl"] if name == f"curve-{CURVE[0]}" else list(work.least)  # padded, a question costs the same on any curve
+        against = list(work.least) or ["trl"]
         arms = [work.ours, *against][:: 1 if pair % 2 == 0 else -1]
         for arm in [*arms, *(work.explained_by if pair == 0 else ())]:
             if (work.data, arm, pair) not in self.done:
                 self.done[work.data, arm, pair] = self.run(name, arm, pair)
-        if "trl" in against:
-            for what, bound in (("loss_first", SAME_LOSS), ("trainable_parameters", 0)):
-                ours, other = (self.done[work.data, arm, pair][what] for arm in (work.ours, "trl"))
-                if abs(ours - other) > bound:
-                    sys.exit(f"{name}: the sides do not do the same work: {what} is {ours} in ours, {other} in TRL's.")
+        for what, bound in (("loss_first", SAME_LOSS), ("trainable_parameters", 0)):
+            ours, other = (self.done[work.data, arm, pair][what] for arm in (work.ours, "trl"))
+            if abs(ours - other) > bound:
+                sys.exit(f"{name}: the sides do not do the same work: {what} is {ours} in ours, {other} in TRL's.")
 
     def run(self, name: str, arm: str, pair: int) -> Run:
         """One run in a process of its own."""
@@ -291,18 +291,18 @@ def summarise(options: argparse.Namespace, works: Sequence[str], parameters: int
 
 
 def _spreads(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    return {what: spread([run[what] for run in runs]) for what in ("per_second", "per_cpu_second", "peak_mb")}
+    told = ("per_second", "per_cpu_second", "peak_mb", *(["waiting_share"] if "waiting_share" in runs[0] else []))
+    return {what: spread([run[what] for run in runs]) for what in told}
 
 
 def _curve(found: dict[str, Any]) -> list[dict[str, float]]:
-    """For each number of questions an image: ratio to TRL, which needs no run of its own there, and both bounds."""
+    """For each number of questions an image: ratio to TRL, and both bounds."""
     if f"curve-{CURVE[0]}" not in found:
         return []
-    bare = found[f"curve-{CURVE[0]}"]["runs"]["trl"]
     points = []
     for number in CURVE:
         work = found[f"curve-{number}"]
-        ratio = spread([one["per_second"] / other["per_second"] for one, other in zip(work["runs"]["packed"], bare, strict=True)])
+        ratio = work["ratio"]["trl"]
         bounds = {name: work[name]["median"] for name in ("bound", "bound_packing")}
         points.append({"questions": number, "ratio": ratio, **bounds, "near": ratio["median"] / bounds["bound"]})
     return points
@@ -355,8 +355,9 @@ def log_entry(result: dict[str, Any]) -> str:
         "",
     ]
     if rows:
-        head = "work | trained by | questions/s, median (range) | per CPU second | peak MB | packed is, times | by FLOPs | useful"
-        lines += [f"| {head} |", "|" + "---|" * 8, *rows, ""]
+        speed = "questions/s, median (range) | per CPU second | waiting"
+        head = f"work | trained by | {speed} | peak MB | packed is, times | by FLOPs | useful"
+        lines += [f"| {head} |", "|" + "---|" * 9, *rows, ""]
     if result["curve"]:
         lines += [
             "| questions an image | times TRL's speed (range) | bound by FLOPs | of packing alone | of the bound |",
@@ -375,10 +376,11 @@ def _table_row(name: str, arm: str, work: dict[str, Any]) -> str:
     found = work["arms"][arm]
     judged = arm == WORKS[name].ours
     ratio = "" if judged else _times(work["ratio"][arm])
+    waiting = format(found["waiting_share"]["median"], ".1%") if "waiting_share" in found else ""
     bound = {"trl": work["bound"], "padded": work["bound_packing"]}.get(arm)
     return (
         f"| {name} | {ARMS[arm].label} | {_range(found['per_second'], 2)} | {found['per_cpu_second']['median']:.2f} | "
-        f"{_range(found['peak_mb'], 0)} | {ratio} | {'' if bound is None else format(bound['median'], '.1f')} | "
+        f"{waiting} | {_range(found['peak_mb'], 0)} | {ratio} | {'' if bound is None else format(bound['median'], '.1f')} | "
         f"{format(work['useful']['median'], '.1%') if judged else ''} |"
     )
 

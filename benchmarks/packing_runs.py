@@ -117,9 +117,8 @@ def run_ours(run: Run) -> Run:
             bound, index = how.get("max_row_tokens", MAX_ROW_TOKENS), Path(runs) / "run" / "index" / "work-train.arrow"
             found["counts"] = count(Path(run["folder"]), index, schedule, bound, masks.fill_tokens(taken[-1]))
     found |= read_clock(moments, [run["conversations"]] * run["steps"], run["conversations"])
-    return found | {
-        name: metrics[name] for name in ("trainable_parameters", "supervised_tokens", "loss_first", "waiting_seconds")
-    }
+    found["waiting_share"] = metrics["waiting_seconds"] / (moments[-1][0] - moments[0][0])
+    return found | {name: metrics[name] for name in ("trainable_parameters", "supervised_tokens", "loss_first")}
 
 
 def run_trl(run: Run) -> Run:

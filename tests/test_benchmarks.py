@@ -117,9 +117,10 @@ def test_packing_compares_equal_work_and_prints_its_log_entry():
         ("align", "TRL, best settings"),
         ("align", "TRL, defaults"),
     ]
-    bounds = {row[:2][0]: float(row[6]) for row in rows if row[1] == "TRL, best settings"}
+    bounds = {row[0]: float(row[7]) for row in rows if row[1] == "TRL, best settings"}
     assert bounds["vqa"] > 4 > 1.5 > bounds["align"], "what is shared decides the bound"
-    assert float(rows[0][7].rstrip("%")) > 97
+    assert float(rows[0][8].rstrip("%")) > 97
+    assert all(0 <= float(row[4].rstrip("%")) < 100 for row in rows if "TRL" not in row[1]), "the share of time spent waiting"
 
 
 @pytest.mark.slow
