@@ -70,9 +70,13 @@ class Drawer:
         """Words to train a tokenizer on."""
         return [f"{row['question']} {row['answer']}" for name in self.real for row in self.real[name]]
 
-    def write(self, work: str, step: int, conversations: int) -> tuple[Path, Path]:
-        """Write one step's conversations; returns the file, and the folder that its images are relative to."""
-        rows = self.rows(work, step, conversations)
+    def write(self, work: str, step: int, conversations: int, steps: int = 1) -> tuple[Path, Path]:
+        """Write the conversations of one step, or of several from it on.
+
+        Returns:
+            The file, and the folder that its images are relative to.
+        """
+        rows = [row for number in range(step, step + steps) for row in self.rows(work, number, conversations)]
         path = self.folder / f"{work}-{step}.json"
         path.write_text(json.dumps(rows), encoding="utf-8")
         real = work == "vqa" and self.data is not None

@@ -86,11 +86,19 @@ def peak_mb() -> float:
     return round(int(status.split("VmHWM:")[1].split()[0]) / 1024, 1)  # the kernel counts in KiB
 
 
+def waiting_share(records: Sequence[Run]) -> float:
+    """The share of its time that a stage waited for images, its first step left out."""
+    seconds = [(record["waiting_share"] * record["seconds"], record["seconds"]) for record in records if "loss" in record]
+    waited, passed = (last - first for first, last in zip(seconds[0], seconds[-1], strict=True))
+    return waited / passed
+
+
 def run_ours(run: Run) -> Run:
     import torch
 
     from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune, training
     from llavamed_peft.packing import masks
+    from llavamed_peft.report import read_metrics
 
     moments = start_clock()
     how = dict(run["how"])
@@ -112,12 +120,12 @@ def run_ours(run: Run) -> Run:
             **how,
         )["work"].metrics
         found = {"peak_mb": peak_mb(), "peak_gpu_mb": round(torch.cuda.max_memory_allocated() / 2**20, 1)}
+        found["waiting_share"] = waiting_share(read_metrics(Path(runs) / "run"))
         if taken:
             found["attention"] = taken[-1]
             bound, index = how.get("max_row_tokens", MAX_ROW_TOKENS), Path(runs) / "run" / "index" / "work-train.arrow"
             found["counts"] = count(Path(run["folder"]), index, schedule, bound, masks.fill_tokens(taken[-1]))
     found |= read_clock(moments, [run["conversations"]] * run["steps"], run["conversations"])
-    found["waiting_share"] = metrics["waiting_seconds"] / (moments[-1][0] - moments[0][0])
     return found | {name: metrics[name] for name in ("trainable_parameters", "supervised_tokens", "loss_first")}
 
 

@@ -124,6 +124,22 @@ def test_packing_compares_equal_work_and_prints_its_log_entry():
 
 
 @pytest.mark.slow
+def test_waiting_tells_what_the_model_waited_and_prints_its_log_entry():
+    small = ["--repeats=1", "--steps=3", "--image_size=56", "--width=64", "--layers=1", "--vocabulary=512"]
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "benchmarks" / "waiting.py"), *small],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=280,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = table(done.stdout.splitlines())[1:]
+    assert [row[:2] for row in rows] == [[work, workers] for work in ("vqa", "align") for workers in ("0", "1")]
+    assert all(0 <= float(row[2].partition("%")[0]) < 100 and float(row[3].partition(" ")[0]) > 0 for row in rows)
+
+
+@pytest.mark.slow
 def test_packing_gpu_runs_in_miniature_and_in_slices(tmp_path):
     small = ["--tiny", "--quantization", "none", "--row_tokens=200", "--device_batches=2", "--conversations=8", "--steps=2"]
     printed = []
