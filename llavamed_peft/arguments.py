@@ -49,7 +49,7 @@ class RunArguments:
         default=None, metadata={"help": "recompute activations to save memory; None: on for CUDA, off for a CPU"}
     )
     max_rejected: float = field(
-        default=0.05, metadata={"help": "share of unusable rows above which a data set is refused as a whole"}
+        default=0.05, metadata={"help": "share of unusable rows above which a data set is refused, before training or in it"}
     )
     eval_steps: int | None = field(
         default=None, metadata={"help": "optimizer steps between two held-out losses; None: ten of them a stage"}

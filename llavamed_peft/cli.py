@@ -163,19 +163,24 @@ def _ask(options: argparse.Namespace) -> None:
 
 def _inspect(options: argparse.Namespace) -> None:
     """Print what is found out, line by line; checking a large data set takes minutes."""
-    from .inspection import files_by_stage, folders_by_stage, inspect
-    from .stages import LLAVA_MED, Curriculum
-
     words = {
         "BASE": options.base,
         "DATA": options.data,
         "--image_folder": options.image_folder,
         "--curriculum": options.curriculum,
     }
+    if options.config is not None and (twice := [name for name, value in words.items() if value]):
+        options.usage_error(f"--config says {', '.join(twice)}; give one or the other")
+    if options.config is None and (missing := [name for name in ("BASE", "DATA") if not words[name]]):
+        options.usage_error(f"the following arguments are required: {', '.join(missing)}")
+    if options.max_row_tokens and not options.packing:
+        options.usage_error("--max_row_tokens bounds the rows that --packing shows; give both")
+
+    from .inspection import files_by_stage, folders_by_stage, inspect
+    from .stages import LLAVA_MED, Curriculum
+
     max_rejected, max_row_tokens = 0.05, None
     if options.config is not None:
-        if twice := [name for name, value in words.items() if value]:
-            options.usage_error(f"--config says {', '.join(twice)}; give one or the other")
         from .arguments import CurriculumArguments, RunArguments, parse
 
         arguments, run = parse(CurriculumArguments, RunArguments, command_line=["--config", options.config])
@@ -185,8 +190,6 @@ def _inspect(options: argparse.Namespace) -> None:
             raise ConfigError(f"{options.config}: layout is {run.layout!r}, so nothing is packed; wanted 'packed' for --packing.")
         data, image_folder = arguments.files("data"), arguments.folders()
     else:
-        if missing := [name for name in ("BASE", "DATA") if not words[name]]:
-            options.usage_error(f"the following arguments are required: {', '.join(missing)}")
         base = options.base
         curriculum = LLAVA_MED if options.curriculum is None else Curriculum.from_yaml(Path(options.curriculum))
         data, image_folder = files_by_stage(options.data, curriculum), folders_by_stage(options.image_folder)

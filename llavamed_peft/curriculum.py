@@ -69,7 +69,8 @@ def curriculum_finetune(
             conversations share is dropped for all of them alike: the same in expectation, with other noise.
         max_row_tokens: bound of a device batch's tokens, rows × longest; with FlexAttention it is one row. `None`: 4,096 on a
             CPU, 8,192 on CUDA (not yet measured there).
-        max_rejected: share of unusable rows above which a data set is refused as a whole.
+        max_rejected: share of unusable rows above which a data set is refused as a whole, before training or, where images turn
+            out to be damaged or vanish, in the midst of it: the last checkpoint stands then.
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
         save_steps: optimizer steps between two checkpoints; `None`: ten of them a stage. What one costs is shown at the first.
         workers: processes that decode images ahead, for each GPU; `None`: its share of the cores, up to 8; none on a CPU, where
@@ -143,7 +144,7 @@ def curriculum_finetune(
         }
         for use, given in (("data", data), ("eval_data", eval_data))
     }
-    run = Run(Path(output_dir), curriculum, quantization, computing, stage_processor, processes)
+    run = Run(Path(output_dir), curriculum, quantization, computing, stage_processor, processes, max_rejected)
     identity = run.identity(base, parent, sources)
     if run.is_finished(identity):
         return {stage.name: StageAdapter.load(run.folder / stage.name) for stage in curriculum.stages}
@@ -151,7 +152,7 @@ def curriculum_finetune(
     with run.claimed(identity) as rejects:
         indexes = {
             stage.name: [
-                None if found is None else run.index(stage, found, rejects, max_rejected, use)
+                None if found is None else run.index(stage, found, rejects, use)
                 for use, found in (("train", sources["data"][stage.name]), ("eval", sources["eval_data"].get(stage.name)))
             ]
             for stage in curriculum.stages

@@ -197,6 +197,8 @@ def _errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
         raise
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; wanted an image.") from error
+    except PermissionError as error:
+        raise DataError(f"{path}: may not be read ({error.strerror}); wanted an image that this user can open.") from error
     except IsADirectoryError as error:
         raise DataError(f"{path}: a folder; wanted an image.") from error
     except UnidentifiedImageError as error:

@@ -30,7 +30,7 @@ from .modeling.processor import load_processor, make_stage_processor
 from .packing.collator import PackedCollator
 from .packing.encoding import IGNORED
 from .packing.index import Index
-from .packing.indexing import build_index, fault_of_share
+from .packing.indexing import build_index
 from .packing.masks import MAX_ROW_TOKENS, check_window
 from .packing.steps import StepSampler, steps_in_all, why_nothing_is_learnt
 from .stages import LLAVA_MED, Curriculum, LoraSpec, Scope, Stage
@@ -272,7 +272,7 @@ def _accounts(check: DataCheck, max_rejected: float, width: int) -> Iterator[str
         for reject in check.examples[reason]:
             place = f"{Path(reject.file).name}:{reject.row} (id {reject.id}): "
             yield from wrapped(visible(place + reject.detail.removeprefix(place)), width, "    ", "      ")
-    if fault := fault_of_share(check.index.files, max_rejected):
+    if fault := check.index.fault(max_rejected):
         yield from wrapped(f"training would refuse these data: {visible(fault)}", width, "", "  ")
 
 

@@ -129,7 +129,10 @@ def choose_computing(
             raise ConfigError(f"{name} is {number!r}; wanted None or a whole number of at least {least}.")
     if gradient_checkpointing is not None and not isinstance(gradient_checkpointing, bool):
         raise ConfigError(f"gradient_checkpointing is {gradient_checkpointing!r}; wanted None, True or False.")
-    for tracker in [report_to] if isinstance(report_to, str) else report_to or []:
+    trackers = [report_to] if isinstance(report_to, str) else report_to or []
+    if not isinstance(trackers, (list, tuple)):
+        raise ConfigError(f"report_to is {report_to!r}; wanted the name of a tracker, such as 'tensorboard', or a list of them.")
+    for tracker in trackers:
         available = ["none", *get_available_reporting_integrations()]
         if tracker not in available:
             raise ConfigError(f"report_to names {tracker!r}; installed here: {', '.join(available)}.")

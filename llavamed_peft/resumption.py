@@ -194,7 +194,7 @@ class ResumableTrainer(SFTTrainer):
         tensors, optimizer = self._whole_tensors()
         rngs = gather_object([rng])
         failed = {
-            name: sorted(dict(gather_object(list(index.failed.items()))).items()) if index is not None else []
+            name: sorted(index.failed.items()) if index is not None else []
             for name, index in (("train", self.train_index), ("eval", self.eval_index))
         }
         if self.is_world_process_zero():

@@ -102,6 +102,7 @@ class Run:
         computing: how stages are computed.
         processor: every stage's: the base's, with what training adds.
         processes: those that train together; the first of them writes.
+        max_rejected: share of unusable rows above which a data set is refused.
     """
 
     folder: Path
@@ -110,6 +111,7 @@ class Run:
     computing: Computing
     processor: ProcessorMixin
     processes: PartialState
+    max_rejected: float
 
     @property
     def writes(self) -> bool:
@@ -194,13 +196,13 @@ class Run:
         """The stage is finished."""
         return (self.folder / stage.name).exists()
 
-    def index(self, stage: Stage, sources: list[Source], rejects: RejectLog, max_rejected: float, use: str) -> Index:
+    def index(self, stage: Stage, sources: list[Source], rejects: RejectLog, use: str) -> Index:
         """Check a stage's training or held-out data and keep what was found beside the run, for the next call as well."""
         path = self.folder / INDEX / f"{stage.name}-{use}.arrow"
         with _others_wait(self.processes):
             if self.writes:
                 collator = PackedCollator(self.processor, stage.schedule.max_length)
-                build_index(sources, collator, path, rejects, max_rejected, RunLog(self.folder).show)
+                build_index(sources, collator, path, rejects, self.max_rejected, RunLog(self.folder).show)
         return Index.open(path)
 
     def finished_stage(self, stage: Stage, lineage: Lineage) -> StageAdapter:
@@ -237,6 +239,7 @@ class Run:
                     eval_index,
                     computing=self.computing,
                     seed=self.curriculum.seed,
+                    max_rejected=self.max_rejected,
                     work_folder=self.folder / LOGS / stage.name,
                     checkpoint_folder=checkpoints,
                     feature_folder=self.folder / FEATURES,

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
@@ -60,6 +61,7 @@ class StageTrainer(ResumableTrainer):
         stage: its schedule's batch, order and learning rates.
         train_index, eval_index: the data.
         collator: lays a device batch out; its `max_row_tokens` bounds one.
+        max_rejected: share of the rows that may be unusable.
     """
 
     def __init__(
@@ -71,8 +73,9 @@ class StageTrainer(ResumableTrainer):
         train_index: Index,
         eval_index: Index | None,
         collator: PackedCollator,
+        max_rejected: float,
     ):
-        self.collator = collator
+        self.collator, self.max_rejected = collator, max_rejected
         self.tile_bytes = collator.encoder.tile_bytes  # of what a device batch holds of an image's tile: pixels, or features
         self.workers: dict[str, int] = {}  # of the data loaders of each use
         self.worker_notes: dict[str, WorkerNotes] = {}
@@ -247,8 +250,7 @@ class StageTrainer(ResumableTrainer):
         """One optimizer step's gradient: each device batch in turn, scaled by the step's supervised tokens over all processes."""
         model.train()
         before = rng_state()
-        self._note_failures(self.train_index, inputs)
-        conversations, supervised = self._total(inputs)
+        conversations, supervised = self._total(self.train_index, inputs)
         self.step_supervised_tokens = supervised
         self.rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         # DDP averages gradients over processes; the step's loss is a mean over tokens, wherever they are
@@ -281,8 +283,7 @@ class StageTrainer(ResumableTrainer):
         supervised = 0
         with torch.no_grad():
             for inputs in self._patiently(self._steps(self.eval_index, self._once(), "eval"), "eval"):
-                self._note_failures(self.eval_index, inputs)
-                supervised += self._total(inputs)[1]
+                supervised += self._total(self.eval_index, inputs)[1]
                 for batch in inputs:
                     with self.compute_loss_context_manager():
                         summed += self._summed_loss(model, batch)
@@ -333,15 +334,25 @@ class StageTrainer(ResumableTrainer):
             return logits.sum() * 0.0
         return nn.functional.cross_entropy(logits, labels[learnt], reduction="sum")
 
-    def _total(self, inputs: list[DeviceInputs]) -> tuple[int, int]:
-        """Conversations and supervised tokens of a step, over all processes; here they also agree on stopping before it."""
-        local = [sum(batch.conversations for batch in inputs), sum(batch.supervised_tokens for batch in inputs)]
-        conversations, supervised = self.agree_on_stopping(*local)
-        return conversations, supervised
+    def _total(self, index: Index, inputs: list[DeviceInputs]) -> tuple[int, int]:
+        """Conversations and supervised tokens of a step, over all processes; here they also agree on stopping before it.
 
-    def _note_failures(self, index: Index, inputs: list[DeviceInputs]) -> None:
-        for batch in inputs:
-            index.failed.update(batch.failed)
+        Raises:
+            Interrupted: one process was asked to stop.
+            TrainingError: more rows are unusable by now than may be.
+        """
+        failed = {row: why for batch in inputs for row, why in batch.failed if row not in index.failed}
+        local = [sum(batch.conversations for batch in inputs), sum(batch.supervised_tokens for batch in inputs), len(failed)]
+        conversations, supervised, newly_failed = self.agree_on_stopping(*local)
+        if newly_failed:
+            index.failed.update(gather_object(list(failed.items())))
+            if fault := index.fault(self.max_rejected):
+                assert self.checkpoint_folder is not None
+                raise TrainingError(
+                    f"{fault} While stage {self.stage.name!r} trained, {next(reversed(index.failed.values()))} Each row is "
+                    f"listed in rejected.jsonl. Mend the images, or raise max_rejected. {standing(self.checkpoint_folder)}"
+                )
+        return conversations, supervised
 
 
 def allow_open_files() -> None:

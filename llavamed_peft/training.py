@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import gather_object
 from torch import nn
 from transformers import PrinterCallback, ProcessorMixin, TrainerCallback
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -99,6 +98,7 @@ def train_stage(
     *,
     computing: Computing,
     seed: int,
+    max_rejected: float,
     work_folder: Path,
     checkpoint_folder: Path,
     feature_folder: Path,
@@ -111,6 +111,7 @@ def train_stage(
         model: from `parts.attach` or `parts.unfreeze_full`, its trainable tensors holding what the stage starts from.
         processor: the stage's.
         train_index, eval_index: what to learn, and what to measure the held-out loss on before, every `eval_steps` and after.
+        max_rejected: share of the rows, rejected ones and those whose images cannot be decoded, above which training ends.
         work_folder: where the trainer may write.
         checkpoint_folder: where it saves itself.
         feature_folder: of the run's feature cache.
@@ -118,8 +119,8 @@ def train_stage(
         run_log: takes each record of the training as it comes.
 
     Raises:
-        TrainingError: the loss or a trained tensor is not finite, a worker died or hangs (the error names its row), the GPU's
-            memory does not suffice, a checkpoint or a file of features cannot be written.
+        TrainingError: the loss or a trained tensor is not finite, too many images cannot be decoded, a worker died or hangs (the
+            error names its row), the GPU's memory does not suffice, a checkpoint or a file of features cannot be written.
         Interrupted: SIGTERM or SIGINT came; a checkpoint was saved, or before the first step the features so far.
     """
     schedule = stage.schedule
@@ -163,7 +164,7 @@ def train_stage(
         device = torch.device("cuda" if on_gpu else "cpu")
         fills = fill_tokens(choose_attention(bare(model), device, computing.dtype))
     collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout, fills)
-    trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator)
+    trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator, max_rejected)
     unset_hf_deepspeed_config()  # or the next stage's model would be loaded in pieces
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(_Watch(trainer, run_log))
@@ -205,11 +206,9 @@ def train_stage(
                 trainer.evaluate()
         trainer.agree_on_stopping()
     for index, kind in ((train_index, "training"), (eval_index, "held-out")):
-        if index is not None:
-            index.failed.update(gather_object(list(index.failed.items())))
-            if index.failed and trainer.is_world_process_zero():
-                lost = f"{len(index.failed):,} of {len(index):,} {kind} conversations could not be decoded and were left out"
-                run_log.show(f"{stage.name:<10} {lost}, such as: {next(iter(index.failed.values()))}", True)
+        if index is not None and index.failed and trainer.is_world_process_zero():
+            lost = f"{len(index.failed):,} of {len(index):,} {kind} conversations could not be decoded and were left out"
+            run_log.show(f"{stage.name:<10} {lost}, such as: {next(iter(index.failed.values()))}", True)
     if trainer.seen_conversations == 0:
         why = next(iter(train_index.failed.values()), "")
         raise TrainingError(f"Not one conversation of stage {stage.name!r} could be decoded; nothing was written. {why}")

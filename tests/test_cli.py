@@ -262,6 +262,7 @@ def test_what_the_package_refuses_is_one_line(asked, words, message):
         (["show", "a", "b"], "unrecognized arguments: b"),
         (["inspect", "a", "b", "--rows", "-1"], "argument --rows: '-1' is not a whole number of at least 0"),
         (["inspect", "a", "b", "--max_rejected", "5%"], "argument --max_rejected: '5%' is not a share between 0 and 1"),
+        (["inspect", "a", "b", "--max_row_tokens", "512"], "--max_row_tokens bounds the rows that --packing shows; give both"),
         (["show"], "the following arguments are required: ADAPTER"),
         (["merge", "a", "b"], "the following arguments are required: OUT"),
         (["merge", "a", "b", "c", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (choose from"),

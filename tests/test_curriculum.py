@@ -399,7 +399,8 @@ def test_undecodable_image_leaves_its_step_and_is_counted(
     good = [Question(str(i), str(images / f"{i}.png"), "what?", "yes", "closed") for i in range(5)]
     bad = Question("bad", str(tmp_path / "cut.png"), "what?", "yes", "closed")
     curriculum = Curriculum((Stage("vqa", "projector", schedule(epochs=2, global_batch=3)),))
-    adapter = curriculum_finetune(bases["llava"], {"vqa": [*good, bad]}, tmp_path / "run", curriculum=curriculum)["vqa"]
+    call = {"data": {"vqa": [*good, bad]}, "max_rejected": 0.2}
+    adapter = curriculum_finetune(bases["llava"], output_dir=tmp_path / "run", curriculum=curriculum, **call)["vqa"]
     (entry,) = adapter.record["data"]
     assert (entry["rows"], entry["used"], entry["rejected"], entry["failed"]) == (6, 5, {}, 1)
     assert adapter.metrics["conversations"] == 10 and adapter.metrics["steps"] == 4
@@ -408,7 +409,7 @@ def test_undecodable_image_leaves_its_step_and_is_counted(
     told = f"vqa        1 of 6 training conversations could not be decoded and were left out, such as: {tmp_path / 'cut.png'}: "
     assert told in capsys.readouterr().err
     curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=1)),))
-    alone = curriculum_finetune(bases["llava"], {"vqa": [*good, bad]}, tmp_path / "alone", curriculum=curriculum)["vqa"]
+    alone = curriculum_finetune(bases["llava"], output_dir=tmp_path / "alone", curriculum=curriculum, **call)["vqa"]
     losses = [record["loss"] for record in read_metrics(tmp_path / "alone") if "loss" in record]
     assert alone.metrics["steps"] == 6 and len(losses) == 5 and min(losses) > 0, "a step that lost all it had has no loss"
 
@@ -494,6 +495,7 @@ class TestRefusals:
             ({"data": {"align": None}}, ConfigError, "data['align'] is None; wanted data, or no such entry."),
             ({"data": ["x"]}, ConfigError, "data is ['x']; wanted a dictionary of stage name → data."),
             ({"curriculum": 3}, ConfigError, "curriculum is 3; wanted a Curriculum"),
+            ({"report_to": 5}, ConfigError, "report_to is 5; wanted the name of a tracker, such as 'tensorboard', or a list"),
             ({"report_to": "nonsense"}, ConfigError, "report_to names 'nonsense'; installed here: none"),
             ({"save_steps": 0}, ConfigError, "save_steps is 0; wanted None or a whole number of at least 1."),
             ({"gradient_checkpointing": "False"}, ConfigError, "gradient_checkpointing is 'False'; wanted None, True or False."),
@@ -653,8 +655,8 @@ def test_images_that_all_vanish_leave_no_stage(
 
     monkeypatch.setattr(Run, "stage", vanish_first)
     curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=2)),))
-    with pytest.raises(TrainingError, match="Not one conversation of stage 'vqa' could be decoded; nothing was written"):
-        curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)
+    with pytest.raises(TrainingError, match=r"4 of 4 rows cannot be used \(100\.0%; max_rejected is 100\.0%\)"):
+        curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum, max_rejected=1)
     assert not (tmp_path / "run" / "vqa").exists()
     assert len((tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 4
     monkeypatch.undo()

@@ -127,7 +127,7 @@ def trainer(
         dataloader_num_workers=workers,
     )  # fmt: skip
     stage = Stage("vqa", "lora", Schedule(epochs=3, learning_rate=1e-3, global_batch=4), LoraSpec())
-    made = StageTrainer(model, config, processor, stage, index, None, collator)
+    made = StageTrainer(model, config, processor, stage, index, None, collator, max_rejected=0.05)
     made.begin_from(folder / "checkpoints", None, RunLog(folder))
     return made
 
@@ -310,7 +310,8 @@ def test_an_undecodable_image_is_counted_once_as_without_the_cache(
     rows = [*conversations(images), asked("cut", cut(images[6])), asked("with it", images[0], images[6])]
     records, rejected = [], []
     for on in (True, False):
-        records.append(run(bases["llava"], rows, tmp_path / str(on), feature_cache=on)["vqa"].record["data"])
+        adapter = run(bases["llava"], rows, tmp_path / str(on), feature_cache=on, max_rejected=0.5)["vqa"]
+        records.append(adapter.record["data"])
         rejected.append((tmp_path / str(on) / "rejected.jsonl").read_text())
     assert records[0] == records[1] and (records[0][0]["used"], records[0][0]["failed"]) == (5, 2)
     assert rejected[0] == rejected[1] and rejected[0].count("6.png: cannot be decoded") == 2
@@ -718,7 +719,7 @@ rows = [asked(i, f"{images}/{i % 6}.png") for i in range(7)] + [asked(8), asked(
 schedule = Schedule(epochs=2, learning_rate=0.05, global_batch=5)
 stages = Stage("align", "projector", schedule), Stage("vqa", "lora", schedule, LoraSpec(rank=4, alpha=8, dropout=0.0))
 data = {stage.name: rows for stage in stages}
-curriculum_finetune(base, data, out, curriculum=Curriculum(stages), feature_cache=True, max_row_tokens=60)
+curriculum_finetune(base, data, out, curriculum=Curriculum(stages), max_rejected=0.1, feature_cache=True, max_row_tokens=60)
 assert PartialState().num_processes == int(processes), PartialState()
 """
 

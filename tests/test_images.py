@@ -231,6 +231,22 @@ def test_what_is_no_image(tmp_path):
         load_image("a\0b.png")
 
 
+def test_an_image_of_another_user(tmp_path):
+    path = tmp_path / "private.png"
+    Image.new("L", (2, 2)).save(path)
+    path.chmod(0)
+    user = os.geteuid()
+    if user == 0:  # who may read everything
+        os.seteuid(65534)
+    try:
+        for read in (image_size, load_image, content_key):
+            with pytest.raises(DataError) as caught:
+                read(path)
+            assert str(caught.value) == f"{path}: may not be read (Permission denied); wanted an image that this user can open."
+    finally:
+        os.seteuid(user)
+
+
 def huge_png(path, width, height):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b""))

@@ -12,6 +12,7 @@ import math
 import multiprocessing
 import os
 import random
+import re
 import resource
 import signal
 import subprocess
@@ -42,9 +43,9 @@ from llavamed_peft.checkpoints import (  # noqa: E402
     save_checkpoint,
     set_rng_state,
 )
-from llavamed_peft.errors import ConfigError, TrainingError  # noqa: E402
+from llavamed_peft.errors import ConfigError, DataError, TrainingError  # noqa: E402
 from llavamed_peft.interruption import Interrupted, StopSignals  # noqa: E402
-from llavamed_peft.packing import features  # noqa: E402
+from llavamed_peft.packing import collator, features  # noqa: E402
 from llavamed_peft.packing.batches import DeviceInputs  # noqa: E402
 from llavamed_peft.run_folder import differences, locked  # noqa: E402
 from llavamed_peft.trainer import StageTrainer  # noqa: E402
@@ -115,6 +116,15 @@ def say_and_wait(marker: Path) -> None:
 
 def run_out_of_memory() -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB")
+
+
+def lose_the_images() -> None:
+    """Their disk goes away."""
+
+    def lost(path: str) -> None:
+        raise DataError(f"{path}: no such file; wanted an image.")
+
+    collator.load_image = lost
 
 
 def limit_file_size(size: int) -> None:
@@ -371,7 +381,7 @@ def test_data_that_were_refused_can_be_mended_in_the_same_folder(place: Path, tm
     assert "1 of 14 rows cannot be used" in failed(place, out, max_rejected=0.0)
     assert not (out / "run.json").exists()
     rows = json.loads((place / "data.json").read_text())
-    (place / "mended.json").write_text(json.dumps(rows[:-1]))
+    (place / "mended.json").write_text(json.dumps(rows[:-2]))
     data = {"align": place / "mended.json", "vqa": place / "mended.json"}
     killed(place, out, kill_before, "os.rename", ".step-2.partial", max_rejected=0.0, data=data, eval_data=None)
     assert [entry["file"] for entry in json.loads((out / "run.json").read_text())["data"]["align"]] == ["mended.json"]
@@ -458,6 +468,21 @@ def test_a_stage_folder_that_cannot_be_written_leaves_the_last_checkpoint(place:
     assert last.endswith("The checkpoint of step 8 stands, and the same call goes on from it.")
     assert not (out / "vqa").exists() and list(out.glob(".*.partial")) == []
     goes_on(place, out)
+
+
+def test_a_stage_whose_images_vanish_ends_and_goes_on_once_they_are_back(place: Path, out: Path) -> None:
+    whole, decoded = out.with_name(f"{out.name}-whole"), {"feature_cache": False}
+    kills.finish(kills.start(place, whole, "lora", **decoded), whole)
+    last = failed(place, out, during, "vqa", 3, True, lose_the_images, **decoded)
+    assert re.search(
+        r"data\.json: (9|10) of 14 rows cannot be used \(\S+%; max_rejected is 50\.0%\)\. Commonest: an image", last
+    ), last
+    assert f"While stage 'vqa' trained, {place}/" in last and ".png: no such file; wanted an image. Each row is listed in" in last
+    assert last.endswith("The checkpoint of step 4 stands, and the same call goes on from it.")
+    reasons = [json.loads(line)["reason"] for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert reasons.count("failed while training vqa") in (8, 9)
+    kills.finish(kills.start(place, out, "lora", **decoded), out)
+    kills.check_same(whole, out)
 
 
 def on_a_small_disk(place: Path, out: Path) -> None:

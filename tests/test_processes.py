@@ -82,8 +82,8 @@ lora = LoraSpec(rank=4, alpha=8, dropout=0.0)
 align, vqa, more = Stage("align", "projector", schedule), Stage("vqa", "lora", schedule, lora), Stage("more", "full", schedule)
 stages = (align, vqa, more) if dtype == "float32" else (vqa, align, more)
 data = {stage.name: rows for stage in stages}
-how_computed = dict(eval_data=data, eval_steps=2, max_row_tokens=100, dtype=dtype, gradient_checkpointing=how != "alone")
-curriculum_finetune(base, data, out, curriculum=Curriculum(stages), **how_computed)
+how_computed = dict(eval_steps=2, max_row_tokens=100, dtype=dtype, gradient_checkpointing=how != "alone")
+curriculum_finetune(base, data, out, curriculum=Curriculum(stages), eval_data=data, max_rejected=0.1, **how_computed)
 assert PartialState().num_processes == int(processes), PartialState()
 """
 # As `accelerate launch` wants them; what stands in the recipes' own for GPUs is there too, where a CPU can take it.

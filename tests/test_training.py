@@ -93,7 +93,7 @@ def trainer(
         report_to="none",
         weight_decay=stage.schedule.weight_decay,
     )
-    made = StageTrainer(model, config, processor, stage, index, None, collator)
+    made = StageTrainer(model, config, processor, stage, index, None, collator, max_rejected=0.05)
     made.create_optimizer()
     made.current_gradient_accumulation_steps = 1
     return made

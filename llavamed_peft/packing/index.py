@@ -2,7 +2,7 @@
 
 Beside the rows the file holds what it was made from, what was rejected, and what became of each data file's rows. An image whose
 header is fine and whose pixels are not is found when it is decoded, while training: its conversations leave their step, which
-gets smaller, and are counted as failed.
+gets smaller, and are counted as failed. More of them than may be rejected end the training.
 """
 
 from __future__ import annotations
@@ -145,6 +145,27 @@ class Index:
         ids, supervised = (cells[name].values.to_numpy(zero_copy_only=False) for name in ("token_ids", "supervised"))
         images = tuple(cells["images"].as_py())
         return Tokenized(cells["id"].as_py(), images, cells["source"].as_py(), Tokens(ids, supervised))
+
+    def fault(self, max_rejected: float) -> str | None:
+        """Why the data are refused as a whole, in a sentence that names the commonest reasons; `None` where they are not.
+
+        Args:
+            max_rejected: share of the rows above which they are, rejected and failed ones taken together.
+        """
+        rows, used = sum(count.rows for count in self.files), sum(count.used for count in self.files) - len(self.failed)
+        names = ", ".join(count.name for count in self.files)
+        if rows == 0:
+            return f"{names}: no rows; wanted at least one conversation."
+        if (rows - used) / rows <= max_rejected and used > 0:
+            return None
+        reasons = Counter({"an image cannot be decoded": len(self.failed)} if self.failed else {})
+        for count in self.files:
+            reasons.update(count.rejected)
+        commonest = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
+        return (
+            f"{names}: {rows - used} of {rows} rows cannot be used ({(rows - used) / rows:.1%}; max_rejected is "
+            f"{max_rejected:.1%}). Commonest: {commonest}."
+        )
 
     def report_failures(self, rejects: RejectLog, stage: str) -> None:
         """Name each row that failed in a stage in the log of rejected ones."""

@@ -80,7 +80,7 @@ def build_index(
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_index(sources, collator, partial, fingerprint, rejects, show)
     index = Index.open(path if found else partial)
-    if max_rejected is not None and (fault := fault_of_share(index.files, max_rejected)):
+    if max_rejected is not None and (fault := index.fault(max_rejected)):
         if any(count.rejected for count in index.files):
             needed = _needed_length(path if found else partial)
             longer = f", or give max_length={needed}, which the longest row needs" if needed else ""
@@ -265,19 +265,3 @@ def _bounded(image: str, size: tuple[int, int]) -> tuple[int, int]:
             f"{LONGEST_STRIP} times the shorter one, since it is padded to a square."
         )
     return size
-
-
-def fault_of_share(files: Sequence[FileCount], max_rejected: float) -> str | None:
-    """Why the data are refused as a whole, in a sentence that names the commonest reasons; `None` where they are not."""
-    rows, used = sum(count.rows for count in files), sum(count.used for count in files)
-    names = ", ".join(count.name for count in files)
-    if rows == 0:
-        return f"{names}: no rows; wanted at least one conversation."
-    if (rows - used) / rows > max_rejected or used == 0:
-        reasons: Counter[str] = sum((Counter(count.rejected) for count in files), Counter())
-        commonest = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
-        return (
-            f"{names}: {rows - used} of {rows} rows cannot be used ({(rows - used) / rows:.1%}; max_rejected is "
-            f"{max_rejected:.1%}). Commonest: {commonest}."
-        )
-    return None
