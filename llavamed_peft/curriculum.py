@@ -96,7 +96,7 @@ def curriculum_finetune(
             trained.
         CheckpointError, DataError, AdapterError: the base, the data or `start_from` cannot be used; the message says why.
         TrainingError: a stage cannot begin or go on: a loss that is not finite, too little memory on the GPU, a full disk,
-            another run at work in `output_dir`. Finished stages and the last checkpoint stay.
+            images that went away, another run at work in `output_dir`. Finished stages and the last checkpoint stay.
         interruption.Interrupted: SIGTERM or Ctrl-C while a stage trained; a `KeyboardInterrupt`. The last step was saved.
 
     Example:

@@ -129,8 +129,8 @@ def choose_computing(
             raise ConfigError(f"{name} is {number!r}; wanted None or a whole number of at least {least}.")
     if gradient_checkpointing is not None and not isinstance(gradient_checkpointing, bool):
         raise ConfigError(f"gradient_checkpointing is {gradient_checkpointing!r}; wanted None, True or False.")
-    trackers = [report_to] if isinstance(report_to, str) else report_to or []
-    if not isinstance(trackers, (list, tuple)):
+    trackers = [report_to] if isinstance(report_to, str) else [] if report_to is None else report_to
+    if not isinstance(trackers, list):
         raise ConfigError(f"report_to is {report_to!r}; wanted the name of a tracker, such as 'tensorboard', or a list of them.")
     for tracker in trackers:
         available = ["none", *get_available_reporting_integrations()]

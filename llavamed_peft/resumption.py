@@ -84,6 +84,7 @@ class ResumableTrainer(SFTTrainer):
         self.history: list[dict[str, Any]] = []  # the records of the stage so far
         self.seen_conversations = 0
         self.seen_supervised_tokens = 0
+        self.step_supervised_tokens = 0  # of the step just taken, over all processes
         self.evaluated_at = -1
         self.evaluation_due = False  # behind the step just taken
         self.evaluation_seconds = 0.0
@@ -184,8 +185,8 @@ class ResumableTrainer(SFTTrainer):
         self._cost_shown = True
 
     def _has_learnt(self) -> bool:
-        """Since it was saved last; steps of which not one image could be decoded are none to go on from."""
-        return self.saves and self.state.global_step > self._saved_at and self.seen_conversations > 0
+        """Since it was saved last; a step of which no image could be decoded is none to go on from: their disk may be gone."""
+        return self.saves and self.state.global_step > self._saved_at and self.step_supervised_tokens > 0
 
     def _write(self, rng: dict[str, Any]) -> int:
         """Save the step that was finished last; returns the size in bytes, 0 where another process writes."""

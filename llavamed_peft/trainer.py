@@ -82,7 +82,6 @@ class StageTrainer(ResumableTrainer):
         if config.dataloader_num_workers:
             allow_open_files()
         self.rates: dict[str, float] = {}  # of the step just taken, by part
-        self.step_supervised_tokens = 0  # of the step just taken, over all processes
         super().__init__(
             stage,
             train_index,
@@ -192,6 +191,7 @@ class StageTrainer(ResumableTrainer):
 
         Raises:
             RuntimeError: of torch's, a worker died, or is at one image for longer than `HANGS_AFTER`.
+            TrainingError: a worker's.
         """
         with signals_held():
             items = iter(loader)
@@ -201,6 +201,8 @@ class StageTrainer(ResumableTrainer):
                 item = next(items)
             except StopIteration:
                 return
+            except TrainingError as error:  # around whose words torch puts the worker's traceback
+                raise TrainingError(str(error).rpartition(f"{TrainingError.__module__}.TrainingError: ")[2].strip()) from error
             except RuntimeError as error:
                 if not str(error).startswith(_TIMED_OUT):
                     raise
@@ -274,7 +276,11 @@ class StageTrainer(ResumableTrainer):
         return total
 
     def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
-        """The held-out loss: the mean over all supervised tokens of the held-out data."""
+        """The held-out loss: the mean over all supervised tokens of the held-out data.
+
+        Raises:
+            Interrupted, TrainingError: as `_total`.
+        """
         assert self.eval_index is not None
         began = time.monotonic()
         model = self.model_wrapped
@@ -287,8 +293,6 @@ class StageTrainer(ResumableTrainer):
                 for batch in inputs:
                     with self.compute_loss_context_manager():
                         summed += self._summed_loss(model, batch)
-        if supervised == 0:
-            raise TrainingError(f"No held-out conversation of stage {self.stage.name!r} could be decoded; wanted its images.")
         loss = self.accelerator.reduce(summed, "sum").item() / supervised
         self.evaluated_at, self.evaluation_due = self.state.global_step, False
         self.evaluation_seconds += time.monotonic() - began
@@ -348,9 +352,11 @@ class StageTrainer(ResumableTrainer):
             index.failed.update(gather_object(list(failed.items())))
             if fault := index.fault(self.max_rejected):
                 assert self.checkpoint_folder is not None
+                kind = "training" if index is self.train_index else "held-out"
                 raise TrainingError(
-                    f"{fault} While stage {self.stage.name!r} trained, {next(reversed(index.failed.values()))} Each row is "
-                    f"listed in rejected.jsonl. Mend the images, or raise max_rejected. {standing(self.checkpoint_folder)}"
+                    f"{fault} Of the {kind} data of stage {self.stage.name!r}, met while it trained: "
+                    f"{next(reversed(index.failed.values()))} Each row is listed in rejected.jsonl. Bring the images back or "
+                    f"mend them, or raise max_rejected. {standing(self.checkpoint_folder)}"
                 )
         return conversations, supervised
 

@@ -495,6 +495,7 @@ class TestRefusals:
             ({"data": {"align": None}}, ConfigError, "data['align'] is None; wanted data, or no such entry."),
             ({"data": ["x"]}, ConfigError, "data is ['x']; wanted a dictionary of stage name → data."),
             ({"curriculum": 3}, ConfigError, "curriculum is 3; wanted a Curriculum"),
+            ({"report_to": ("none",)}, ConfigError, "report_to is ('none',); wanted the name of a tracker, such as"),
             ({"report_to": 5}, ConfigError, "report_to is 5; wanted the name of a tracker, such as 'tensorboard', or a list"),
             ({"report_to": "nonsense"}, ConfigError, "report_to names 'nonsense'; installed here: none"),
             ({"save_steps": 0}, ConfigError, "save_steps is 0; wanted None or a whole number of at least 1."),
@@ -642,8 +643,15 @@ curriculum_finetune("org/tiny", {{"align": rows}}, "run", curriculum=Curriculum(
         load_stage(bases["llava"], adapter)  # a folder with the same weights is the same base
 
 
+@pytest.mark.parametrize(
+    ("epochs", "seen", "told"),
+    [
+        (1, 4, r"4 of 4 rows cannot be used \(100\.0%; max_rejected is 100\.0%\)"),
+        (0.5, 2, "Not one conversation of stage 'vqa' could be decoded; nothing was written"),
+    ],
+)
 def test_images_that_all_vanish_leave_no_stage(
-    bases: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    epochs: float, seen: int, told: str, bases: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = Path(shutil.copytree(images, tmp_path / "images"))
     rows = [Question(str(i), str(folder / f"{i}.png"), "what?", "yes", "closed") for i in range(4)]
@@ -654,15 +662,15 @@ def test_images_that_all_vanish_leave_no_stage(
         return stage(self, *arguments)
 
     monkeypatch.setattr(Run, "stage", vanish_first)
-    curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=2)),))
-    with pytest.raises(TrainingError, match=r"4 of 4 rows cannot be used \(100\.0%; max_rejected is 100\.0%\)"):
+    curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=2, epochs=epochs)),))
+    with pytest.raises(TrainingError, match=told):
         curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum, max_rejected=1)
     assert not (tmp_path / "run" / "vqa").exists()
-    assert len((tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == 4
+    assert len((tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == seen
     monkeypatch.undo()
     shutil.copytree(images, folder)  # found again: the same call begins the stage, for nothing had been learnt
     adapter = curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)["vqa"]
-    assert adapter.metrics["conversations"] == 4 and adapter.record["data"][0]["failed"] == 0
+    assert adapter.metrics["conversations"] == seen and adapter.record["data"][0]["failed"] == 0
     assert not (tmp_path / "run" / "rejected.jsonl").exists()
 
 

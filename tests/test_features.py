@@ -38,6 +38,7 @@ from llavamed_peft.datasets.rejects import RejectLog  # noqa: E402
 from llavamed_peft.datasets.sources import open_sources  # noqa: E402
 from llavamed_peft.errors import ConfigError, DataError, TrainingError  # noqa: E402
 from llavamed_peft.feature_cache import Forecast, decide, fingerprint  # noqa: E402
+from llavamed_peft.images import load_image  # noqa: E402
 from llavamed_peft.modeling.load import load_checkpoint  # noqa: E402
 from llavamed_peft.modeling.parts import (  # noqa: E402
     adapter_config,
@@ -315,6 +316,32 @@ def test_an_undecodable_image_is_counted_once_as_without_the_cache(
         rejected.append((tmp_path / str(on) / "rejected.jsonl").read_text())
     assert records[0] == records[1] and (records[0][0]["used"], records[0][0]["failed"]) == (5, 2)
     assert rejected[0] == rejected[1] and rejected[0].count("6.png: cannot be decoded") == 2
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_images_that_vanish_while_features_are_stored_are_no_gaps(
+    workers: int, bases: dict[str, Path], images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run(bases["llava"], conversations(images), tmp_path / "whole", feature_cache=True)
+    folder, away, seen = Path(images[0]).parent, tmp_path / "away", []
+
+    def vanish(path: str) -> Image.Image:
+        picture = load_image(path)
+        seen.append(path)
+        if len(seen) == 2:
+            folder.rename(away)
+        return picture
+
+    monkeypatch.setattr(features, "load_image", vanish)
+    with pytest.raises(
+        TrainingError, match=r"^\S+\.png: no such file; wanted an image\. It could be read when the feature cache"
+    ):
+        run(bases["llava"], conversations(images), tmp_path / "run", feature_cache=True, workers=workers)
+    monkeypatch.undo()
+    away.rename(folder)
+    adapter = run(bases["llava"], conversations(images), tmp_path / "run", feature_cache=True, workers=workers)["vqa"]
+    assert adapter.record["data"][0]["failed"] == 0
+    agree(StageAdapter.load(tmp_path / "whole" / "vqa"), adapter, 1e-6)
 
 
 def test_a_worker_that_dies_while_filling_names_its_row(

@@ -471,13 +471,14 @@ def test_a_stage_folder_that_cannot_be_written_leaves_the_last_checkpoint(place:
 
 
 def test_a_stage_whose_images_vanish_ends_and_goes_on_once_they_are_back(place: Path, out: Path) -> None:
-    whole, decoded = out.with_name(f"{out.name}-whole"), {"feature_cache": False}
+    whole, decoded = out.with_name(f"{out.name}-whole"), {"feature_cache": False, "save_steps": 1}
     kills.finish(kills.start(place, whole, "lora", **decoded), whole)
     last = failed(place, out, during, "vqa", 3, True, lose_the_images, **decoded)
     assert re.search(
         r"data\.json: (9|10) of 14 rows cannot be used \(\S+%; max_rejected is 50\.0%\)\. Commonest: an image", last
     ), last
-    assert f"While stage 'vqa' trained, {place}/" in last and ".png: no such file; wanted an image. Each row is listed in" in last
+    assert f"Of the training data of stage 'vqa', met while it trained: {place}/" in last
+    assert ".png: no such file; wanted an image. Each row is listed in rejected.jsonl." in last
     assert last.endswith("The checkpoint of step 4 stands, and the same call goes on from it.")
     reasons = [json.loads(line)["reason"] for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
     assert reasons.count("failed while training vqa") in (8, 9)

@@ -113,7 +113,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from llavamed_peft import Conversation, Curriculum, Schedule, Stage, Turn, curriculum_finetune
 from llavamed_peft.arguments import start
-from llavamed_peft.errors import TrainingError
+from llavamed_peft.errors import DataError, TrainingError
+from llavamed_peft.packing import collator
 from llavamed_peft.trainer import StageTrainer
 
 @dataclass
@@ -123,9 +124,14 @@ class Words:
     out: str
     fault: str
 
+def lost(path):
+    raise DataError(f"{path}: no such file; wanted an image.")
+
 def main(words):
     def training_step(self, *inputs):
-        if self.state.global_step == 1 and os.environ["RANK"] == "1":
+        if self.state.global_step == 1 and words.fault == "lost":
+            collator.load_image = lost
+        elif self.state.global_step == 1 and os.environ["RANK"] == "1":
             Path(words.out, "failed").write_text(str(time.time()))
             raise {"said": TrainingError, "odd": OSError}[words.fault]("the disk is on fire")
         return step(self, *inputs)
@@ -133,7 +139,7 @@ def main(words):
     step, StageTrainer.training_step = StageTrainer.training_step, training_step
     row = Conversation("0", (Turn("user", "<image> what?"), Turn("assistant", "a heart")), (words.image,))
     stage = Stage("more", "full", Schedule(epochs=1, learning_rate=0.01, global_batch=2))
-    curriculum_finetune(words.base, {"more": [row] * 6}, words.out, curriculum=Curriculum((stage,)))
+    curriculum_finetune(words.base, {"more": [row] * 6}, words.out, curriculum=Curriculum((stage,)), feature_cache=False)
 
 start(main, Words)
 """
@@ -274,17 +280,7 @@ def test_one_process_that_fails_ends_all_of_them_and_is_named(
     fault: str, how: dict[str, str], place: Path, tmp_path: Path
 ) -> None:
     """The other waits for it in a collective that would last half an hour."""
-    script = tmp_path / "fails.py"
-    script.write_text(FAILS, encoding="utf-8")
-    words = ["--base", place / "base", "--image", place / "0.png", "--out", tmp_path / "out", "--fault", fault]
-    done = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *map(str, words)],
-        env={**os.environ, **how, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=600,
-    )
+    done = fails(fault, how, place, tmp_path)
     assert done.returncode == 1 and (tmp_path / "out" / "failed").exists(), done.stderr
     error = f"{'TrainingError' if fault == 'said' else 'OSError'}: the disk is on fire"
     first = next(line for line in done.stderr.splitlines() if "Error" in line)
@@ -292,6 +288,31 @@ def test_one_process_that_fails_ends_all_of_them_and_is_named(
     cause = done.stderr.rpartition("Root Cause (first observed failure)")[2]
     assert "rank      : 1" in cause and error in cause
     assert not (tmp_path / "out" / "more").exists()
+
+
+def test_processes_whose_images_vanish_end_together_and_list_every_row(place: Path, tmp_path: Path) -> None:
+    done = fails("lost", {}, place, tmp_path)
+    assert done.returncode == 1, done.stderr
+    assert "in memory: 2 of 6 rows cannot be used (33.3%; max_rejected is 5.0%)." in done.stderr
+    assert "The checkpoint of step 2 stands, and the same call goes on from it." in done.stderr
+    lines = (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["reason"] for line in lines] == ["failed while training more"] * 2
+    assert not (tmp_path / "out" / "more").exists()
+
+
+def fails(fault: str, how: dict[str, str], place: Path, folder: Path) -> subprocess.CompletedProcess[str]:
+    """Two processes that meet a fault behind the first step of three."""
+    script = folder / "fails.py"
+    script.write_text(FAILS, encoding="utf-8")
+    words = ["--base", place / "base", "--image", place / "0.png", "--out", folder / "out", "--fault", fault]
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *map(str, words)],
+        env={**os.environ, **how, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=600,
+    )
 
 
 WAITING = """

@@ -221,9 +221,12 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 class Pictures(Dataset[torch.Tensor | None]):
     """Planned images → their pixels, [tiles, 3, height, width]; `None` for what cannot be decoded or is another image by now.
 
+    What is `None` is missing in its file of features for good. So an image of this stage whose file cannot be read any more is
+    an error: its disk may come back.
+
     Args:
         images: in the order of their files.
-        paths: key → where the image lies, if it may be elsewhere than when it was planned.
+        paths: key → where the image lies, of this stage's; an earlier stage's may lie where they did.
         rows: path → the row of the data that shows the image, as an error should name it.
         notes: where a worker process writes what it is at; `None` where there are no workers.
     """
@@ -247,7 +250,7 @@ class Pictures(Dataset[torch.Tensor | None]):
         if self.notes is not None:
             self.notes.write(f"{self.rows.get(path, 'an earlier stage')}, image {path}, for the feature cache")
         try:
-            if content_key(path) != image.content:
+            if self._content(image, path) != image.content:
                 return None
             return self.encoder.process_image(load_image(path), image.alone)
         except DataError:
@@ -255,6 +258,23 @@ class Pictures(Dataset[torch.Tensor | None]):
         finally:
             if self.notes is not None:
                 self.notes.clear()
+
+    def _content(self, image: Planned, path: str) -> str:
+        """SHA-256 of the image's file.
+
+        Raises:
+            TrainingError: the file of an image of this stage cannot be read any more.
+            DataError: that of an earlier stage's cannot.
+        """
+        try:
+            return content_key(path)
+        except DataError as error:
+            if image.key not in self.paths:
+                raise
+            raise TrainingError(
+                f"{error} It could be read when the feature cache was planned; bring it back. What is stored stays, and the same "
+                "call goes on; an image that is gone for good is left out then."
+            ) from error
 
 
 @dataclass(frozen=True, slots=True)

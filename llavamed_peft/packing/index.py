@@ -68,7 +68,7 @@ class Index:
     Args:
         rows: one per conversation, columns as `SCHEMA`; memory-mapped.
         files: what became of the rows of each file.
-        failed: row → reason, of conversations whose images could not be decoded while training.
+        failed: row → reason, of conversations whose images could not be decoded while training, the same on all processes.
     """
 
     rows: Dataset
@@ -171,8 +171,8 @@ class Index:
         """Name each row that failed in a stage in the log of rejected ones."""
         file_of_row = self.column("file")
         for row, reason in sorted(self.failed.items()):
-            conversation, path = self.tokenized(row), self.files[file_of_row[row]].path
-            rejects.append(Reject(path, row_number(conversation.source), conversation.id, failed_in(stage), reason))
+            source, id = (self.rows.data.column(name)[row].as_py() for name in ("source", "id"))
+            rejects.append(Reject(self.files[file_of_row[row]].path, row_number(source), id, failed_in(stage), reason))
 
     def account(self) -> list[dict[str, object]]:
         """For `stage.json`: each file with its hash and rows = used + rejected + failed."""
