@@ -1,6 +1,6 @@
 """What the model waits for images: decoded in the training process, or ahead, by workers.
 
-    python benchmarks/waiting.py --data DATA         # five repeats; half an hour on 2 idle cores
+    python benchmarks/waiting.py --data DATA         # five repeats; eight minutes on 2 idle cores
     python benchmarks/waiting.py --data DATA --log   # the same, and adds what it found to LOG.md and results/
 
 `DATA` is as in `packing.py`; without it, questions and images are made up. Stages as there, each in a process of its own, over
