@@ -17,13 +17,14 @@ ifeq ($(wildcard /dev/nvidia0),)
 export DS_ACCELERATOR ?= cpu
 endif
 
-.PHONY: help demo demo-seeds test check venv install
+.PHONY: help demo demo-seeds test check tree venv install
 
 help:
 	@echo "make demo    the whole curriculum on a tiny checkpoint, then load, swap and ask its stages"
 	@echo "make demo-seeds  the same with three seeds, about 14 minutes"
 	@echo "make test    every test"
 	@echo "make check   format, lint, types of the value layers, layers"
+	@echo "make tree    renew the tree in docs/architecture.md"
 	@echo "make venv    only build .venv"
 
 demo: venv
@@ -35,6 +36,9 @@ demo-seeds: venv
 # Two processes, a file of tests each: what takes long waits more than it computes. One: make test ARGS="-n 0"
 test: venv
 	$(IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+
+tree: venv
+	$(IN_VENV) docs/tree.py --write
 
 check: venv
 	$(IN_VENV) -m ruff format --check .

@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llavamed_peft import Conversation, Curriculum, Schedule, Stage, Turn, curriculum_finetune
 from llavamed_peft.modeling.load import load_checkpoint
-from llavamed_peft.modeling.parts import sharding_units, unfreeze_full
-from llavamed_peft.trainer import StageTrainer
+from llavamed_peft.modeling.parts import sharding_units
+from llavamed_peft.modeling.scopes import unfreeze_full
+from llavamed_peft.training.trainer import StageTrainer
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "recipes" / "demo" / "tiny-llava"
@@ -67,7 +68,7 @@ def formula(method: str | None, batches: int, processes: int) -> dict[str, int]:
         return sum(p.numel() // len(p) * math.ceil(len(p) / rows) * rows for p in parameters)
 
     *layers, tower_layer = sharding_units(model)
-    every, trained = size(model.parameters()), size(p for p in model.parameters() if p.requires_grad)
+    every, trained = (size(model.parameters()), size(p for p in model.parameters() if p.requires_grad))
     decoder = size(p for layer in layers for p in layer.parameters() if p.requires_grad)
     in_vain = size(tower_layer.parameters())  # FSDP2's backward gathers ahead one more than it needs
     numbers = {

@@ -45,7 +45,7 @@ from workbench import SPECIAL, heading, llava_config, machine, make_processor, t
 PARTS = ("build", "start", "epochs", "packed", "padded")
 STARTS = 3
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow")
-WANTED_SHARE, WANTED_START, WANTED_GROWTH = 0.95, 20.0, 16.0  # of a worker's time on images; seconds; MB
+WANTED_SHARE, WANTED_START, WANTED_GROWTH = (0.95, 20.0, 16.0)  # of a worker's time on images; seconds; MB
 TINY, REAL = 28, 336  # pixels of a prepared image; (pixels / 14)² image tokens
 GLOBAL_BATCH, MAX_ROW_TOKENS, SEED = 128, 4096, 42
 TEXT = (
@@ -164,7 +164,7 @@ def make_rows(folder: Path, rows: int, exchanges: int, pictures: Sequence[bytes]
             image.write_bytes(pictures[row % len(pictures)] + str(row).encode())  # decoders stop before that; no two are equal
             turns = []
             for number in range(exchanges):
-                asked, said = " ".join(words.choices(WORDS, k=10)), " ".join(words.choices(WORDS, k=words.randint(20, 60)))
+                asked, said = (" ".join(words.choices(WORDS, k=10)), " ".join(words.choices(WORDS, k=words.randint(20, 60))))
                 turns += [{"from": "human", "value": asked if number else f"<image>\n{asked}"}, {"from": "gpt", "value": said}]
             file.write(json.dumps({"id": str(row), "image": name, "conversations": turns}) + "\n")
 
@@ -174,13 +174,13 @@ def make_rows(folder: Path, rows: int, exchanges: int, pictures: Sequence[bytes]
 
 def index_of(folder: Path, layout: str = "packed") -> tuple[Any, Any]:
     """The index of a folder's rows, built or found, and the collator: as `curriculum_finetune` makes them."""
+    from llavamed_peft.batches.checking import build_index
     from llavamed_peft.datasets.rejects import RejectLog
     from llavamed_peft.datasets.sources import open_sources
     from llavamed_peft.modeling.load import read_config
     from llavamed_peft.modeling.processor import load_processor, make_stage_processor
     from llavamed_peft.packing.collator import PackedCollator
-    from llavamed_peft.packing.indexing import build_index
-    from llavamed_peft.report import RunLog
+    from llavamed_peft.reporting.run_log import RunLog
 
     processor = make_stage_processor(load_processor(folder / "base", read_config(folder / "base")), "pad")
     collator = PackedCollator(processor, max_row_tokens=MAX_ROW_TOKENS, layout=layout)
@@ -192,7 +192,7 @@ def index_of(folder: Path, layout: str = "packed") -> tuple[Any, Any]:
 def loader_of(batches: Any, workers: int) -> Any:
     """The training loader over an index."""
     from llavamed_peft.stages import Schedule
-    from llavamed_peft.trainer import HANGS_AFTER, StepLoader
+    from llavamed_peft.training.trainer import HANGS_AFTER, StepLoader
 
     schedule = Schedule(epochs=1, learning_rate=1, global_batch=GLOBAL_BATCH)
     sampler = batches.index.sampler(batches.collator, schedule, SEED)
@@ -219,9 +219,8 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
 
 def start(options: argparse.Namespace) -> dict[str, Any]:
     """From the start of the process to the first step out of the workers."""
-    from llavamed_peft.packing.batches import DeviceBatches
-    from llavamed_peft.packing.workers import WorkerNotes
-    from llavamed_peft.trainer import StepLoader  # noqa: F401 - with the other imports
+    from llavamed_peft.batches.decoding import DeviceBatches
+    from llavamed_peft.batches.workers import WorkerNotes
 
     imported = seconds_of_this_process()
     index, collator = index_of(options.folder / "tiny")
@@ -241,7 +240,7 @@ def seconds_of_this_process() -> float:
 def worked(options: argparse.Namespace) -> dict[str, Any]:
     """Whole epochs through the workers: what they took, and the memory meanwhile."""
     tiny = options.part == "epochs"
-    folder, count = options.folder / ("tiny" if tiny else "real"), options.epochs if tiny else 1
+    folder, count = (options.folder / ("tiny" if tiny else "real"), options.epochs if tiny else 1)
     index, collator = index_of(folder, "packed" if tiny else options.part)
     timed = timed_batches(index, collator, options.workers)
     loader = loader_of(timed, options.workers)
@@ -255,7 +254,7 @@ def worked(options: argparse.Namespace) -> dict[str, Any]:
                 rows += sum(batch.conversations for batch in step)
                 del step
         assert rows == len(index), f"{rows} of {len(index)} rows came out of the workers"
-        on_images, cpu = timed.sums[:, 0].tolist(), (timed.sums[:, 2] - timed.sums[:, 1]).tolist()
+        on_images, cpu = (timed.sums[:, 0].tolist(), (timed.sums[:, 2] - timed.sums[:, 1]).tolist())
         taken.append(
             {
                 "seconds": time.monotonic() - began,
@@ -274,9 +273,9 @@ def timed_batches(index: Any, collator: Any, workers: int) -> Any:
     """The loader's data set, with a clock around what is done to images. Per worker: time on images, first and last CPU time."""
     import torch
 
+    from llavamed_peft.batches.decoding import DeviceBatches
+    from llavamed_peft.batches.workers import WorkerNotes
     from llavamed_peft.packing import collator as collation
-    from llavamed_peft.packing.batches import DeviceBatches
-    from llavamed_peft.packing.workers import WorkerNotes
 
     class Timed(DeviceBatches):
         def __init__(self) -> None:
@@ -389,7 +388,7 @@ def growth(looks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
 
 def log_entry(result: dict[str, Any]) -> str:
     """The result as a section of `LOG.md`."""
-    settings, built, started, grown = result["settings"], result["build"], result["start"], result["growth_mb"]
+    settings, built, started, grown = (result["settings"], result["build"], result["start"], result["growth_mb"])
     rows = []
     for part in ("epochs", "packed", "padded"):
         for number, epoch in enumerate(result[part]["epochs"], 1):

@@ -64,13 +64,7 @@ def main() -> None:
         place = Path(folder)
         write_data(place)
         hit, runs, calls = kill_often(place, {kind: measure(place, kind) for kind in KINDS}, options.kills, options.seed)
-    result = {
-        **heading("kills"),
-        "kills": dict(hit),
-        "runs": runs,
-        "calls": calls,
-        "seconds": round(time.monotonic() - began),
-    }
+    result = {**heading("kills"), "kills": dict(hit), "runs": runs, "calls": calls, "seconds": round(time.monotonic() - began)}
     entry = log_entry(result)
     print(entry)
     if options.log:
@@ -242,7 +236,7 @@ def call(
             process.kill()
     else:
         number = round(share * operations)
-        moment, process = f"at file operation {number}", start(place, out, kind, kill_at_operation, out, number)
+        moment, process = (f"at file operation {number}", start(place, out, kind, kill_at_operation, out, number))
     process.join(300)
     return moment, process
 
@@ -262,8 +256,8 @@ def what_was_hit(out: Path) -> str:
 
 def check_whole(out: Path) -> None:
     """What has a final name is whole: stages and checkpoints."""
-    from llavamed_peft.adapters import StageAdapter
-    from llavamed_peft.checkpoints import fault
+    from llavamed_peft.adapters.stage_adapter import StageAdapter
+    from llavamed_peft.training.checkpoints import fault
 
     for stage in out.glob("[!.]*/stage.json"):
         StageAdapter.load(stage.parent)
@@ -274,12 +268,12 @@ def check_whole(out: Path) -> None:
 
 def check_same(undisturbed: Path, out: Path) -> None:
     """Two finished runs agree in everything but the time they took."""
-    from llavamed_peft.adapters import StageAdapter
+    from llavamed_peft.adapters.stage_adapter import StageAdapter
 
     left = {path.name for path in out.iterdir()}
     assert left == {path.name for path in undisturbed.iterdir()}, left
     for stage in ("align", "vqa"):
-        one, other = StageAdapter.load(undisturbed / stage), StageAdapter.load(out / stage)
+        one, other = (StageAdapter.load(undisturbed / stage), StageAdapter.load(out / stage))
         assert one.record["sha256"] == other.record["sha256"], f"{out}: {stage} has other tensors"
         assert without_clock(one.metrics) == without_clock(other.metrics), (one.metrics, other.metrics)
         assert one.record["data"] == other.record["data"]

@@ -187,7 +187,7 @@ class Bench:
     """
 
     def __init__(self, folder: Path, drawer: Drawer, conversations: int | None, device_batches: Sequence[int]):
-        self.folder, self.drawer, self.conversations, self.device_batches = folder, drawer, conversations, device_batches
+        self.folder, self.drawer, self.conversations, self.device_batches = (folder, drawer, conversations, device_batches)
         self.done: dict[tuple[str, str, int], Run] = {}  # of (data, arm, pair)
         self.probed: dict[str, list[Run]] = {}  # of a data's kind: what TRL's settings gave
 

@@ -28,7 +28,7 @@ from PIL import Image
 CURVE = (1, 2, 5, 11, 20)  # questions an image
 EXCHANGES = {2: 0.40, 3: 0.40, 4: 0.15, 5: 0.05}  # of a dialogue, 2.85 in the mean
 PER_IMAGE = {"vqa": 9.8, "slake": 10.9}
-GROUP, DRAWN = 16, 1024  # conversations of about one length, and of how many they are taken
+GROUP, DRAWN = (16, 1024)  # conversations of about one length, and of how many they are taken
 WORDS = (
     "left",
     "right",
@@ -60,7 +60,7 @@ class Drawer:
     """
 
     def __init__(self, folder: Path, data: Path | None, image_size: int, seed: int):
-        self.folder, self.data, self.image_size, self.seed = folder, data, image_size, seed
+        self.folder, self.data, self.image_size, self.seed = (folder, data, image_size, seed)
         (folder / "images").mkdir(parents=True, exist_ok=True)
         self.real = {name: self._questions(name) for name in ("vqa", "slake")}
         self.words = [word for row in self.real["vqa"] for word in f"{row['question']} {row['answer']}".split()]
@@ -80,7 +80,7 @@ class Drawer:
         path = self.folder / f"{work}-{step}.json"
         path.write_text(json.dumps(rows), encoding="utf-8")
         real = work == "vqa" and self.data is not None
-        return path, self.data / "vqa_rad" / "images" if real else self.folder / "images"
+        return (path, self.data / "vqa_rad" / "images" if real else self.folder / "images")
 
     def rows(self, work: str, step: int, conversations: int) -> Rows:
         """The rows of that file: the step-th of an epoch, or drawn anew for each step."""
@@ -104,7 +104,7 @@ class Drawer:
         return [_row(str(i), self._draw(f"{work}-{step}-{i}.jpg", words), exchanges) for i, exchanges in enumerate(chosen)]
 
     def _step_of_questions(self, work: str, step: int, conversations: int) -> Rows:
-        from llavamed_peft.packing.steps import shuffled
+        from llavamed_peft.batches.steps import shuffled
 
         rows = self.real[work]
         names = {name: number for number, name in enumerate(dict.fromkeys(row["image"] for row in rows))}

@@ -96,9 +96,10 @@ def waiting_share(records: Sequence[Run]) -> float:
 def run_ours(run: Run) -> Run:
     import torch
 
-    from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune, training
+    from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune
     from llavamed_peft.packing import masks
-    from llavamed_peft.report import read_metrics
+    from llavamed_peft.running.summary import read_metrics
+    from llavamed_peft.training import stage as training
 
     moments = start_clock()
     how = dict(run["how"])
@@ -123,7 +124,7 @@ def run_ours(run: Run) -> Run:
         found["waiting_share"] = waiting_share(read_metrics(Path(runs) / "run"))
         if taken:
             found["attention"] = taken[-1]
-            bound, index = how.get("max_row_tokens", MAX_ROW_TOKENS), Path(runs) / "run" / "index" / "work-train.arrow"
+            bound, index = (how.get("max_row_tokens", MAX_ROW_TOKENS), Path(runs) / "run" / "index" / "work-train.arrow")
             found["counts"] = count(Path(run["folder"]), index, schedule, bound, masks.fill_tokens(taken[-1]))
     found |= read_clock(moments, [run["conversations"]] * run["steps"], run["conversations"])
     return found | {name: metrics[name] for name in ("trainable_parameters", "supervised_tokens", "loss_first")}
@@ -240,12 +241,13 @@ def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int, fi
     """
     from transformers import AutoConfig, AutoProcessor
 
-    from llavamed_peft.images import content_key, image_size
+    from llavamed_peft.batches.index import Index
     from llavamed_peft.packing import PackedCollator
     from llavamed_peft.packing.encoding import IGNORED
-    from llavamed_peft.packing.index import Index
     from llavamed_peft.packing.rows import lay_row
     from llavamed_peft.packing.tree import build_forest
+    from llavamed_peft.storage.equal_images import content_key
+    from llavamed_peft.storage.images import image_size
 
     index = Index.open(index_file)
     processor = AutoProcessor.from_pretrained(folder / "processor")

@@ -9,13 +9,13 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from .conversations import Conversation, Question, Turn
-from .stages import LLAVA_MED, LLAVA_MED_FULL, Curriculum, LoraSpec, Schedule, Stage
+from .llava_med import LLAVA_MED, LLAVA_MED_FULL
+from .stages import Curriculum, LoraSpec, Schedule, Stage
+from .version import __version__ as __version__
 
 if TYPE_CHECKING:
     from .adapters import StageAdapter, load_stage
     from .curriculum import curriculum_finetune
-
-__version__ = "0.1.0"
 
 __all__ = [
     "LLAVA_MED",

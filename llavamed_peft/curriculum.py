@@ -9,16 +9,20 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 
-from .adapters import StageAdapter, base_record
+from .adapters.record import base_record
+from .adapters.stage_adapter import StageAdapter
 from .datasets.sources import Data, open_sources
 from .errors import ConfigError
+from .llava_med import LLAVA_MED
 from .modeling.load import Quantization, read_config
 from .modeling.processor import load_processor, make_stage_processor
 from .modeling.sharding import launcher_aside
 from .packing.masks import check_window
-from .preflight import check_architecture, check_files, check_lineage, check_names, choose_computing
-from .run import LONGEST_WAIT, OWN_NAMES, Lineage, Run
-from .stages import LLAVA_MED, Curriculum, Stage
+from .running.lineage import Lineage
+from .running.preflight import check_architecture, check_files, check_lineage, check_names
+from .running.run import LONGEST_WAIT, OWN_NAMES, Run
+from .stages import Curriculum, Stage
+from .training.computing import choose_computing
 
 
 def curriculum_finetune(

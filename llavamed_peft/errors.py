@@ -43,3 +43,18 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """`" Did you mean 'epochs'?"` where a known name is near, else the list of the known ones."""
     known = sorted(known)
     return nearest(name, known) or f" Known: {', '.join(known)}."
+
+
+class Interrupted(KeyboardInterrupt):
+    """The run was asked to stop, has saved, and can be gone on with; the message says from where.
+
+    Like Ctrl-C's own `KeyboardInterrupt` it is no `Exception`: what catches errors lets it pass.
+
+    Args:
+        signal_number: `signal.SIGTERM` or `signal.SIGINT`; a script's exit code is by custom 128 + this.
+        message: what was done until now and how to go on.
+    """
+
+    def __init__(self, signal_number: int, message: str):
+        super().__init__(message)
+        self.signal_number = signal_number

@@ -17,17 +17,30 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from .errors import ConfigError, did_you_mean, nearest
+from .yaml12 import Yaml12Dumper, read_yaml
 
 SCOPES = ("projector", "lora", "full")
+
+
 SHUFFLES = ("images", "conversations")
+
+
 ASPECT_RATIOS = ("pad", "checkpoint")
+
 
 # Not hidden, no blank at either end, nothing that a file system or a control character makes special.
 _FOLDER_NAME = re.compile(r"""(?![.\s])[^/\\:*?"<>|\x00-\x1f\x7f]+(?<!\s)""")
 
+
 Scope = Literal["projector", "lora", "full"]
+
+
 Shuffle = Literal["images", "conversations"]
+
+
 AspectRatio = Literal["pad", "checkpoint"]
+
+
 Value = TypeVar("Value")
 
 
@@ -281,7 +294,7 @@ class Curriculum:
 
     def to_yaml(self, path: str | Path | None = None) -> str:
         """The curriculum as YAML text; also written to `path` if one is given."""
-        text: str = yaml.dump(self.to_dict(), Dumper=_Yaml12Dumper, sort_keys=False, allow_unicode=True)
+        text: str = yaml.dump(self.to_dict(), Dumper=Yaml12Dumper, sort_keys=False, allow_unicode=True)
         if path is not None:
             Path(path).write_text(text, encoding="utf-8")
         return text
@@ -302,18 +315,6 @@ class Curriculum:
         return cls.from_dict(read_yaml(text, where), where)
 
 
-def read_yaml(text: str, where: str) -> Any:
-    """What YAML text says; `2e-3` is a number, as YAML 1.2 has it, and no key stands twice in one mapping.
-
-    Raises:
-        ConfigError: it is not YAML.
-    """
-    try:
-        return yaml.load(text, Loader=_Yaml12Loader)
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{where} is not YAML: {error}") from error
-
-
 def require_same_lora(earlier: Stage, later: Stage) -> None:
     """Two LoRA stages of one lineage continue the same tensors, so rank and alpha must be equal.
 
@@ -328,36 +329,6 @@ def require_same_lora(earlier: Stage, later: Stage) -> None:
                 f"Stage {later.name!r} has LoRA {name} {second}, stage {earlier.name!r} before it {first}; wanted equal numbers, "
                 "since the later stage continues the earlier one's tensors. Change one, or put a full stage between them."
             )
-
-
-class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML reads `2e-3` as a string (YAML 1.1 wants `2.0e-3`); a learning rate written that way must be a number.
-
-    It also takes the last of equal keys without a word; here they are an error.
-    """
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [key.value for key, _ in node.value]
-        twice = {str(key) for key in keys if keys.count(key) > 1}
-        if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {min(twice)!r} stands twice", node.start_mark)
-        return super().construct_mapping(node, deep)
-
-
-class _Yaml12Dumper(yaml.SafeDumper):
-    """Puts quotes around what the loader would take for a number: a stage called `2e-3` stays a name."""
-
-
-for _side in (_Yaml12Loader, _Yaml12Dumper):
-    _side.yaml_implicit_resolvers = {
-        first: [entry for entry in entries if entry[0] != "tag:yaml.org,2002:float"]
-        for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-    _side.add_implicit_resolver(
-        "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
-        list("-+0123456789."),
-    )
 
 
 def _known(cls: type, plain: object, where: str) -> dict[str, Any]:
@@ -382,29 +353,3 @@ def _make(cls: type[Value], values: dict[str, Any], where: str) -> Value:
 
 def _build(cls: type[Value], plain: object, where: str) -> Value:
     return _make(cls, _known(cls, plain, where), where)
-
-
-# The paper's curriculum. Stages 2 and 3 as LoRA are not in the paper; their rates are LLaVA's own LoRA recipe
-# (rank 128, alpha 256, dropout 0.05, 2e-4 for LoRA, 2e-5 for the projector). `LLAVA_MED_FULL` is the paper's own.
-LLAVA_MED = Curriculum(
-    stages=(
-        # Section 4, stage 1 (concept alignment): projector only, 2e-3, batch 128, 1 epoch over figure-caption pairs
-        Stage("align", "projector", Schedule(epochs=1, learning_rate=2e-3, global_batch=128)),
-        # Section 4, stage 2 (instruction tuning): batch 128, 3 epochs over the dialogues
-        Stage(
-            "instruct", "lora", Schedule(epochs=3, learning_rate=2e-4, projector_learning_rate=2e-5, global_batch=128), LoraSpec()
-        ),
-        # Section 5.2: "LLaVA-Med from LLaVA" is fine-tuned 15 epochs on each data set, batch 64 (the README's command: 3)
-        Stage("vqa", "lora", Schedule(epochs=15, learning_rate=2e-4, projector_learning_rate=2e-5, global_batch=64), LoraSpec()),
-    )
-)
-LLAVA_MED_FULL = Curriculum(
-    stages=(
-        # Section 4, stage 1
-        Stage("align", "projector", Schedule(epochs=1, learning_rate=2e-3, global_batch=128, shuffle="conversations")),
-        # Section 4, stage 2: projector and language model, 2e-5, batch 128, 3 epochs
-        Stage("instruct", "full", Schedule(epochs=3, learning_rate=2e-5, global_batch=128, shuffle="conversations")),
-        # Section 5.2: 2e-5, batch 64, 15 epochs from LLaVA
-        Stage("vqa", "full", Schedule(epochs=15, learning_rate=2e-5, global_batch=64, shuffle="conversations")),
-    )
-)

@@ -30,7 +30,8 @@ from pathlib import Path
 from typing import Literal
 
 from llavamed_peft import LLAVA_MED, Curriculum, Schedule, Stage, curriculum_finetune
-from llavamed_peft.arguments import RunArguments, is_main_process, start
+from llavamed_peft.cli.arguments import RunArguments
+from llavamed_peft.cli.launching import is_main_process, start
 
 PAPER = LLAVA_MED["align"].schedule
 

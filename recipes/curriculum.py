@@ -41,7 +41,8 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llavamed_peft import curriculum_finetune
-from llavamed_peft.arguments import CurriculumArguments, RunArguments, is_main_process, start
+from llavamed_peft.cli.arguments import CurriculumArguments, RunArguments
+from llavamed_peft.cli.launching import is_main_process, start
 
 
 def main(arguments: CurriculumArguments, run: RunArguments) -> None:

@@ -34,7 +34,8 @@ from pathlib import Path
 from typing import Literal
 
 from llavamed_peft import LLAVA_MED, Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune
-from llavamed_peft.arguments import RunArguments, is_main_process, start
+from llavamed_peft.cli.arguments import RunArguments
+from llavamed_peft.cli.launching import is_main_process, start
 
 PAPER, LORA = LLAVA_MED["instruct"].schedule, LLAVA_MED["instruct"].lora
 

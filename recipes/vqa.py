@@ -59,12 +59,13 @@ from llavamed_peft import (
     curriculum_finetune,
     load_stage,
 )
-from llavamed_peft.arguments import RunArguments, is_main_process, start
+from llavamed_peft.cli.arguments import RunArguments
+from llavamed_peft.cli.launching import is_main_process, start
 from llavamed_peft.datasets import vqa_rad
 from llavamed_peft.datasets.sources import question_source
 from llavamed_peft.evaluation.answer import answer_questions
 from llavamed_peft.evaluation.exact_match import majority_answers, score, score_table
-from llavamed_peft.images import load_image
+from llavamed_peft.storage.images import load_image
 
 PAPER, LORA = LLAVA_MED["vqa"].schedule, LLAVA_MED["vqa"].lora
 

@@ -9,8 +9,8 @@ import torch
 from torch.nn.attention import flex_attention as flex_module
 from transformers.integrations.flex_attention import WrappedFlexAttention
 
-from llavamed_peft import training
 from llavamed_peft.packing import masks
+from llavamed_peft.training import stage as training
 
 CUDA = torch.device("cuda")
 

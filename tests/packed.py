@@ -12,7 +12,9 @@ from PIL import Image
 
 from llavamed_peft import Conversation, LoraSpec, Turn
 from llavamed_peft.modeling.load import load_checkpoint
-from llavamed_peft.modeling.parts import adapter_config, attach, freeze_tower, set_dtypes
+from llavamed_peft.modeling.scopes import adapter_config, attach
+from llavamed_peft.modeling.tensors import set_dtypes
+from llavamed_peft.modeling.tower import freeze_tower
 
 KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevision": ("qwen2", "siglip", -1)}
 

@@ -8,8 +8,9 @@ import pytest
 from PIL import Image
 from tiny import build
 
-from llavamed_peft import Curriculum, LoraSpec, Question, Schedule, Stage, StageAdapter, catalogue, curriculum_finetune
-from llavamed_peft.adapters import CARD, CONFIG, RECORD, WEIGHTS
+from llavamed_peft import Curriculum, LoraSpec, Question, Schedule, Stage, StageAdapter, curriculum_finetune
+from llavamed_peft.adapters import catalogue
+from llavamed_peft.adapters.record import CARD, CONFIG, RECORD, WEIGHTS
 from llavamed_peft.errors import AdapterError
 
 PUBLISHED = Path(__file__).parents[1] / "adapters"
@@ -45,7 +46,7 @@ def change(path, **changes):
 
 
 def test_the_table_says_what_the_stage_files_say(run, shelf):
-    metrics, hashes = run["ask"].metrics, {name: adapter.record["sha256"][:12] for name, adapter in run.items()}
+    metrics, hashes = (run["ask"].metrics, {name: adapter.record["sha256"][:12] for name, adapter in run.items()})
     sizes = {name: (adapter.path / WEIGHTS).stat().st_size / 1e6 for name, adapter in run.items()}
     losses = f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}"
     assert catalogue.table(shelf) == (
@@ -140,18 +141,18 @@ def not_json(shelf):
 
 def not_an_object(shelf):
     (shelf / "tiny-llava--ask" / RECORD).write_text("[]")
-    return "tiny-llava--ask/stage.json", ": the record is []; the folder is damaged. Copy or download it again."
+    return ("tiny-llava--ask/stage.json", ": the record is []; the folder is damaged. Copy or download it again.")
 
 
 def lost_key(shelf):
     path = shelf / "tiny-llava--ask" / RECORD
     path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}))
-    return "tiny-llava--ask/stage.json", ": the record lacks sha256; the folder is damaged. Copy or download it again."
+    return ("tiny-llava--ask/stage.json", ": the record lacks sha256; the folder is damaged. Copy or download it again.")
 
 
 def later_version(shelf):
     change(shelf / "tiny-llava--ask" / RECORD, schema_version=99, kind="shard")
-    return "tiny-llava--ask/stage.json", ": schema_version is 99; this version of llavamed-peft reads 1. Try another one."
+    return ("tiny-llava--ask/stage.json", ": schema_version is 99; this version of llavamed-peft reads 1. Try another one.")
 
 
 def full_stage(shelf):

@@ -13,7 +13,7 @@ from bitsandbytes.nn import Linear4bit
 from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlamaConfig, LlamaForCausalLM, LlavaConfig, PixtralVisionConfig
 
-from llavamed_peft.adapters import _has_all_weights
+from llavamed_peft.adapters.record import _has_all_weights
 from llavamed_peft.errors import CheckpointError
 from llavamed_peft.modeling.load import load_checkpoint
 

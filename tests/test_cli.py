@@ -18,7 +18,7 @@ from llavamed_peft.evaluation.answer import answer_questions
 
 ROOT = Path(__file__).parents[1]
 VERBS = ("ask", "inspect", "show", "merge", "catalogue")
-PROGRAM = [sys.executable, "-m", "llavamed_peft.cli"]
+PROGRAM = [sys.executable, "-m", "llavamed_peft.cli.main"]
 
 
 def run(*words, before=PROGRAM):
@@ -141,7 +141,7 @@ def test_inspect_needs_no_weights(asked, tmp_path):
     assert "ASSISTANT:[[ yes ?</s>]]" in plain.stdout
 
 
-ASCII = "import sys; sys.stdout.reconfigure(encoding='ascii'); from llavamed_peft.cli import main; sys.exit(main())"
+ASCII = "import sys; sys.stdout.reconfigure(encoding='ascii'); from llavamed_peft.cli.main import main; sys.exit(main())"
 
 
 def test_show_needs_no_weights(asked, tmp_path):
@@ -169,7 +169,7 @@ def test_version():
 
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)])
 def test_help_needs_no_torch(words):
-    code = "import sys; from llavamed_peft.cli import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    code = "import sys; from llavamed_peft.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
     done = run(*words, before=[sys.executable, "-c", code])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: llavamed-peft")

@@ -13,8 +13,10 @@ import sys
 import pytest
 from miniature import REPOSITORY, account, build, commands, option, run_here
 
-from llavamed_peft import LLAVA_MED, LLAVA_MED_FULL, Curriculum, cli
-from llavamed_peft.arguments import CurriculumArguments, RunArguments, parse
+from llavamed_peft import LLAVA_MED, LLAVA_MED_FULL, Curriculum
+from llavamed_peft.cli import main as cli
+from llavamed_peft.cli.arguments import CurriculumArguments, RunArguments
+from llavamed_peft.cli.parsing import parse
 
 CONFIGS = REPOSITORY / "recipes" / "configs"
 LAUNCHERS = sorted((CONFIGS / "accelerate").glob("*.yaml"))

@@ -35,14 +35,15 @@ from llavamed_peft import (
     curriculum_finetune,
     load_stage,
 )
-from llavamed_peft.adapters import write_folder
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
 from llavamed_peft.evaluation.answer import answer_questions
-from llavamed_peft.hashing import file_sha256
-from llavamed_peft.images import load_image
 from llavamed_peft.packing import PackedCollator, collator
-from llavamed_peft.report import progress_line, read_metrics
-from llavamed_peft.run import Run
+from llavamed_peft.reporting.run_log import progress_line
+from llavamed_peft.running.run import Run
+from llavamed_peft.running.summary import read_metrics
+from llavamed_peft.storage.hashing import file_sha256
+from llavamed_peft.storage.images import load_image
+from llavamed_peft.storage.whole import write_folder
 
 KINDS = {
     "llava": ("llama", "clip", -2),
@@ -281,12 +282,7 @@ def test_full_stage_leaves_a_checkpoint_that_the_next_stage_builds_on(
     curriculum = Curriculum((Stage("all", "full", schedule(learning_rate=1e-3)), Stage("more", "lora", schedule(), LORA)))
     data = {"all": conversations, "more": conversations}
     adapters = curriculum_finetune(
-        bases["llava"],
-        data,
-        tmp_path / "run",
-        curriculum=curriculum,
-        eval_data=data,
-        start_from=runs["llava"]["instruct"],
+        bases["llava"], data, tmp_path / "run", curriculum=curriculum, eval_data=data, start_from=runs["llava"]["instruct"]
     )
     full, more = adapters["all"], adapters["more"]
     assert full.is_checkpoint and full.parent == {"stage": "instruct", "sha256": runs["llava"]["instruct"].record["sha256"]}
@@ -360,7 +356,7 @@ def test_bfloat16_base_trains_in_fp32_and_rounds_only_what_is_loaded(
     assert merged.dtype == torch.bfloat16
     batch = PackedCollator(processor)(conversations)
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        unmerged_loss, merged_loss = model.eval()(**batch).loss.item(), merged.eval()(**batch).loss.item()
+        unmerged_loss, merged_loss = (model.eval()(**batch).loss.item(), merged.eval()(**batch).loss.item())
     assert merged_loss == pytest.approx(unmerged_loss, abs=0.05)  # bf16 has eight bits
     loaded = load_stage(base, adapter, dtype="float32")[0]
     name = "base_model.model.model.multi_modal_projector.linear_1.weight"
@@ -443,7 +439,7 @@ def test_device_batches_change_nothing_but_rounding(
             eval_data={"vqa": conversations},
         )["vqa"]
 
-    whole, single, checkpointed, padded = run(100_000, False), run(1, False), run(100, True), run(150, False, "padded")
+    whole, single, checkpointed, padded = (run(100_000, False), run(1, False), run(100, True), run(150, False, "padded"))
     assert (whole.record["computing"]["layout"], padded.record["computing"]["layout"]) == ("packed", "padded")
     for other in (single, checkpointed, padded):
         assert other.metrics["loss_last"] == pytest.approx(whole.metrics["loss_last"], abs=1e-4)

@@ -21,39 +21,28 @@ from trl import SFTConfig
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import kills  # noqa: E402
+import kills
 
-from llavamed_peft import (  # noqa: E402
-    Conversation,
-    Curriculum,
-    LoraSpec,
-    Schedule,
-    Stage,
-    StageAdapter,
-    Turn,
-    curriculum_finetune,
-    feature_cache,
-)
-from llavamed_peft.datasets.rejects import RejectLog  # noqa: E402
-from llavamed_peft.datasets.sources import open_sources  # noqa: E402
-from llavamed_peft.errors import ConfigError, DataError, TrainingError  # noqa: E402
-from llavamed_peft.feature_cache import Forecast, decide, fingerprint  # noqa: E402
-from llavamed_peft.images import load_image  # noqa: E402
-from llavamed_peft.modeling.load import load_checkpoint  # noqa: E402
-from llavamed_peft.modeling.parts import (  # noqa: E402
-    adapter_config,
-    always_look,
-    attach,
-    freeze_tower,
-    set_dtypes,
-    tower_layers,
-)
-from llavamed_peft.packing import PackedCollator, features  # noqa: E402
-from llavamed_peft.packing.batches import DeviceBatches  # noqa: E402
-from llavamed_peft.packing.features import Features, read_plans  # noqa: E402
-from llavamed_peft.packing.indexing import build_index  # noqa: E402
-from llavamed_peft.report import RunLog  # noqa: E402
-from llavamed_peft.trainer import StageTrainer  # noqa: E402
+from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, StageAdapter, Turn, curriculum_finetune
+from llavamed_peft.batches.checking import build_index
+from llavamed_peft.batches.decoding import DeviceBatches
+from llavamed_peft.datasets.rejects import RejectLog
+from llavamed_peft.datasets.sources import open_sources
+from llavamed_peft.errors import ConfigError, DataError, TrainingError
+from llavamed_peft.features import forecast as forecasting
+from llavamed_peft.features import store
+from llavamed_peft.features.forecast import Forecast, decide
+from llavamed_peft.features.store import Features, read_plans
+from llavamed_peft.modeling.load import load_checkpoint
+from llavamed_peft.modeling.scopes import adapter_config, attach
+from llavamed_peft.modeling.tensors import set_dtypes
+from llavamed_peft.modeling.tower import always_look, freeze_tower, tower_layers
+from llavamed_peft.packing import PackedCollator
+from llavamed_peft.reporting.run_log import RunLog
+from llavamed_peft.storage.images import load_image
+from llavamed_peft.training import filling
+from llavamed_peft.training.filling import fingerprint
+from llavamed_peft.training.trainer import StageTrainer
 
 KINDS = {
     "llava": (),
@@ -188,7 +177,7 @@ def test_in_other_tower_batches_features_are_within_one_unit_of_the_last_place(
 ) -> None:
     found = []
     for tiles in (32, 1):
-        monkeypatch.setattr(features, "_TILES_PER_BATCH", tiles)
+        monkeypatch.setattr(store, "_TILES_PER_BATCH", tiles)
         made = trainer(bases[kind], conversations(images), tmp_path / str(tiles), dtype=dtype)
         found.append(tensors_of(stored(made, tmp_path / str(tiles), dtype=dtype)))
     assert found[0].keys() == found[1].keys()
@@ -332,7 +321,7 @@ def test_images_that_vanish_while_features_are_stored_are_no_gaps(
             folder.rename(away)
         return picture
 
-    monkeypatch.setattr(features, "load_image", vanish)
+    monkeypatch.setattr(store, "load_image", vanish)
     with pytest.raises(
         TrainingError, match=r"^\S+\.png: no such file; wanted an image\. It could be read when the feature cache"
     ):
@@ -352,7 +341,7 @@ def test_a_worker_that_dies_while_filling_names_its_row(
             os._exit(1)
         return Image.open(path).convert("RGB")
 
-    monkeypatch.setattr(features, "load_image", deadly)
+    monkeypatch.setattr(store, "load_image", deadly)
     with pytest.raises(TrainingError) as died:
         run(bases["llava"], conversations(images), tmp_path / "run", feature_cache=True, workers=1)
     assert f"died at in memory:4 (id three), image {images[3]}, for the feature cache" in str(died.value)
@@ -402,7 +391,7 @@ def test_by_default_it_is_used_where_the_tower_would_see_images_twice(
     assert lines("twice", 2, layout="packed")[0].endswith("instead of 12") and lines("never", 2, feature_cache=False) == []
     held_out = {"vqa": [asked("held out", images[0])]}  # measured before, behind each of 3 steps
     assert "; 6 images pass the vision tower instead of 10; too" in lines("eval", 1, eval_data=held_out, eval_steps=1)[0]
-    monkeypatch.setattr(feature_cache, "MAX_BYTES", size - 1)
+    monkeypatch.setattr(forecasting, "MAX_BYTES", size - 1)
     assert lines("full", 3)[0].endswith(f"instead of 18; more than the {(size - 1) / 1e3:.1f} kB that may be added")
     with pytest.raises(TrainingError, match="feature_cache is True, and the features of stage 'vqa' do not fit into "):
         lines("refused", 3, feature_cache=True)
@@ -436,7 +425,7 @@ def test_equal_files_are_forecast_once(
     assert f"feature cache on: 3 images, {size} on disk, {size} of them to be added " in forecast
     assert "; 3 images pass the vision tower instead of " in forecast and "3 of 3 images stored" in filled
     files = sum(path.stat().st_size for path in found.folder.glob("*.safetensors"))
-    monkeypatch.setattr(feature_cache, "MAX_BYTES", files)
+    monkeypatch.setattr(forecasting, "MAX_BYTES", files)
     later = trainer(bases[kind], copies("two"), tmp_path / "two")
     os.remove(images[1].replace("1.png", "two 1.png"))  # training will meet it
     for again in (made, later):
@@ -459,8 +448,8 @@ def test_tiles_are_estimated_before_and_counted_before_filling(
     written = sum(tensor.nbytes for tensor in tensors_of(whole).values())
     assert written == sum(len(tensor) for tensor in tensors_of(whole).values()) * (tiny.GRID + 1) * 64 * 4
     assert {len(tensor) for tensor in tensors_of(whole).values()} == {3, 5}
-    monkeypatch.setattr(feature_cache, "MAX_BYTES", written - 1)
-    monkeypatch.setattr(feature_cache, "_HEADERS_READ", 1)  # of 3 tiles, as fewest have
+    monkeypatch.setattr(forecasting, "MAX_BYTES", written - 1)
+    monkeypatch.setattr(filling, "_HEADERS_READ", 1)  # of 3 tiles, as fewest have
     (tmp_path / "other").mkdir()
     with pytest.raises(TrainingError, match="do not fit"):
         stored(made, tmp_path / "other")
@@ -491,7 +480,7 @@ def test_asked_for_with_a_sharded_model_it_is_refused(
 def test_a_damaged_file_is_dropped_and_its_images_come_out_as_before(
     bases: dict[str, Path], images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(features, "IMAGES_PER_FILE", 2)
+    monkeypatch.setattr(store, "IMAGES_PER_FILE", 2)
     made = trainer(bases["llava"], conversations(images), tmp_path / "run")
     first = stored(made, tmp_path)
     expected = {key: tensor.clone() for key, tensor in tensors_of(first).items()}
@@ -522,7 +511,7 @@ def test_a_damaged_file_is_dropped_and_its_images_come_out_as_before(
             stored(made, tmp_path)
         assert plan.read_text() == text
     made.collator.features = stored(made, tmp_path)
-    features._open.cache_clear()
+    store._open.cache_clear()
     for path in first.folder.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(TrainingError, match=r"safetensors: cannot be read any more .* Make the same call again"):
@@ -547,7 +536,7 @@ def test_what_is_no_file_is_replaced_or_refused(bases: dict[str, Path], images: 
 def test_a_later_stage_adds_what_is_new_and_changes_nothing(
     bases: dict[str, Path], images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(features, "IMAGES_PER_FILE", 3)
+    monkeypatch.setattr(store, "IMAGES_PER_FILE", 3)
     rows = conversations(images)
     earlier = tensors_of(stored(trainer(bases["llava"], rows[:2], tmp_path / "one"), tmp_path))
     both = stored(trainer(bases["llava"], rows[1:], tmp_path / "two"), tmp_path)
@@ -558,7 +547,7 @@ def test_a_later_stage_adds_what_is_new_and_changes_nothing(
 
 
 def fill_at_once(base: Path, rows: list[Conversation], folder: Path, number: int, started: object) -> None:
-    features.IMAGES_PER_FILE = 2
+    store.IMAGES_PER_FILE = 2
     made = trainer(base, rows, folder / str(number))
     started.wait()
     found = stored(made, folder)
@@ -586,13 +575,13 @@ def test_two_processes_may_fill_at_once(bases: dict[str, Path], images: list[str
 
 
 def in_files_of_two() -> None:
-    features.IMAGES_PER_FILE = 2
+    store.IMAGES_PER_FILE = 2
 
 
 def at_flush(number: int, then: Callable[..., object], *arguments: object) -> None:
     """Before something is flushed for the so-manieth time: the plan and its folder come first, then a file and its folder."""
     in_files_of_two()
-    flush, flushed = features.flush, 0
+    flush, flushed = store.flush, 0
 
     def watched(path: Path) -> None:
         nonlocal flushed
@@ -601,20 +590,20 @@ def at_flush(number: int, then: Callable[..., object], *arguments: object) -> No
             then(*arguments)
         flush(path)
 
-    features.flush = watched
+    store.flush = watched
 
 
 def at_call(name: str, then: Callable[..., object], *arguments: object) -> None:
     """Each time before the feature cache calls something; every line of its progress is shown."""
     in_files_of_two()
-    feature_cache._SECONDS_BETWEEN_LINES = -1
-    called = getattr(feature_cache, name)
+    filling._SECONDS_BETWEEN_LINES = -1
+    called = getattr(filling, name)
 
     def watched(*how: object) -> object:
         then(*arguments)
         return called(*how)
 
-    setattr(feature_cache, name, watched)
+    setattr(filling, name, watched)
 
 
 def signal_myself(number: int) -> None:
@@ -720,9 +709,10 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, Turn, curriculum_finetune, feature_cache
-from llavamed_peft.packing import features
-from llavamed_peft.trainer import StageTrainer
+from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, Turn, curriculum_finetune
+from llavamed_peft.features import store
+from llavamed_peft.training import filling
+from llavamed_peft.training.trainer import StageTrainer
 
 base, images, out, processes = sys.argv[1:]
 
@@ -736,8 +726,8 @@ def fill(path, *how):
     return write(path, *how)
 
 StageTrainer.create_optimizer = plain_descent
-write, feature_cache.fill = feature_cache.fill, fill
-features.IMAGES_PER_FILE = 2
+write, filling.fill = filling.fill, fill
+store.IMAGES_PER_FILE = 2
 def asked(i, *images):
     turns = (Turn("user", "<image>" * len(images) + " what?"), Turn("assistant", "a heart " * (1 + i % 3)))
     return Conversation(str(i), turns, images)

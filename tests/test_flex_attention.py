@@ -24,16 +24,10 @@ from torch.nn.functional import scaled_dot_product_attention
 from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune
 from llavamed_peft.errors import ConfigError
 from llavamed_peft.modeling.load import load_checkpoint
-from llavamed_peft.modeling.parts import bare, set_dtypes
+from llavamed_peft.modeling.parts import bare
+from llavamed_peft.modeling.tensors import set_dtypes
 from llavamed_peft.packing import PackedCollator, masks
-from llavamed_peft.packing.masks import (
-    RECOMPILE_LIMIT,
-    attention_inputs,
-    block_mask,
-    choose_attention,
-    dense_mask,
-    fill_tokens,
-)
+from llavamed_peft.packing.masks import RECOMPILE_LIMIT, attention_inputs, block_mask, choose_attention, dense_mask, fill_tokens
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ON_GPU = torch.cuda.is_available()
@@ -72,7 +66,7 @@ def test_block_mask_is_what_flex_attention_finds_by_itself(tokens: int) -> None:
     for name in ("kv_num_blocks", "full_kv_num_blocks", "q_num_blocks", "full_q_num_blocks"):
         assert torch.equal(getattr(ours, name), getattr(theirs, name)), name
     for name in ("kv", "full_kv", "q", "full_q"):
-        counts, indices = getattr(ours, f"{name}_num_blocks"), getattr(ours, f"{name}_indices")
+        counts, indices = (getattr(ours, f"{name}_num_blocks"), getattr(ours, f"{name}_indices"))
         used = torch.arange(indices.shape[-1]) < counts[..., None]
         assert torch.equal(indices[used], getattr(theirs, f"{name}_indices")[used]), name
     assert torch.equal(ours.to_dense(), theirs.to_dense())

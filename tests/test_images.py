@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from llavamed_peft import images
 from llavamed_peft.errors import DataError
-from llavamed_peft.images import FORMATS, MAX_PIXELS, content_key, image_size, load_image
+from llavamed_peft.storage import images
+from llavamed_peft.storage.equal_images import content_key
+from llavamed_peft.storage.images import FORMATS, MAX_PIXELS, image_size, load_image
 
 # What has to be done to an upright array [height, width] so that a viewer obeying the orientation shows it upright again
 # (EXIF 2.3, tag 274: where row 0 and column 0 of the stored array lie in the picture).

@@ -18,16 +18,17 @@ import tiny
 from PIL import Image
 
 from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, StageAdapter, Turn, curriculum_finetune
+from llavamed_peft.batches import checking
+from llavamed_peft.batches.checking import build_index
+from llavamed_peft.batches.index import Index
 from llavamed_peft.datasets import vqa_rad
 from llavamed_peft.datasets.rejects import Reject, RejectLog
 from llavamed_peft.datasets.sources import Source, open_sources, question_source
 from llavamed_peft.errors import DataError
 from llavamed_peft.modeling.load import read_config
 from llavamed_peft.modeling.processor import load_processor, make_stage_processor
-from llavamed_peft.packing import PackedCollator, indexing
-from llavamed_peft.packing.index import Index
-from llavamed_peft.packing.indexing import build_index
-from llavamed_peft.run import Run
+from llavamed_peft.packing import PackedCollator
+from llavamed_peft.running.run import Run
 
 KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevision": ("qwen2", "siglip", -1)}
 
@@ -215,7 +216,7 @@ def test_other_data_folders_limits_and_formats_are_another_index(
             lambda: append_row(data) or is_new(data),
             lambda: is_new(open_sources(data, shutil.copytree(tmp_path, tmp_path / "elsewhere"), "data")),
             lambda: is_new([data, data]),
-            lambda: monkeypatch.setattr(indexing, "FORMAT", indexing.FORMAT + 1) or is_new(data),
+            lambda: monkeypatch.setattr(checking, "FORMAT", checking.FORMAT + 1) or is_new(data),
         ]
     ):
         before = len(seen)
@@ -296,7 +297,7 @@ def killed_in_the_middle(base: Path, data: Path, folder: Path) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
             yield conversation
 
-    indexing._ROWS_PER_BATCH = 1
+    checking._ROWS_PER_BATCH = 1
     build([replace(source, read=read)], collator_of(base), folder)
 
 
@@ -349,8 +350,8 @@ def test_rows_are_counted_across_batches_and_shown_as_they_are_checked(
 ) -> None:
     collator = collator_of(bases["llava"])
     whole, rejected = build(data, collator, tmp_path)
-    monkeypatch.setattr(indexing, "_ROWS_PER_BATCH", 2)
-    monkeypatch.setattr(indexing, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(checking, "_ROWS_PER_BATCH", 2)
+    monkeypatch.setattr(checking, "_SECONDS_BETWEEN_LINES", 0.0)
     shown: list[tuple[str, bool]] = []
     (tmp_path / "index.arrow").unlink()
     pieces, again = build(data, collator, tmp_path, show=lambda line, last: shown.append((line, last)))

@@ -12,16 +12,19 @@ from PIL import Image
 from tiny import build
 
 from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, StageAdapter, curriculum_finetune
-from llavamed_peft.adapters import RECORD
+from llavamed_peft.adapters.lineage_tree import show
+from llavamed_peft.adapters.record import RECORD
+from llavamed_peft.batches.shares import share_of_step
+from llavamed_peft.cli.arguments import files_by_stage
 from llavamed_peft.datasets import llava_json
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError
-from llavamed_peft.inspection import files_by_stage, inspect, marked_text, trainable_parameters
-from llavamed_peft.lineage import show
 from llavamed_peft.modeling.load import read_config
 from llavamed_peft.modeling.processor import load_processor, make_stage_processor
 from llavamed_peft.packing.collator import PackedCollator
-from llavamed_peft.packing.steps import share_of_step
-from llavamed_peft.terminal import histogram
+from llavamed_peft.preview.inspect import inspect
+from llavamed_peft.preview.rows import marked_text
+from llavamed_peft.preview.scopes import trainable_parameters
+from llavamed_peft.reporting.text import histogram
 
 SHORT = Schedule(epochs=1.5, learning_rate=1e-3, global_batch=2, max_length=64)
 CURRICULUM = Curriculum(

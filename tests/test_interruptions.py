@@ -30,11 +30,19 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
-import kills  # noqa: E402
+import kills
 
-from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, StageAdapter, feature_cache, run  # noqa: E402
-from llavamed_peft.arguments import start as start_script  # noqa: E402
-from llavamed_peft.checkpoints import (  # noqa: E402
+from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, StageAdapter
+from llavamed_peft.batches.decoding import DeviceInputs
+from llavamed_peft.batches.signals import StopSignals
+from llavamed_peft.cli.launching import start as start_script
+from llavamed_peft.errors import ConfigError, DataError, Interrupted, TrainingError
+from llavamed_peft.features import store
+from llavamed_peft.packing import collator
+from llavamed_peft.running import run
+from llavamed_peft.running.folder import differences, locked
+from llavamed_peft.training import filling
+from llavamed_peft.training.checkpoints import (
     KEPT,
     load_optimizer_tensors,
     newest_checkpoint,
@@ -43,12 +51,7 @@ from llavamed_peft.checkpoints import (  # noqa: E402
     save_checkpoint,
     set_rng_state,
 )
-from llavamed_peft.errors import ConfigError, DataError, TrainingError  # noqa: E402
-from llavamed_peft.interruption import Interrupted, StopSignals  # noqa: E402
-from llavamed_peft.packing import collator, features  # noqa: E402
-from llavamed_peft.packing.batches import DeviceInputs  # noqa: E402
-from llavamed_peft.run_folder import differences, locked  # noqa: E402
-from llavamed_peft.trainer import StageTrainer  # noqa: E402
+from llavamed_peft.training.trainer import StageTrainer
 
 STEPS = {"align": 6, "vqa": 8}
 
@@ -429,15 +432,15 @@ def test_a_model_that_does_not_fit_is_an_error(place: Path, out: Path) -> None:
 
 
 def fit_one_file_of_features() -> None:
-    features.IMAGES_PER_FILE = 2
-    tower_features, seen = feature_cache.tower_features, 0
+    store.IMAGES_PER_FILE = 2
+    tower_features, seen = filling.tower_features, 0
 
     def watched(*how: object) -> torch.Tensor:
         nonlocal seen
         seen += 1
         return tower_features(*how) if seen == 1 else run_out_of_memory()
 
-    feature_cache.tower_features = watched
+    filling.tower_features = watched
 
 
 def test_too_little_memory_to_store_features_is_an_error_and_whole_files_stay(place: Path, out: Path) -> None:
@@ -471,7 +474,7 @@ def test_a_stage_folder_that_cannot_be_written_leaves_the_last_checkpoint(place:
 
 
 def test_a_stage_whose_images_vanish_ends_and_goes_on_once_they_are_back(place: Path, out: Path) -> None:
-    whole, decoded = out.with_name(f"{out.name}-whole"), {"feature_cache": False, "save_steps": 1}
+    whole, decoded = (out.with_name(f"{out.name}-whole"), {"feature_cache": False, "save_steps": 1})
     kills.finish(kills.start(place, whole, "lora", **decoded), whole)
     last = failed(place, out, during, "vqa", 3, True, lose_the_images, **decoded)
     assert re.search(

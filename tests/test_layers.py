@@ -1,12 +1,13 @@
 """The architecture, held by a test: who may import whom, what stays free of torch, and what an import of the package does.
 
 Read from the source text (AST), so that imports inside functions and under `TYPE_CHECKING` count as well: a layer that needs a
-higher one for a type alone still leans on it. A new module gets its line in `LAYERS`.
+higher one for a type alone still leans on it. The layers are the table in CONTRIBUTING.md.
 """
 
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,46 +20,40 @@ import pytest
 import llavamed_peft
 
 PACKAGE = Path(llavamed_peft.__file__).parent
+CONTRIBUTING = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
 
-# Module or subpackage of llavamed_peft -> its layer. Imports point downwards; workers do not import one another.
-VALUES, WORKERS, MODEL, WORK, WHOLE, VERBS = range(6)
-LAYERS = {
-    "errors": VALUES,
-    "conversations": VALUES,
-    "hashing": VALUES,
-    "files": VALUES,
-    "stages": VALUES,
-    "images": VALUES,
-    "interruption": VALUES,
-    "terminal": VALUES,
-    "run_folder": VALUES,
-    "datasets": WORKERS,
-    "modeling": MODEL,
-    "packing": MODEL,
-    "adapters": MODEL,
-    "run": WORK,
-    "training": WORK,
-    "trainer": WORK,
-    "gpu_memory": WORK,
-    "feature_cache": WORK,
-    "preflight": WORK,
-    "checkpoints": WORK,
-    "resumption": WORK,
-    "evaluation": WORK,
-    "card": WORK,
-    "inspection": WORK,
-    "lineage": WORK,
-    "step_view": WORK,
-    "catalogue": WORK,
-    "report": WORK,
-    "curriculum": WHOLE,
-    "arguments": VERBS,
-    "cli": VERBS,
-}
-NO_TORCH = {module for module, layer in LAYERS.items() if layer == VALUES} | {"datasets"}
+
+class Layer(NamedTuple):
+    """A row of CONTRIBUTING's table."""
+
+    number: int
+    may_import: frozenset[str]  # units of the package
+    may_use_torch: bool
+
+
+def read_layers(text: str) -> dict[str, Layer]:
+    """Unit of the package (a folder, or a module at its top) -> its row of the table."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\| *\d+ *\|.*\|$", text, re.MULTILINE)
+    ]
+    names = {tuple(re.findall(r"`(\w+)`", unit)): (number, unit, may) for number, unit, may in rows}
+    values = next(units for units, (number, *_) in names.items() if number == "0")
+    layers: dict[str, Layer] = {}
+    for units, (number, _, may) in names.items():
+        below = {name for others, (other, *_) in names.items() if int(other) < int(number) for name in others}
+        allowed = below if "anything below" in may else set(re.findall(r"`(\w+)`", may))
+        if "values" in may or "each other" in may:
+            allowed |= set(values)
+        torch = "no torch" not in may
+        layers |= {name: Layer(int(number), frozenset(allowed), torch) for name in (units if number == "0" else units[:1])}
+    return layers
+
+
+LAYERS = read_layers(CONTRIBUTING)
+NO_TORCH = {unit for unit, layer in LAYERS.items() if not layer.may_use_torch}
 HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchvision", "transformers", "triton", "trl"}
-# Where a module may use these packages and nothing else that has to be installed.
-THIRD_PARTY = {"images": {"PIL", "numpy"}}
+# Where a folder may use these packages and nothing else that has to be installed.
+THIRD_PARTY = {"storage": {"PIL", "numpy", "safetensors"}}
 
 PUBLIC = {
     *("curriculum_finetune", "Curriculum", "Stage", "Schedule", "LoraSpec", "LLAVA_MED", "LLAVA_MED_FULL"),
@@ -123,11 +118,21 @@ def package_imports() -> list[Import]:
     return [found for file in files() if unit_of(file) in LAYERS for found in imports_in(file)]
 
 
-def test_every_module_has_a_layer() -> None:
+def test_the_table_is_read_whole() -> None:
+    assert len(LAYERS) == 20
+    assert LAYERS["batches"] == Layer(5, LAYERS["storage"].may_import | {"storage", "reporting", "datasets", "packing"}, True)
+    assert {unit for unit in LAYERS if LAYERS[unit].number == 0} == LAYERS["errors"].may_import
+    for unit, layer in LAYERS.items():
+        assert layer.may_import <= set(LAYERS)
+        higher = {other for other in layer.may_import if LAYERS[other].number >= layer.number > 0}
+        assert not higher, f"CONTRIBUTING's table lets {unit} import {sorted(higher)}, which are not below it"
+
+
+def test_every_folder_has_a_layer() -> None:
     units = {unit_of(file) for file in files()} - {"__init__"}
-    assert not set(LAYERS) - units, "in LAYERS, and not in the package"
+    assert not set(LAYERS) - units, "in CONTRIBUTING's table, and not in the package"
     homeless = sorted(units - set(LAYERS))
-    assert not homeless, f"{homeless} stand in no layer. Add each to LAYERS in tests/test_layers.py, and to CONTRIBUTING's table."
+    assert not homeless, f"{homeless} have no layer. Add each to the table in CONTRIBUTING.md."
 
 
 def test_imports_point_downwards() -> None:
@@ -137,16 +142,9 @@ def test_imports_point_downwards() -> None:
         if target is None or target == found.unit:
             continue  # installed, or its own
         if target == "":
-            if found.name != "__version__" and LAYERS[found.unit] < VERBS:
-                wrong.append(
-                    f"{found.place} imports {found.name or found.target} from the package's top; import it from its module"
-                )
-        elif target not in LAYERS:
-            continue  # test_every_module_has_a_layer names it
-        elif LAYERS[target] > LAYERS[found.unit]:
-            wrong.append(f"{found.place}: {found.unit} (layer {LAYERS[found.unit]}) imports {target} (layer {LAYERS[target]})")
-        elif LAYERS[target] == LAYERS[found.unit] == WORKERS:
-            wrong.append(f"{found.place}: {found.unit} imports {target}; workers do not import one another")
+            wrong.append(f"{found.place} imports {found.name or found.target} from the package's top")
+        elif target in LAYERS and target not in LAYERS[found.unit].may_import:
+            wrong.append(f"{found.place}: {found.unit} may not import {target}; see the table in CONTRIBUTING.md")
     assert not wrong, "\n".join(wrong)
 
 
@@ -184,7 +182,7 @@ def test_the_package_itself_imports_values_only() -> None:
     """`__init__` reaches upwards under `TYPE_CHECKING` and in `__getattr__` alone."""
     at_import = [node for node in tree_of("__init__.py").body if isinstance(node, (ast.Import, ast.ImportFrom))]
     units = {found.imported_unit for node in at_import for found in imports_in("__init__.py", node)} - {None}
-    assert {LAYERS[unit] for unit in units} == {VALUES}
+    assert {LAYERS[unit].number for unit in units} == {0}
 
 
 def test_public_names() -> None:

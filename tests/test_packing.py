@@ -18,14 +18,16 @@ from transformers import AutoProcessor
 
 from llavamed_peft import Conversation, Question
 from llavamed_peft.errors import CheckpointError, ConfigError, DataError
-from llavamed_peft.images import content_key, image_size
 from llavamed_peft.modeling.load import load_checkpoint
-from llavamed_peft.modeling.parts import bare, set_dtypes
+from llavamed_peft.modeling.parts import bare
+from llavamed_peft.modeling.tensors import set_dtypes
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.encoding import IGNORED
 from llavamed_peft.packing.masks import attention_inputs, block_mask, dense_mask
 from llavamed_peft.packing.rows import Row, lay_rows
 from llavamed_peft.packing.tree import ImageSpan, Segment, TokenSequence, build_forest, describe, first_fit
+from llavamed_peft.storage.equal_images import content_key
+from llavamed_peft.storage.images import image_size
 
 untimed = settings(deadline=None)  # a busy machine is no failure
 
@@ -225,7 +227,7 @@ def test_loss_and_every_gradient_are_the_padded_batchs(
     assert_same(loss_and_gradients(model, packed), loss_and_gradients(model, padded))
 
 
-SAID = ("what is it ?", "what is the heart ?", "is it left ?"), ("yes", "the heart", "the heart is normal")
+SAID = (("what is it ?", "what is the heart ?", "is it left ?"), ("yes", "the heart", "the heart is normal"))
 exchanges = st.lists(st.tuples(*map(st.sampled_from, SAID)), min_size=1, max_size=3)
 shown = st.lists(st.sampled_from(["a", "b", "again"]), max_size=2)
 
@@ -476,7 +478,7 @@ def test_a_collator_takes_any_iterable_of_conversations_and_names_what_it_cannot
     collator = PackedCollator(load_checkpoint(bases["llava"])[1], layout=layout)
     questions = [Question(str(number), images["a"], f"is it {number} ?", "no", "closed") for number in range(3)]
     asked_for = [question.conversation() for question in questions]
-    one, other = collator(asked_for), collator(question.conversation() for question in questions)
+    one, other = (collator(asked_for), collator(question.conversation() for question in questions))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(
         ConfigError, match=r"conversations\[1\] is a Question; wanted a Conversation; call its conversation\(\)\."

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 
 from llavamed_peft import StageAdapter
-from llavamed_peft.report import read_metrics
+from llavamed_peft.running.summary import read_metrics
 
 # 20 to 60 s each on two cores with little beside them; with much beside them one took five minutes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -34,7 +34,7 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, Turn, curriculum_finetune
 from llavamed_peft.modeling.parts import bare
-from llavamed_peft.trainer import StageTrainer
+from llavamed_peft.training.trainer import StageTrainer
 
 base, images, out, processes, how, dtype, stopped, attention = sys.argv[1:]
 if attention == "flex_attention":
@@ -115,7 +115,7 @@ from llavamed_peft import Conversation, Curriculum, Schedule, Stage, Turn, curri
 from llavamed_peft.arguments import start
 from llavamed_peft.errors import DataError, TrainingError
 from llavamed_peft.packing import collator
-from llavamed_peft.trainer import StageTrainer
+from llavamed_peft.training.trainer import StageTrainer
 
 @dataclass
 class Words:
@@ -199,7 +199,7 @@ def agree(one: Path, other: Path, bound: float) -> None:
     """Two runs left the same tensors, of the same dtypes, up to a bound."""
     for stage in STAGES:
         (weights,) = (path.name for path in (one / stage).glob("*.safetensors"))
-        tensors, expected = load_file(other / stage / weights), load_file(one / stage / weights)
+        tensors, expected = (load_file(other / stage / weights), load_file(one / stage / weights))
         assert {name: tensor.dtype for name, tensor in tensors.items()} == {name: t.dtype for name, t in expected.items()}
         for name, tensor in expected.items():
             torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=bound)
@@ -237,7 +237,7 @@ def test_losses_tensors_and_counts_are_one_processes(how: str, processes: int, p
             assert several.get(key) == pytest.approx(one.get(key), abs=1e-5)
     assert max(record.get("grad_norm", 0) for record in logs[0]) > 2, "nothing was clipped"
     for stage in STAGES:
-        one, several = StageAdapter.load(alone / stage), StageAdapter.load(together / stage)
+        one, several = (StageAdapter.load(alone / stage), StageAdapter.load(together / stage))
         assert (one.record["processes"], several.record["processes"]) == (1, processes)
         assert several.record["computing"]["sharding"] == (how if how in LAUNCH else None)
         assert one.record["data"] == several.record["data"] and one.record["data"][0]["failed"] == 1
@@ -267,10 +267,10 @@ def test_trained_in_bf16_the_tensors_are_kept_in_fp32(how: str, place: Path, alo
     together = launch(place, 2, how, "bfloat16")
     for stage in STAGES:
         (weights,) = (path.name for path in (alone_in_bf16 / stage).glob("*.safetensors"))
-        tensors, expected = load_file(together / stage / weights), load_file(alone_in_bf16 / stage / weights)
+        tensors, expected = (load_file(together / stage / weights), load_file(alone_in_bf16 / stage / weights))
         for name, tensor in expected.items():
             torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=2e-4)
-    before, carried = StageAdapter.load(together / "vqa").tensors(), StageAdapter.load(together / "align").tensors()
+    before, carried = (StageAdapter.load(together / "vqa").tensors(), StageAdapter.load(together / "align").tensors())
     frozen = [name for name in carried if ".lora_" in name]
     assert frozen and all(torch.equal(carried[name], before[name]) for name in frozen)
 

@@ -15,8 +15,10 @@ import pytest
 from miniature import HELD_OUT_ROWS, TRAIN_ROWS, account, build, commands, link, option, run_here, run_in_a_process
 from PIL import Image
 
-from llavamed_peft import LLAVA_MED, cli
-from llavamed_peft.arguments import RunArguments, parse
+from llavamed_peft import LLAVA_MED
+from llavamed_peft.cli import main as cli
+from llavamed_peft.cli.arguments import RunArguments
+from llavamed_peft.cli.parsing import parse
 from llavamed_peft.modeling.load import load_checkpoint
 
 REPOSITORY = Path(__file__).parents[1]

@@ -13,15 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llavamed_peft import Schedule
-from llavamed_peft.packing.steps import (
-    ANOTHER_BATCH,
-    DeviceBatch,
-    Prefixes,
-    StepSampler,
-    packed_share_of_step,
-    share_of_step,
-    shuffled,
-)
+from llavamed_peft.batches.bins import ANOTHER_BATCH
+from llavamed_peft.batches.shares import DeviceBatch, Prefixes, packed_share_of_step, share_of_step
+from llavamed_peft.batches.steps import StepSampler, shuffled
 
 
 def sampler(lengths: list[int], groups: list[int], batch: int, shuffle: str = "images", **how: int) -> StepSampler:

@@ -16,28 +16,20 @@ from transformers import Trainer
 from trl import SFTConfig
 
 from llavamed_peft import Conversation, LoraSpec, Schedule, Stage, Turn
+from llavamed_peft.batches.checking import build_index
+from llavamed_peft.batches.decoding import DeviceBatches, DeviceInputs
+from llavamed_peft.batches.index import Index
 from llavamed_peft.datasets.rejects import RejectLog
 from llavamed_peft.datasets.sources import open_sources
 from llavamed_peft.errors import TrainingError
 from llavamed_peft.modeling.load import load_checkpoint
-from llavamed_peft.modeling.parts import (
-    adapter_config,
-    always_look,
-    attach,
-    bare,
-    check_trainable,
-    freeze_tower,
-    language_linears,
-    set_dtypes,
-    trainable_tensors,
-    unfreeze_full,
-)
+from llavamed_peft.modeling.parts import bare, language_linears
+from llavamed_peft.modeling.scopes import adapter_config, attach, check_trainable, unfreeze_full
+from llavamed_peft.modeling.tensors import set_dtypes, trainable_tensors
+from llavamed_peft.modeling.tower import always_look, freeze_tower
 from llavamed_peft.packing import PackedCollator
-from llavamed_peft.packing.batches import DeviceBatches, DeviceInputs
-from llavamed_peft.packing.index import Index
-from llavamed_peft.packing.indexing import build_index
 from llavamed_peft.packing.masks import DENSE_FILL
-from llavamed_peft.trainer import StageTrainer
+from llavamed_peft.training.trainer import StageTrainer
 
 LORA = LoraSpec(rank=4, alpha=8, dropout=0.0)
 KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevision": ("qwen2", "siglip", -1)}

@@ -23,7 +23,7 @@ from llavamed_peft.errors import (
 
 SCHEDULE = Schedule(epochs=1, learning_rate=1e-3)
 ALIGN = Stage("align", "projector", SCHEDULE)
-ASK, TELL = Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A chest radiograph.")
+ASK, TELL = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A chest radiograph."))
 QUESTION = Question("7", "images/a.jpg", "Is it normal?", "no", "closed", split="test", source="vqa.json:8")
 
 
@@ -205,10 +205,7 @@ def test_dropout_may_change_within_a_lineage() -> None:
             lambda: Conversation("1", (Turn("user", "Hello"), TELL), ("a.jpg",)),
             "Conversation has 0 <image> marker(s) and 1 image(s); wanted equal numbers.",
         ),
-        (
-            lambda: Conversation("1", (ASK, TELL), "a.jpg"),
-            "Conversation.images is the string 'a.jpg'; wanted a tuple of paths.",
-        ),
+        (lambda: Conversation("1", (ASK, TELL), "a.jpg"), "Conversation.images is the string 'a.jpg'; wanted a tuple of paths."),
         (lambda: question(question=" "), "Question.question is ' '; wanted words."),
         (lambda: question(answer=3), "Question.answer is 3; wanted words."),
         (lambda: question(answer_type="CLOSED"), "Question.answer_type is 'CLOSED'; wanted one of open, closed."),
@@ -391,18 +388,12 @@ ONE_STAGE = "stages:\n- name: align\n  trains: projector\n  schedule: {epochs: 1
         (ONE_STAGE + "sede: 1\n", "curriculum has the unknown key 'sede'. Did you mean 'seed'?"),
         (ONE_STAGE + "zzz: 1\n", "curriculum has the unknown key 'zzz'. Known: image_aspect_ratio, seed, stages."),
         (ONE_STAGE + "1: 1\n", "curriculum has the unknown key 1. Known: image_aspect_ratio, seed, stages."),
-        (
-            ONE_STAGE.replace("trains", "train"),
-            "curriculum.stages[0] has the unknown key 'train'. Did you mean 'trains'?",
-        ),
+        (ONE_STAGE.replace("trains", "train"), "curriculum.stages[0] has the unknown key 'train'. Did you mean 'trains'?"),
         (
             ONE_STAGE.replace("epochs", "epoch"),
             "curriculum.stages[0].schedule has the unknown key 'epoch'. Did you mean 'epochs'?",
         ),
-        (
-            ONE_STAGE + "  lora: {ranks: 8}\n",
-            "curriculum.stages[0].lora has the unknown key 'ranks'. Did you mean 'rank'?",
-        ),
+        (ONE_STAGE + "  lora: {ranks: 8}\n", "curriculum.stages[0].lora has the unknown key 'ranks'. Did you mean 'rank'?"),
         ("seed: 1\n", "curriculum lacks stages; Curriculum has no default there."),
         ("stages: align\n", "curriculum.stages is 'align'; wanted a list of stages."),
         ("stages: []\n", "curriculum: Curriculum.stages is empty; wanted at least one Stage."),

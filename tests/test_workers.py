@@ -17,19 +17,21 @@ import tiny
 import torch
 from PIL import Image
 
-from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, Turn, curriculum_finetune, trainer
+from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, Turn, curriculum_finetune
+from llavamed_peft.batches.checking import build_index
+from llavamed_peft.batches.decoding import DeviceBatches, DeviceInputs
+from llavamed_peft.batches.steps import StepSampler
+from llavamed_peft.batches.workers import WorkerNotes, workers_with_room
 from llavamed_peft.datasets.rejects import RejectLog
 from llavamed_peft.datasets.sources import open_sources
 from llavamed_peft.errors import TrainingError
+from llavamed_peft.features import store
 from llavamed_peft.modeling.load import read_config
 from llavamed_peft.modeling.processor import load_processor, make_stage_processor
-from llavamed_peft.packing import PackedCollator, collator, features
-from llavamed_peft.packing.batches import DeviceBatches, DeviceInputs
-from llavamed_peft.packing.indexing import build_index
-from llavamed_peft.packing.steps import StepSampler
-from llavamed_peft.packing.workers import WorkerNotes, workers_with_room
-from llavamed_peft.preflight import _decoders
-from llavamed_peft.trainer import StepLoader
+from llavamed_peft.packing import PackedCollator, collator
+from llavamed_peft.training import trainer
+from llavamed_peft.training.computing import _decoders
+from llavamed_peft.training.trainer import StepLoader
 
 KINDS = {"llava": (), "llava_onevision": ("qwen2", "siglip", -1)}  # the second with a processor class of our own
 ONE_STAGE = Curriculum((Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=2)),))
@@ -335,7 +337,7 @@ def test_as_many_workers_as_have_room_for_a_step_each_and_one_more(free: int | N
 def test_the_bytes_of_a_step_are_known_without_decoding(
     kind: str, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = Turn("user", "<image>\n<image>\nwhich is larger?"), Turn("assistant", "the second")
+    both = (Turn("user", "<image>\n<image>\nwhich is larger?"), Turn("assistant", "the second"))
     rows = [
         *rows,
         Conversation("two", both, (*rows[0].images, *rows[7].images)),
@@ -386,7 +388,7 @@ def test_what_has_no_room_is_decoded_in_the_training_process_and_a_line_says_so(
     wanted = run("room", 2)
     assert "workers instead of" not in capsys.readouterr().err
     monkeypatch.setattr(trainer, "free_shared_memory", lambda: 2 * 3 * 56 * 56 * 4)  # a step's pixels
-    for module in (collator, features):
+    for module in (collator, store):
         monkeypatch.setattr(module, "load_image", in_training_process)
     found = run("none", 2)
     assert all(torch.equal(found[name], wanted[name]) for name in wanted)

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Literal, Protocol, TextIO
 
 from ..errors import DataError
-from ..files import replace_text
+from ..storage.whole import replace_text
 
 # The phrases by which the readers' rejects are counted; they stay as they are, since they end up in `stage.json`.
 Reason = Literal[
@@ -135,7 +135,7 @@ class RejectLog:
         """Drop the lines of an earlier call that give one of these reasons; rows to which it still applies come again."""
         if not self._written:
             return
-        old, lines = set(reasons), self.path.read_text(encoding="utf-8").splitlines(keepends=True)
+        old, lines = (set(reasons), self.path.read_text(encoding="utf-8").splitlines(keepends=True))
         kept = [line for line in lines if json.loads(line)["reason"] not in old]
         if len(kept) < len(lines):
             self._replace(kept)

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..conversations import Conversation, Question
 from ..errors import ConfigError, DataError
-from ..hashing import file_sha256
+from ..storage.hashing import file_sha256
 from . import llava_json
 from .image_folder import ImageFolder
 

@@ -114,7 +114,7 @@ def _question(row: dict[str, Any], number: int, split: Split, folder: ImageFolde
     for key in _ROW_KEYS[1:]:
         if key not in row:
             raise BadRow("malformed row", f"the row has no {key!r}; wanted {', '.join(_ROW_KEYS[1:])}.")
-    question, answer = text_of(row["question"], "'question'"), text_of(row["answer"], "'answer'")
+    question, answer = (text_of(row["question"], "'question'"), text_of(row["answer"], "'answer'"))
     if not question.strip():
         raise BadRow("empty question", "'question' is empty; wanted words.")
     if IMAGE_MARKER in question:

@@ -14,9 +14,9 @@ from transformers import GenerationConfig, ProcessorMixin
 
 from ..conversations import Conversation, Question
 from ..errors import DataError
-from ..images import load_image
 from ..modeling.parts import bare
 from ..packing import Encoder
+from ..storage.images import load_image
 
 
 def answer_questions(

@@ -27,8 +27,8 @@ from transformers.utils import is_torchvision_available
 
 from ..errors import CheckpointError
 from ..stages import AspectRatio
-from .parts import tower_positions
 from .templates import read_template
+from .tower import tower_positions
 
 if is_torchvision_available():
     from transformers import LlavaImageProcessor

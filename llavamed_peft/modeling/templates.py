@@ -141,7 +141,7 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
     original = _template_text(processor)
     special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
     special -= {processor.image_token}
-    question, answer = Turn("user", f"{IMAGE_MARKER}\n{_QUESTION}"), Turn("assistant", _ANSWER)
+    question, answer = (Turn("user", f"{IMAGE_MARKER}\n{_QUESTION}"), Turn("assistant", _ANSWER))
 
     for plain in (False, True):
         messages = to_messages([question, answer], plain)

@@ -19,10 +19,11 @@ from transformers import BatchFeature, ProcessorMixin
 
 from ..conversations import Conversation, Question
 from ..errors import ConfigError, DataError
-from ..images import content_key, file_size, load_image
+from ..storage.equal_images import content_key, file_size
+from ..storage.images import load_image
 from .encoding import IGNORED, Encoded, Encoder, Size, Tokenized
-from .features import Features
 from .masks import dense_mask
+from .pictures import StoredFeatures
 from .rows import Row, lay_rows
 from .tree import ImageSpan, TokenSequence
 
@@ -81,7 +82,7 @@ class PackedCollator:
         self.max_row_tokens = max_row_tokens
         self.layout = layout
         self.fill_tokens = fill_tokens
-        self.features: Features | None = None
+        self.features: StoredFeatures | None = None
 
     def __call__(self, conversations: Iterable[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
         """Inputs of the model for these conversations.
@@ -166,7 +167,7 @@ class PackedCollator:
         return self._stack(rows) | self._pixels(rows, shown, decoded)
 
     def _check_stored(
-        self, conversations: Sequence[Conversation | Tokenized], features: Features, on_image: Callable[[str], None]
+        self, conversations: Sequence[Conversation | Tokenized], features: StoredFeatures, on_image: Callable[[str], None]
     ) -> None:
         """Every image has its features.
 
@@ -198,7 +199,7 @@ class PackedCollator:
         chosen = [first[group] + number for group, number in standing]
         return dict(self.encoder.select_images(processed, chosen, [len(group) == 1 for group, _ in standing]))
 
-    def _stored(self, features: Features, contents: Sequence[str], alone: Sequence[bool]) -> Batch:
+    def _stored(self, features: StoredFeatures, contents: Sequence[str], alone: Sequence[bool]) -> Batch:
         """What the model gets in the place of pixels, as `Encoder.select_images` would have them."""
         inputs = BatchFeature(features.inputs(contents, alone))
         return dict(self.encoder.select_images(inputs, range(len(contents)), alone))

@@ -41,18 +41,7 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from scenes import (
-    COLORS,
-    FIRST_SEED,
-    IMAGE_SIZE,
-    INSTRUCTIONS,
-    SHAPES,
-    Scene,
-    SceneQuestion,
-    Turns,
-    clinic_scene,
-    general_scene,
-)
+from scenes import COLORS, FIRST_SEED, IMAGE_SIZE, INSTRUCTIONS, SHAPES, Scene, SceneQuestion, Turns, clinic_scene, general_scene
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -238,7 +227,7 @@ class RowBuilder:
     def __init__(self, processor: LlavaProcessor) -> None:
         self._tokenizer = processor.tokenizer
         self._template = processor.chat_template
-        self._image, self._eos = processor.image_token_id, processor.tokenizer.eos_token_id
+        self._image, self._eos = (processor.image_token_id, processor.tokenizer.eos_token_id)
         (self._line_break,) = self._tokenizer.encode("\n")
         self._encode = lru_cache(maxsize=100_000)(self._encode)  # questions recur; templates are slow
 

@@ -46,7 +46,7 @@ from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.processor import load_processor
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.collator import LAYOUTS
-from llavamed_peft.report import plot_losses, read_metrics
+from llavamed_peft.running.summary import plot_losses, read_metrics
 
 HERE = Path(__file__).parent
 BASE = HERE / "tiny-llava"
@@ -204,7 +204,7 @@ def exact_match(questions: Sequence[Question], answers: Sequence[str]) -> tuple[
 
 def held_out_loss(model: torch.nn.Module, processor: ProcessorMixin, path: Path) -> float:
     """Mean cross-entropy over the supervised tokens of a file."""
-    collator, conversations = PackedCollator(processor, layout="padded"), list(llava_json.read(path))
+    collator, conversations = (PackedCollator(processor, layout="padded"), list(llava_json.read(path)))
     total = tokens = 0.0
     with torch.no_grad():
         for begin in range(0, len(conversations), 50):

@@ -1,0 +1,279 @@
+"""Checking a data set and writing its index, or finding the one that was written before.
+
+Each conversation is encoded once, with its images' sizes read from their headers, so that what cannot be used is known before
+training begins and is counted, and so that a worker which prepares a batch has nothing left to do but decode images.
+
+An index knows what it was made from (a fingerprint of the data files, the processor and the limits), so the next call with the
+same data takes it as it is, as long as it has the SHA-256 that stands in a file beside it. Image files are not part of that: one
+that changed, vanished or came back since is not noticed before it is decoded. Whoever mends images deletes the index.
+
+Conversations are grouped for shuffling by the paths of their images, links resolved; what they begin with, by which steps are
+packed, is the same for images of equal content.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import os
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+
+import pyarrow as pa
+
+from ..conversations import Conversation
+from ..datasets.rejects import Reject, RejectLog
+from ..datasets.sources import Source
+from ..errors import DataError
+from ..packing.collator import PackedCollator, check_length, token_sequence
+from ..packing.encoding import Tokenized
+from ..storage.equal_images import ContentNames
+from ..storage.hashing import file_sha256
+from ..storage.images import MAX_PIXELS, image_size
+from .index import FILES, FINGERPRINT, REJECTED, SCHEMA, FileCount, Index, notes, row_number
+
+FORMAT = 3  # goes up with every change of what is checked, how it is encoded, or what the file holds
+
+
+_TOO_LONG = "longer than max_length"  # a reason, whose detail ends in what it would need (`check_length`)
+
+
+_ROWS_PER_BATCH = 1000
+
+
+_FILES_KNOWN = 10_000  # images and folders that need not be looked at again
+
+
+_SECONDS_BETWEEN_LINES = 5.0
+
+
+LONGEST_STRIP = 100  # times its width, of an image that is still shown
+
+
+Show = Callable[[str, bool], object]  # takes a line, and whether it is the last of its kind
+
+
+def build_index(
+    sources: Sequence[Source],
+    collator: PackedCollator,
+    path: Path,
+    rejects: RejectLog,
+    max_rejected: float | None,
+    show: Show | None = None,
+) -> Index:
+    """Check every row of the sources and write the usable ones to `path`, unless it holds an index of these very data.
+
+    Args:
+        collator: its encoder and `max_length` decide what fits.
+        rejects: where unusable rows go, each with file, row, id and reason; those of an index that is there, again.
+        max_rejected: share of the rows above which the data are refused as a whole; `None`: whatever there is, none included.
+        show: takes a line now and then where checking takes long, and one where an index that is there is used.
+
+    Raises:
+        DataError: a file that cannot be read, too many rejected rows (the commonest reasons are named), or none left.
+
+    Warns:
+        UserWarning: the index that is there was damaged or not finished; the rows are checked again.
+    """
+    fingerprint = _fingerprint(sources, collator)
+    partial, digest = path.with_suffix(".partial"), path.with_suffix(".sha256")
+    found = fingerprint is not None and _is_whole(path, digest) and _is_of(path, fingerprint)
+    if found:
+        for note in notes(path):
+            for reject in note.get(REJECTED, []):
+                rejects.append(Reject(**reject))
+    else:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_index(sources, collator, partial, fingerprint, rejects, show)
+    index = Index.open(path if found else partial)
+    if max_rejected is not None and (fault := index.fault(max_rejected)):
+        if any(count.rejected for count in index.files):
+            needed = _needed_length(path if found else partial)
+            longer = f", or give max_length={needed}, which the longest row needs" if needed else ""
+            lenient = ", or raise max_rejected" if len(index) else ""
+            fault += f" Each row is listed in {rejects.path.name}. Mend the data{longer}{lenient}."
+        for file in (path, partial, digest):  # what will be mended may be images, which the fingerprint does not know
+            file.unlink(missing_ok=True)
+        raise DataError(fault)
+    if not found:
+        written = file_sha256(partial)
+        os.replace(partial, path)
+        digest.write_text(written, encoding="utf-8")  # last: who is killed before leaves an index that is not taken
+        return Index.open(path)
+    if show is not None:
+        show(f"{path.stem}: {len(index):,} conversations, checked before ({path}; delete it if image files have changed)", True)
+    return index
+
+
+def _fingerprint(sources: Sequence[Source], collator: PackedCollator) -> str | None:
+    """SHA-256 of everything an index depends on, image files left out; `None` where a source does not tell."""
+    if any(source.settings is None for source in sources):
+        return None
+    data = [[source.name, source.path, source.sha256, source.settings] for source in sources]
+    made_from = [FORMAT, data, collator.encoder.fingerprint(), collator.max_length]
+    return hashlib.sha256(json.dumps(made_from).encode()).hexdigest()
+
+
+def _is_whole(path: Path, digest: Path) -> bool:
+    """Whether an index lies there as it was written.
+
+    Warns:
+        UserWarning: it lies there otherwise.
+    """
+    if not path.is_file():
+        return False
+    if digest.is_file() and digest.read_bytes() == file_sha256(path).encode():
+        return True
+    warnings.warn(f"{path}: was damaged or not finished; its rows are checked again.", stacklevel=3)
+    return False
+
+
+def _is_of(path: Path, fingerprint: str) -> bool:
+    """Whether a whole index has this fingerprint."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        return (reader.schema.metadata or {}).get(FINGERPRINT) == fingerprint.encode()
+
+
+def _needed_length(path: Path) -> int:
+    """The `max_length` with which no row would be too long; 0 where most rejected rows were rejected for something else."""
+    rejected, lengths = 0, [0]
+    for reject in (reject for note in notes(path) for reject in note.get(REJECTED, [])):
+        rejected += 1
+        if reject["reason"] == _TOO_LONG:
+            lengths.append(int(str(reject["detail"]).rpartition("max_length=")[2].rstrip(".")))
+    return max(lengths) if 2 * (len(lengths) - 1) > rejected else 0
+
+
+def _write_index(
+    sources: Sequence[Source],
+    collator: PackedCollator,
+    path: Path,
+    fingerprint: str | None,
+    rejects: RejectLog,
+    show: Show | None,
+) -> None:
+    schema = SCHEMA if fingerprint is None else SCHEMA.with_metadata({FINGERPRINT: fingerprint})
+    groups: dict[tuple[str, ...], int] = {}
+    content_name = functools.lru_cache(_FILES_KNOWN)(ContentNames())
+    files: list[FileCount] = []
+    progress = _Progress(path.stem, show)
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
+        for file, source in enumerate(sources):
+            used, rejected = 0, Counter[str]()
+            rows = _rows(source)
+            while some := list(islice(rows, _ROWS_PER_BATCH)):
+                usable: list[dict[str, object]] = []
+                refused: list[Reject] = []
+                for row in some:
+                    checked = row if isinstance(row, Reject) else _check(row, source.path, collator, content_name)
+                    if isinstance(checked, Reject):
+                        refused.append(checked)
+                        rejects.append(checked)
+                    else:
+                        key = tuple(map(_real_path, checked["images"])) or ("", str(len(groups)))
+                        usable.append({**checked, "file": file, "group": groups.setdefault(key, len(groups))})
+                notes = {REJECTED: json.dumps([reject.to_dict() for reject in refused])} if refused else None
+                writer.write_batch(pa.RecordBatch.from_pylist(usable, schema), notes)
+                used += len(usable)
+                rejected.update(reject.reason for reject in refused)
+                progress(len(some), len(refused))
+            files.append(FileCount(source.name, source.path, source.sha256, used + rejected.total(), used, dict(rejected)))
+        writer.write_batch(pa.RecordBatch.from_pylist([], schema), {FILES: json.dumps([asdict(count) for count in files])})
+    progress.finish()
+
+
+class _Progress:
+    """Says how many rows have been checked, every few seconds."""
+
+    def __init__(self, name: str, show: Show | None):
+        self.name, self.show = name, show
+        self.rows = self.rejected = 0
+        self.began = self.shown = time.monotonic()
+
+    def __call__(self, rows: int, rejected: int) -> None:
+        self.rows += rows
+        self.rejected += rejected
+        if time.monotonic() - self.shown > _SECONDS_BETWEEN_LINES:
+            self._line(False)
+
+    def finish(self) -> None:
+        if self.shown > self.began:
+            self._line(True)
+
+    def _line(self, last: bool) -> None:
+        self.shown = time.monotonic()
+        speed = self.rows / (self.shown - self.began)
+        if self.show is not None:
+            self.show(f"{self.name}: {self.rows:,} rows checked, {self.rejected:,} rejected, {speed:,.0f} rows/s", last)
+
+
+def _rows(source: Source) -> Iterator[Conversation | Reject]:
+    """The source's rows in their order, those that its reader rejects among them."""
+    refused: list[Reject] = []
+    for conversation in source.read(refused):
+        yield from refused
+        refused.clear()
+        yield conversation
+    yield from refused
+
+
+def _check(
+    conversation: Conversation, path: str, collator: PackedCollator, content_name: Callable[[str], str]
+) -> dict[str, object] | Reject:
+    """A row of the index (but for `file` and `group`), or why there is none."""
+    reason = "unreadable image"
+    try:
+        sizes = [_bounded(image, image_size(image)) for image in conversation.images]
+        contents = [content_name(image) for image in conversation.images]
+        reason = "cannot be encoded"
+        tokens = collator.encoder.tokenize(conversation)
+        whole = Tokenized(conversation.id, conversation.images, conversation.source, tokens)
+        counts = collator.encoder.count_image_tokens(sizes)
+        encoded = collator.encoder.encode(whole, counts)
+        reason = _TOO_LONG if len(encoded.input_ids) > collator.max_length else "no supervised token"
+        check_length(whole, encoded, collator.max_length)
+    except DataError as error:
+        return Reject(path, row_number(conversation.source), conversation.id, reason, str(error))
+    sequence = token_sequence(encoded, contents, counts, collator.encoder)
+    return {
+        "id": conversation.id,
+        "source": conversation.source,
+        "images": list(conversation.images),
+        "turns": json.dumps([[turn.role, turn.text] for turn in conversation.turns]),
+        "token_ids": tokens.ids,
+        "supervised": tokens.supervised,
+        "length": len(encoded.input_ids),
+        "image_tokens": encoded.image_tokens,
+        "supervised_tokens": encoded.supervised_tokens,
+        "prefix": sequence.prefix_key(),
+        "prefix_tokens": sequence.image_prefix,
+    }
+
+
+def _real_path(image: str) -> str:
+    """`os.path.realpath`, which asks the file system about every folder on the way, with the folders remembered."""
+    folder, name = os.path.split(os.path.abspath(image))  # what is remembered may not depend on where one is
+    real = os.path.join(_real_folder(folder), name)
+    return os.path.realpath(real) if os.path.islink(real) else real
+
+
+@functools.lru_cache(_FILES_KNOWN)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
+
+
+def _bounded(image: str, size: tuple[int, int]) -> tuple[int, int]:
+    """Refuse a strip: padded to a square, or with its short side made as long as a tile's, it would fill the memory."""
+    long, short = max(size), min(size)
+    if long**2 > MAX_PIXELS or long > LONGEST_STRIP * short:
+        raise DataError(
+            f"{image} is {size[1]} × {size[0]} pixels; wanted a longer side of at most {int(MAX_PIXELS**0.5):,} and "
+            f"{LONGEST_STRIP} times the shorter one, since it is padded to a square."
+        )
+    return size

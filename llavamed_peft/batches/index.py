@@ -1,0 +1,217 @@
+"""A data set with everything checked but the pixels: one Arrow file beside the run, read lazily; `indexing.py` writes it.
+
+Beside the rows the file holds what it was made from, what was rejected, and what became of each data file's rows. An image whose
+header is fine and whose pixels are not is found when it is decoded, while training: its conversations leave their step, which
+gets smaller, and are counted as failed. More of them than may be rejected end the training.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from datasets import Dataset
+
+from ..conversations import Conversation, Turn
+from ..datasets.rejects import Reject, RejectLog
+from ..errors import DataError
+from ..packing.collator import PackedCollator
+from ..packing.encoding import Encoder, Tokenized, Tokens
+from ..stages import Schedule
+from ..storage.images import image_size
+from .shares import Prefixes
+from .steps import StepSampler
+
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("source", pa.string()),
+        ("images", pa.list_(pa.string())),
+        ("turns", pa.string()),
+        ("token_ids", pa.list_(pa.int32())),
+        ("supervised", pa.list_(pa.bool_())),
+        ("length", pa.int32()),
+        ("image_tokens", pa.int32()),
+        ("supervised_tokens", pa.int32()),
+        ("prefix", pa.int64()),
+        ("prefix_tokens", pa.int32()),
+        ("file", pa.int32()),
+        ("group", pa.int64()),
+    ]
+)
+
+
+FINGERPRINT, REJECTED, FILES = (b"fingerprint", b"rejected", b"files")  # keys of what stands in the file beside the rows
+
+
+_ROWS_LOOKED_AT = 200  # to estimate how many tiles conversations have
+
+
+@dataclass(frozen=True, slots=True)
+class FileCount:
+    """What became of one file's rows: `rows` = `used` + all of `rejected`."""
+
+    name: str
+    path: str
+    sha256: str
+    rows: int
+    used: int
+    rejected: dict[str, int]
+
+
+@dataclass(slots=True)
+class Index:
+    """The usable conversations of some data.
+
+    Args:
+        rows: one per conversation, columns as `SCHEMA`; memory-mapped.
+        files: what became of the rows of each file.
+        failed: row → reason, of conversations whose images could not be decoded while training, the same on all processes.
+    """
+
+    rows: Dataset
+    files: list[FileCount]
+    failed: dict[int, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, path: Path) -> Index:
+        """An index that this or another process built."""
+        files = [FileCount(**count) for found in notes(path) for count in found.get(FILES, [])]
+        return cls(Dataset.from_file(str(path)), files)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def column(self, name: str) -> np.ndarray:
+        """A column of numbers, [conversations]."""
+        return np.asarray(self.rows.data.column(name))
+
+    def prefixes(self) -> Prefixes:
+        """What the conversations begin with, by which packed steps are planned."""
+        return Prefixes(self.column("prefix"), self.column("prefix_tokens"))
+
+    def sampler(self, collator: PackedCollator, schedule: Schedule, seed: int, rank: int = 0, world_size: int = 1) -> StepSampler:
+        """Deals these rows out in optimizer steps, in device batches such as the collator lays out; see `StepSampler`.
+
+        Args:
+            collator: with a bound on a device batch's tokens.
+        """
+        assert collator.max_row_tokens is not None
+        return StepSampler(
+            self.column("length"),
+            self.column("group"),
+            schedule,
+            collator.max_row_tokens,
+            seed,
+            rank,
+            world_size,
+            prefixes=self.prefixes() if collator.layout == "packed" else None,
+            fill_tokens=collator.fill_tokens,
+        )
+
+    def image_counts(self) -> np.ndarray:
+        """[conversations], how many images each shows."""
+        return np.asarray(pc.list_value_length(self.rows.data.column("images")))
+
+    def mean_tiles(self, encoder: Encoder) -> float:
+        """What the vision tower sees of a conversation's images; where they have several tiles, from the headers of some."""
+        if not encoder.sends_image_sizes:
+            return float(self.image_counts().mean())
+        looked_at = range(0, len(self), max(1, len(self) // _ROWS_LOOKED_AT))
+        tiles = 0
+        for images in (self.tokenized(row).images for row in looked_at):
+            for image in images:
+                with contextlib.suppress(DataError):  # will be left out
+                    tiles += encoder.tiles(image_size(image), len(images) == 1 or not encoder.tiles_lone_images_only)
+        return tiles / len(looked_at)
+
+    def shown_images(self) -> Iterator[tuple[str, list[str]]]:
+        """Of each conversation how an error names it, and the paths of its images."""
+        columns = [self.rows.data.column(name) for name in ("source", "id", "images")]
+        for source, id, images in zip(*columns, strict=True):
+            yield f"{source} (id {id})", images.as_py()
+
+    def conversation(self, row: int) -> Conversation:
+        """One conversation, as it was read."""
+        values = self.rows[int(row)]
+        turns = tuple(Turn(role, text) for role, text in json.loads(values["turns"]))
+        return Conversation(values["id"], turns, tuple(values["images"]), values["source"])
+
+    def tokenized(self, row: int) -> Tokenized:
+        """One conversation, its words as tokens."""
+        cells = {name: self.rows.data.column(name)[int(row)] for name in ("id", "images", "source", "token_ids", "supervised")}
+        ids, supervised = (cells[name].values.to_numpy(zero_copy_only=False) for name in ("token_ids", "supervised"))
+        images = tuple(cells["images"].as_py())
+        return Tokenized(cells["id"].as_py(), images, cells["source"].as_py(), Tokens(ids, supervised))
+
+    def fault(self, max_rejected: float) -> str | None:
+        """Why the data are refused as a whole, in a sentence that names the commonest reasons; `None` where they are not.
+
+        Args:
+            max_rejected: share of the rows above which they are, rejected and failed ones taken together.
+        """
+        rows, used = (sum(count.rows for count in self.files), sum(count.used for count in self.files) - len(self.failed))
+        names = ", ".join(count.name for count in self.files)
+        if rows == 0:
+            return f"{names}: no rows; wanted at least one conversation."
+        if (rows - used) / rows <= max_rejected and used > 0:
+            return None
+        reasons = Counter({"an image cannot be decoded": len(self.failed)} if self.failed else {})
+        for count in self.files:
+            reasons.update(count.rejected)
+        commonest = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
+        return (
+            f"{names}: {rows - used} of {rows} rows cannot be used ({(rows - used) / rows:.1%}; max_rejected is "
+            f"{max_rejected:.1%}). Commonest: {commonest}."
+        )
+
+    def report_failures(self, rejects: RejectLog, stage: str) -> None:
+        """Name each row that failed in a stage in the log of rejected ones."""
+        file_of_row = self.column("file")
+        for row, reason in sorted(self.failed.items()):
+            source, id = (self.rows.data.column(name)[row].as_py() for name in ("source", "id"))
+            rejects.append(Reject(self.files[file_of_row[row]].path, row_number(source), id, failed_in(stage), reason))
+
+    def account(self) -> list[dict[str, object]]:
+        """For `stage.json`: each file with its hash and rows = used + rejected + failed."""
+        file_of_row = self.column("file")
+        failed = Counter(int(file_of_row[row]) for row in self.failed)
+        return [
+            {
+                "file": count.name,
+                "sha256": count.sha256,
+                "rows": count.rows,
+                "used": count.used - failed[file],
+                "rejected": count.rejected,
+                "failed": failed[file],
+            }
+            for file, count in enumerate(self.files)
+        ]
+
+
+def failed_in(stage: str) -> str:
+    """The reason under which rows are listed whose images could not be decoded while a stage trained."""
+    return f"failed while training {stage}"
+
+
+def notes(path: Path) -> Iterator[dict[bytes, list[dict[str, object]]]]:
+    """What stands beside the rows of each of the file's batches: rejected rows, and with the last the counts of the files."""
+    with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
+        while True:
+            try:
+                found = reader.read_next_batch_with_custom_metadata().custom_metadata
+            except StopIteration:
+                return
+            yield {key: json.loads(value) for key, value in (found or {}).items()}
+
+
+def row_number(source: str) -> int:
+    """The row of a conversation's `source`, such as 17 of `"file.json:17"`."""
+    return int(source.rpartition(":")[2])

@@ -1,0 +1,274 @@
+"""The console script `llavamed-peft`: one verb per subparser, each a short function that imports what it needs when it is called.
+
+    llavamed-peft ask llava-hf/llava-1.5-7b-hf runs/llava-med/vqa chest.png "Is the heart enlarged?"
+    llavamed-peft inspect llava-hf/llava-1.5-7b-hf align=pmc_align.json vqa=vqa_rad/train.json --image_folder images/
+    llavamed-peft inspect --config recipes/configs/llava-1.5-7b/nf4-24gb.yaml
+    llavamed-peft show runs/llava-med/vqa
+    llavamed-peft merge llava-hf/llava-1.5-7b-hf runs/llava-med/vqa merged/
+    llavamed-peft catalogue adapters
+
+What this package refuses is one line on stderr and exit code 2, as argparse does with a wrong command line; anything else that
+goes wrong is a defect and shows its traceback. Training has no verb: it is `curriculum_finetune`, and the scripts in `recipes/`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import logging
+import os
+import shutil
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ..errors import ConfigError, LlavaMedError, did_you_mean
+from ..version import __version__
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        arguments: the words of the command line behind the program's name; `None` takes the process's own.
+
+    Returns:
+        The exit code: 0, or 2 for what the package refuses.
+    """
+    parser = _parser()
+    options, behind = parser.parse_known_args(arguments)
+    words = [word for word in behind if word != "--"]
+    if options.verb is _inspect and not any(word.startswith("-") for word in words):
+        options.data += words  # argparse takes BASE and DATA in one go, before an option that stands between them
+    elif behind:
+        parser.error(f"unrecognized arguments: {' '.join(behind)}")
+    if not os.path.exists("/dev/nvidia0"):  # where DeepSpeed, once installed, says on stdout that it found no GPU
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # The libraries' notes to programmers would only hide the answer or the error.
+    warnings.simplefilter("ignore", FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # data hold characters that not every terminal has
+    try:
+        options.verb(options)
+    except LlavaMedError as error:
+        print(f"llavamed-peft: {' '.join(str(error).splitlines())}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llavamed-peft",
+        description="The LLaVA-Med curriculum, as swappable PEFT stage adapters. For research only, not for clinical use.",
+    )
+    parser.add_argument("--version", action="version", version=f"llavamed-peft {__version__}")
+    verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+
+    ask = verbs.add_parser("ask", help="answer a question about an image with a stage's adapter")
+    ask.add_argument("base", metavar="BASE", help="Hub id or folder of the raw base")
+    ask.add_argument("adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one")
+    ask.add_argument("image", metavar="IMAGE", help="an image file")
+    ask.add_argument("question", metavar="QUESTION", help="the question's words")
+    ask.add_argument(
+        "--max_new_tokens", type=_whole_number, default=128, metavar="N", help="longest answer (default: %(default)s)"
+    )
+    ask.set_defaults(verb=_ask)
+
+    inspect = verbs.add_parser(
+        "inspect",
+        help="show what would train, on which tokens, and what would be rejected; needs no weights",
+        description="Show what a run would do, without running it. Of BASE only configuration and processor are read.",
+    )
+    inspect.add_argument("base", metavar="BASE", nargs="?", help="Hub id or folder of a LLaVA checkpoint")
+    inspect.add_argument(
+        "data", metavar="DATA", nargs="*", help="LLaVA JSON: a file for every stage, or stage=file, such as vqa=train.json"
+    )
+    inspect.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="options of recipes/curriculum.py instead of BASE, DATA, --image_folder, --curriculum",
+    )
+    inspect.add_argument(
+        "--image_folder",
+        metavar="DIR",
+        action="append",
+        help="where image paths start, or stage=DIR, as often as needed (default: each data file's folder)",
+    )
+    inspect.add_argument("--curriculum", metavar="FILE.yaml", help="the stages (default: LLAVA_MED, the paper's)")
+    inspect.add_argument("--stage", metavar="NAME", help="this stage of the curriculum alone")
+    inspect.add_argument("--rows", type=_count, default=3, metavar="N", help="rows to show (default: %(default)s)")
+    inspect.add_argument(
+        "--max_rejected", type=_share, metavar="SHARE", help="as the run would have it (default: 0.05, or what --config says)"
+    )
+    inspect.add_argument(
+        "--packing",
+        nargs="?",
+        const=True,
+        default=False,
+        metavar="FILE.png",
+        help="show how each stage's first step is packed on a GPU; with a file, draw it there, too (so DATA stands before it)",
+    )
+    inspect.add_argument(
+        "--max_row_tokens",
+        type=_whole_number,
+        metavar="N",
+        help="of a packed row (default: 8192, as on a GPU, or what --config says)",
+    )
+    inspect.set_defaults(verb=_inspect, usage_error=inspect.error)
+
+    show = verbs.add_parser("show", help="show a stage's lineage, schedule, data and metrics as a tree")
+    show.add_argument("adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one; needs no weights")
+    show.set_defaults(verb=_show)
+    for verb in (inspect, show):
+        verb.add_argument("--width", type=_whole_number, metavar="N", help="characters of a line (default: the terminal's)")
+
+    merge = verbs.add_parser("merge", help="write base and adapter as one checkpoint")
+    merge.add_argument("base", metavar="BASE", help="Hub id or folder of the raw base")
+    merge.add_argument("adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one")
+    merge.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
+    merge.add_argument(
+        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the merged weights (default: the base's stored one)"
+    )
+    merge.set_defaults(verb=_merge)
+
+    catalogue = verbs.add_parser("catalogue", help="renew the index of a folder of published adapters")
+    catalogue.add_argument("folder", metavar="FOLDER", help="holds one folder <base>--<stage> per adapter")
+    catalogue.set_defaults(verb=_catalogue)
+    return parser
+
+
+def _ask(options: argparse.Namespace) -> None:
+    """Print the answer, and nothing else, on stdout."""
+    from ..conversations import Question
+    from ..storage.images import image_size
+
+    # What is wrong with image or words shows before a model is loaded. The answer is what is asked for, so it has no words yet.
+    question = Question("question", options.image, options.question, answer="?", answer_type="open")
+    image_size(question.image)
+
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..adapters.stage_adapter import load_stage
+    from ..evaluation.answer import answer_questions
+
+    disable_progress_bar()
+    model, processor = load_stage(options.base, options.adapter)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    print(*answer_questions(model, processor, [question], options.max_new_tokens))
+
+
+def _inspect(options: argparse.Namespace) -> None:
+    """Print what is found out, line by line; checking a large data set takes minutes."""
+    words = {
+        "BASE": options.base,
+        "DATA": options.data,
+        "--image_folder": options.image_folder,
+        "--curriculum": options.curriculum,
+    }
+    if options.config is not None and (twice := [name for name, value in words.items() if value]):
+        options.usage_error(f"--config says {', '.join(twice)}; give one or the other")
+    if options.config is None and (missing := [name for name in ("BASE", "DATA") if not words[name]]):
+        options.usage_error(f"the following arguments are required: {', '.join(missing)}")
+    if options.max_row_tokens and not options.packing:
+        options.usage_error("--max_row_tokens bounds the rows that --packing shows; give both")
+
+    from ..llava_med import LLAVA_MED
+    from ..preview.inspect import inspect
+    from ..stages import Curriculum
+    from .arguments import files_by_stage, folders_by_stage
+
+    max_rejected, max_row_tokens = 0.05, None
+    if options.config is not None:
+        from .arguments import CurriculumArguments, RunArguments
+        from .parsing import parse
+
+        arguments, run = parse(CurriculumArguments, RunArguments, command_line=["--config", options.config])
+        base, curriculum, max_rejected = (arguments.model, arguments.stages(), run.max_rejected)
+        max_row_tokens = run.max_row_tokens
+        if options.packing and run.layout != "packed":
+            raise ConfigError(f"{options.config}: layout is {run.layout!r}, so nothing is packed; wanted 'packed' for --packing.")
+        data, image_folder = arguments.files("data"), arguments.folders()
+    else:
+        base = options.base
+        curriculum = LLAVA_MED if options.curriculum is None else Curriculum.from_yaml(Path(options.curriculum))
+        data, image_folder = (files_by_stage(options.data, curriculum), folders_by_stage(options.image_folder))
+    if options.stage is not None:
+        names = [stage.name for stage in curriculum.stages]
+        if options.stage not in names:
+            raise ConfigError(f"--stage is {options.stage!r}, no stage of the curriculum.{did_you_mean(options.stage, names)}")
+        for argument, given in (("data", data), ("image_folder", image_folder)):
+            if isinstance(given, dict):
+                curriculum.check_keys(argument, given)
+        curriculum = replace(curriculum, stages=(curriculum[options.stage],))
+        data = {options.stage: data[options.stage]} if options.stage in data else {}
+        if isinstance(image_folder, dict):
+            image_folder = image_folder.get(options.stage)
+    for line in inspect(
+        base,
+        data,
+        image_folder,
+        curriculum,
+        rows=options.rows,
+        max_rejected=max_rejected if options.max_rejected is None else options.max_rejected,
+        packing=options.packing if isinstance(options.packing, bool) else Path(options.packing),
+        max_row_tokens=options.max_row_tokens or max_row_tokens,
+        width=_width(options),
+        colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
+    ):
+        print(line, flush=True)
+
+
+def _show(options: argparse.Namespace) -> None:
+    """Print the tree."""
+    from ..adapters.lineage_tree import show
+
+    print(*show(options.adapter, _width(options)), sep="\n")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    """Print the name of the folder that holds the checkpoint."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from ..adapters.stage_adapter import StageAdapter
+
+    disable_progress_bar()
+    print(StageAdapter.load(options.adapter).merge(options.base, options.out, options.dtype))
+
+
+def _catalogue(options: argparse.Namespace) -> None:
+    """Print the name of the file that holds the index."""
+    from ..adapters.catalogue import update
+
+    print(update(options.folder))
+
+
+def _whole_number(text: str, at_least: int = 1) -> int:
+    if not text.isdecimal() or int(text) < at_least:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {at_least}")
+    return int(text)
+
+
+def _count(text: str) -> int:
+    return _whole_number(text, at_least=0)
+
+
+def _share(text: str) -> float:
+    try:
+        share = float(text)
+    except ValueError:
+        share = -1.0
+    if not 0 <= share <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share between 0 and 1")
+    return share
+
+
+def _width(options: argparse.Namespace) -> int:
+    return options.width or shutil.get_terminal_size((100, 24)).columns
+
+
+if __name__ == "__main__":
+    sys.exit(main())

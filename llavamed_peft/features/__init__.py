@@ -1,0 +1,1 @@
+"""The frozen tower's features on disk: files (`store.py`), whether they pay (`forecast.py`), `filling.py`."""

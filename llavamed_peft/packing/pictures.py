@@ -1,0 +1,37 @@
+"""Where the features of a stage's images come from, as the collator asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from .encoding import Size
+
+
+class StoredFeatures(Protocol):
+    """What `features.store.Features` is to the collator.
+
+    folder: of the files.
+    contents: path → SHA-256 of the image's file.
+    sizes: SHA-256 → (height, width) in pixels.
+    """
+
+    @property
+    def folder(self) -> Path: ...
+
+    @property
+    def contents(self) -> Mapping[str, str]: ...
+
+    @property
+    def sizes(self) -> Mapping[str, Size]: ...
+
+    def __len__(self) -> int: ...
+
+    def has(self, path: str, alone: bool) -> bool:
+        """Whether this image's features are stored, as one that is alone in its conversation or among others."""
+
+    def inputs(self, contents: Sequence[str], alone: Sequence[bool]) -> dict[str, torch.Tensor]:
+        """What takes the place of images' pixels."""

@@ -1,0 +1,1 @@
+"""One run: checked first (`preflight.py`), its folder (`folder.py`), its stages in turn (`run.py`)."""

@@ -1,0 +1,57 @@
+"""Where a stage begins: its base, and the stage it continues."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..adapters.record import base_record
+from ..adapters.stage_adapter import StageAdapter
+from ..modeling.load import read_config
+from ..modeling.scopes import NO_TARGET
+from ..stages import LoraSpec
+
+
+def carried_lora(parent: StageAdapter | None) -> LoraSpec | None:
+    """The LoRA that a projector stage carries, frozen and without dropout, from the stage before it."""
+    config = None if parent is None else parent.peft_config()
+    if config is None or config.target_modules == NO_TARGET or config.target_modules == {NO_TARGET}:
+        return None
+    return LoraSpec(rank=config.r, alpha=config.lora_alpha, dropout=0.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Lineage:
+    """Where a stage begins: the checkpoint its tensors sit on, and the adapter they continue.
+
+    Args:
+        base: Hub id or folder of that checkpoint.
+        record: what identifies it, for `stage.json`.
+        root: what identifies the checkpoint that the lineage began with, before any full stage.
+        parent: the stage before, an adapter or a checkpoint.
+    """
+
+    base: str
+    record: dict[str, Any]
+    root: dict[str, Any]
+    parent: StageAdapter | None = None
+
+    def behind(self, stage: StageAdapter | None) -> Lineage:
+        """The lineage behind a finished stage; a full stage's checkpoint is the base of what follows it."""
+        if stage is None:
+            return self
+        if stage.is_checkpoint:
+            # its hash was checked when it was loaded
+            base = base_record(stage.path, read_config(stage.path), stage.record["sha256"])
+            return Lineage(str(stage.path), base, stage.record["root"], stage)
+        return replace(self, parent=stage)
+
+    @property
+    def adapter(self) -> StageAdapter | None:
+        """The parent, where its tensors are not in the base already."""
+        return None if self.parent is None or self.parent.is_checkpoint else self.parent
+
+
+def parent_of(lineage: Lineage) -> dict[str, str] | None:
+    parent = lineage.parent
+    return None if parent is None else {"stage": parent.stage.name, "sha256": parent.record["sha256"]}

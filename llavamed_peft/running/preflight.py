@@ -1,0 +1,87 @@
+"""What a call of `curriculum_finetune` must fulfil before anything is read or made, and how it will be computed.
+
+Each function looks at arguments alone (and at what `start_from` says of itself) and raises `ConfigError` or `AdapterError` with
+what came, what was wanted and what to do. What data, checkpoint and folder must fulfil is said where they are opened.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..adapters.stage_adapter import StageAdapter
+from ..datasets.sources import Data
+from ..errors import AdapterError, ConfigError
+from ..modeling.load import Quantization, check_quantization
+from ..stages import Curriculum
+from .lineage import carried_lora
+
+
+def check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Mapping[str, Data], image_folder: Any) -> None:
+    """Every stage has data, and nothing is given for a stage that the curriculum does not have."""
+    if not isinstance(curriculum, Curriculum):
+        raise ConfigError(f"curriculum is {curriculum!r}; wanted a Curriculum, such as Curriculum(stages=(...,)).")
+    per_stage = {"data": data, "eval_data": eval_data}
+    if isinstance(image_folder, Mapping):
+        per_stage["image_folder"] = image_folder
+    for argument, given in per_stage.items():
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{argument} is {given!r}; wanted a dictionary of stage name → data.")
+        if nothing := [name for name in given if given[name] is None]:
+            raise ConfigError(f"{argument}[{nothing[0]!r}] is None; wanted data, or no such entry.")
+        curriculum.check_keys(argument, given)
+    names = [stage.name for stage in curriculum.stages]
+    missing = [name for name in names if name not in data]
+    if missing:
+        raise ConfigError(
+            f"data has nothing for stage {missing[0]!r}; wanted an entry for each of {', '.join(names)}. To train fewer "
+            f"stages, give a curriculum without {missing[0]!r}."
+        )
+
+
+def check_files(output_dir: str | Path, data: Sequence[Data], own_names: Collection[str]) -> None:
+    """A folder to write to is named, and no data file may stand where the run writes its own."""
+    if not isinstance(output_dir, (str, os.PathLike)) or output_dir == "":
+        raise ConfigError(f"output_dir is {output_dir!r}; wanted a folder to write to ('.' is the current one).")
+    several = [[given] if isinstance(given, (str, Path)) else given for given in data]
+    files = [file for given in several if isinstance(given, (list, tuple)) for file in given if isinstance(file, (str, Path))]
+    for file in map(Path, files):
+        if file.name in own_names and file.parent.resolve() == Path(output_dir).resolve():
+            raise ConfigError(f"data names {file}, which the run writes itself; wanted the data outside output_dir.")
+
+
+def check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantization: Quantization) -> None:
+    """The stages can be trained so, and continue what `start_from` left."""
+    check_quantization(quantization)
+    for stage in curriculum.stages:
+        if stage.trains == "full" and quantization is not None:
+            raise ConfigError(
+                f"Stage {stage.name!r} trains 'full' and quantization is {quantization!r}; wanted None, since 4-bit weights "
+                "cannot be trained. Use trains='lora'."
+            )
+    if parent is not None and parent.record["image_aspect_ratio"] != curriculum.image_aspect_ratio:
+        raise ConfigError(
+            f"Curriculum.image_aspect_ratio is {curriculum.image_aspect_ratio!r}, start_from was trained with "
+            f"{parent.record['image_aspect_ratio']!r}; wanted the same, since its processor is carried on."
+        )
+    carried = None if parent is None or parent.is_checkpoint else carried_lora(parent)
+    for stage in curriculum.stages:
+        if stage.trains == "full":
+            return
+        if carried and stage.lora and (stage.lora.rank, stage.lora.alpha) != (carried.rank, carried.alpha):
+            raise ConfigError(
+                f"Stage {stage.name!r} has LoRA rank {stage.lora.rank} and alpha {stage.lora.alpha:g}, start_from rank "
+                f"{carried.rank} and alpha {carried.alpha:g}; wanted equal numbers, since the stage continues its tensors."
+            )
+
+
+def check_architecture(base: Mapping[str, Any], parent: StageAdapter) -> None:
+    """`start_from` was trained on a base of this architecture."""
+    for part in ("model_type", "language_model", "vision_tower"):
+        if base[part] != parent.record["base"][part]:
+            raise AdapterError(
+                f"start_from ({parent.path.name}) was trained on {part} {parent.record['base'][part]!r}, the base's is "
+                f"{base[part]!r}; wanted the same architecture."
+            )
