@@ -73,12 +73,20 @@ def formula(method: str | None, batches: int, processes: int) -> dict[str, int]:
     in_vain = size(tower_layer.parameters())  # FSDP2's backward gathers ahead one more than it needs
     numbers = {
         None: {"allreduce": 2 * trained},
-        "fsdp2": {"allgather_base": batches * (every + decoder + in_vain), "reduce_scatter_base": batches * trained},
+        "fsdp2": {
+            "allgather_base": batches * (every + decoder + in_vain),
+            "reduce_scatter_base": batches * trained,
+        },
         "zero2": {"allreduce": batches * 2 * trained, "allgather_base": trained},
         # with stage3_max_live_parameters and stage3_max_reuse_distance 0; else it keeps some gathered and sends less
-        "zero3": {"allgather_base": batches * (every + trained + decoder), "reduce_scatter_base": batches * trained},
+        "zero3": {
+            "allgather_base": batches * (every + trained + decoder),
+            "reduce_scatter_base": batches * trained,
+        },
     }
-    return {name: round(FP32 * number * (processes - 1) / processes) for name, number in numbers[method].items()}
+    return {
+        name: round(FP32 * number * (processes - 1) / processes) for name, number in numbers[method].items()
+    }
 
 
 def main() -> None:
@@ -99,7 +107,11 @@ def main() -> None:
     turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A scan."))
     rows = [Conversation(str(i), turns, (image,)) for i in range(24)]
     stage = Stage("full", "full", Schedule(epochs=1, learning_rate=1e-5, global_batch=8))
-    how = {"layout": "padded", "max_row_tokens": 100, "gradient_checkpointing": True}  # recomputing as with a GPU
+    how = {
+        "layout": "padded",
+        "max_row_tokens": 100,
+        "gradient_checkpointing": True,
+    }  # recomputing as with a GPU
     adapters = curriculum_finetune(BASE, {"full": rows}, folder, curriculum=Curriculum((stage,)), **how)
     method = adapters["full"].record["computing"]["sharding"]
     expected = formula(method, found["batches"], found["processes"])

@@ -37,7 +37,9 @@ from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-FLEX_OPERATOR = sys.modules["torch._higher_order_ops.flex_attention"]  # its package has an operator of that name
+FLEX_OPERATOR = sys.modules[
+    "torch._higher_order_ops.flex_attention"
+]  # its package has an operator of that name
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.device("cuda", 0)
 
@@ -109,7 +111,9 @@ def pretend(gpu: Gpu) -> tuple[Callable[..., Any], list[Kernel]]:
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     answers |= {"is_available": lambda: True, "raise_if_triton_unavailable": lambda device=None: None}
-    answers |= {name: lambda device=None: 0 for name in ("get_raw_stream", "exchange_device", "maybe_exchange_device")}
+    answers |= {
+        name: lambda device=None: 0 for name in ("get_raw_stream", "exchange_device", "maybe_exchange_device")
+    }
     for name, answer in answers.items():
         setattr(CudaInterface, name, staticmethod(answer))
     CudaInterface.Worker.get_device_properties = staticmethod(answers["get_device_properties"])
@@ -220,7 +224,10 @@ def _compile_for_cuda(graph: torch.fx.GraphModule, inputs: list[Any], **kwargs: 
                 node.meta[key] = tree_map(_moved, node.meta[key])
         module.recompile()
     places = [node for node in graph.graph.nodes if node.op == "placeholder"]
-    moved = [_moved(node.meta["val"]) if isinstance(one, torch.Tensor) else one for node, one in zip(places, inputs, strict=True)]
+    moved = [
+        _moved(node.meta["val"]) if isinstance(one, torch.Tensor) else one
+        for node, one in zip(places, inputs, strict=True)
+    ]
     torch._C._ensureCUDADeviceGuardSet()
     return compile_fx.compile_fx_inner(graph, moved, **kwargs | {"cudagraphs": False})
 

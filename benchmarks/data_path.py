@@ -57,15 +57,21 @@ Memory = dict[str, float]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--rows", type=int, default=500_000, help="rows with tiny images")
     parser.add_argument("--epochs", type=int, default=3, help="epochs over them")
     parser.add_argument("--real_rows", type=int, default=4_000, help="rows with images of 640×480")
     parser.add_argument("--workers", type=int, default=2, help="processes that decode")
     parser.add_argument("--every", type=float, default=5.0, help="seconds between two looks at the memory")
-    parser.add_argument("--shared", action="store_true", help="say in the log that the machine did other work too")
+    parser.add_argument(
+        "--shared", action="store_true", help="say in the log that the machine did other work too"
+    )
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
-    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)  # one of them, in the process that measures it
+    parser.add_argument(
+        "--part", choices=PARTS, help=argparse.SUPPRESS
+    )  # one of them, in the process that measures it
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -80,7 +86,9 @@ def main() -> None:
         make_tiny(options.folder / "tiny", options.rows)
         make_real(options.folder / "real", options.real_rows)
         parts = {"build": run_part(options, "build")}
-        parts["start"] = min((run_part(options, "start") for _ in range(STARTS)), key=lambda found: found["seconds"])
+        parts["start"] = min(
+            (run_part(options, "start") for _ in range(STARTS)), key=lambda found: found["seconds"]
+        )
         parts |= {part: run_part(options, part) for part in ("epochs", "packed", "padded")}
         megabytes = (options.folder / "tiny" / "index.arrow").stat().st_size / 1e6
     result = summarise(options, parts, megabytes)
@@ -148,7 +156,9 @@ def make_base(folder: Path, size: int) -> None:
     from transformers import LlamaConfig
 
     tokenizer = train_tokenizer([" ".join(WORDS)] * 4, 1024)
-    llava_config(LlamaConfig(vocab_size=len(tokenizer)), size, SPECIAL.index("<image>")).save_pretrained(folder / "base")
+    llava_config(LlamaConfig(vocab_size=len(tokenizer)), size, SPECIAL.index("<image>")).save_pretrained(
+        folder / "base"
+    )
     make_processor(tokenizer, size).save_pretrained(folder / "base")
 
 
@@ -161,11 +171,19 @@ def make_rows(folder: Path, rows: int, exchanges: int, pictures: Sequence[bytes]
             image = folder / name
             if row % 1000 == 0:
                 image.parent.mkdir(parents=True)
-            image.write_bytes(pictures[row % len(pictures)] + str(row).encode())  # decoders stop before that; no two are equal
+            image.write_bytes(
+                pictures[row % len(pictures)] + str(row).encode()
+            )  # decoders stop before that; no two are equal
             turns = []
             for number in range(exchanges):
-                asked, said = (" ".join(words.choices(WORDS, k=10)), " ".join(words.choices(WORDS, k=words.randint(20, 60))))
-                turns += [{"from": "human", "value": asked if number else f"<image>\n{asked}"}, {"from": "gpt", "value": said}]
+                asked, said = (
+                    " ".join(words.choices(WORDS, k=10)),
+                    " ".join(words.choices(WORDS, k=words.randint(20, 60))),
+                )
+                turns += [
+                    {"from": "human", "value": asked if number else f"<image>\n{asked}"},
+                    {"from": "gpt", "value": said},
+                ]
             file.write(json.dumps({"id": str(row), "image": name, "conversations": turns}) + "\n")
 
 
@@ -186,7 +204,9 @@ def index_of(folder: Path, layout: str = "packed") -> tuple[Any, Any]:
     collator = PackedCollator(processor, max_row_tokens=MAX_ROW_TOKENS, layout=layout)
     sources = open_sources(folder / "data.jsonl", None, "data")
     with RejectLog(folder / "rejected.jsonl") as rejects:
-        return build_index(sources, collator, folder / "index.arrow", rejects, 0.0, RunLog(folder).show), collator
+        return build_index(
+            sources, collator, folder / "index.arrow", rejects, 0.0, RunLog(folder).show
+        ), collator
 
 
 def loader_of(batches: Any, workers: int) -> Any:
@@ -197,7 +217,12 @@ def loader_of(batches: Any, workers: int) -> Any:
     schedule = Schedule(epochs=1, learning_rate=1, global_batch=GLOBAL_BATCH)
     sampler = batches.index.sampler(batches.collator, schedule, SEED)
     return StepLoader(
-        batches, batch_sampler=sampler, collate_fn=as_it_is, num_workers=workers, prefetch_factor=1, timeout=HANGS_AFTER
+        batches,
+        batch_sampler=sampler,
+        collate_fn=as_it_is,
+        num_workers=workers,
+        prefetch_factor=1,
+        timeout=HANGS_AFTER,
     )
 
 
@@ -214,7 +239,12 @@ def build(options: argparse.Namespace) -> dict[str, Any]:
     seconds, cpu = time.monotonic() - began, time.process_time() - cpu
     assert len(index) == options.rows, f"{len(index)} of {options.rows} rows are in the index"
     peak = memory_of(os.getpid())["peak"]
-    return {"seconds": seconds, "cpu_seconds": cpu, "peak_mb": peak, "mean_tokens": float(index.column("length").mean())}
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "peak_mb": peak,
+        "mean_tokens": float(index.column("length").mean()),
+    }
 
 
 def start(options: argparse.Namespace) -> dict[str, Any]:
@@ -302,7 +332,9 @@ def timed_batches(index: Any, collator: Any, workers: int) -> Any:
             return clocked
 
     timed = Timed()
-    collation.load_image = timed.clocked(collation.load_image)  # in this process of the benchmark, and in its forked workers
+    collation.load_image = timed.clocked(
+        collation.load_image
+    )  # in this process of the benchmark, and in its forked workers
     collator.encoder.process_images = timed.clocked(collator.encoder.process_images)
     return timed
 
@@ -357,7 +389,9 @@ class looking_at_memory:
 # The result
 
 
-def summarise(options: argparse.Namespace, parts: dict[str, dict[str, Any]], index_mb: float) -> dict[str, Any]:
+def summarise(
+    options: argparse.Namespace, parts: dict[str, dict[str, Any]], index_mb: float
+) -> dict[str, Any]:
 
     return {
         **heading("data_path", LIBRARIES),
@@ -375,7 +409,10 @@ def growth(looks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
     Within: the most in the last fifth of the first epoch against its second fifth. Later: the most in later epochs against that.
     """
     totals = [
-        [look["parent"]["anonymous"] + sum(worker["anonymous"] for worker in look["workers"]) for look in epoch]
+        [
+            look["parent"]["anonymous"] + sum(worker["anonymous"] for worker in look["workers"])
+            for look in epoch
+        ]
         for epoch in looks
     ]
     first, later = totals[0], [total for epoch in totals[1:] for total in epoch]
@@ -388,11 +425,20 @@ def growth(looks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
 
 def log_entry(result: dict[str, Any]) -> str:
     """The result as a section of `LOG.md`."""
-    settings, built, started, grown = (result["settings"], result["build"], result["start"], result["growth_mb"])
+    settings, built, started, grown = (
+        result["settings"],
+        result["build"],
+        result["start"],
+        result["growth_mb"],
+    )
     rows = []
     for part in ("epochs", "packed", "padded"):
         for number, epoch in enumerate(result[part]["epochs"], 1):
-            name = f"16×16 to 28×28, packed, epoch {number}" if part == "epochs" else f"640×480 to 336×336, {part}"
+            name = (
+                f"16×16 to 28×28, packed, epoch {number}"
+                if part == "epochs"
+                else f"640×480 to 336×336, {part}"
+            )
             rows.append(
                 f"| {name} | {result[part]['rows']:,} | {epoch['rows_per_worker_second']:,.0f} | "
                 f"{epoch['on_images_us_per_row']:,.0f} | {epoch['other_us_per_row']:,.0f} | {epoch['share_on_images']:.1%} | "

@@ -27,11 +27,17 @@ PASSES = ("forward", "backward")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--gpus", nargs="+", choices=GPUS, default=list(GPUS), help="to compile for")
-    parser.add_argument("--heads", nargs="+", default=HEADS, metavar="DTYPE:WIDTH", help="what attention computes in, and on")
+    parser.add_argument(
+        "--heads", nargs="+", default=HEADS, metavar="DTYPE:WIDTH", help="what attention computes in, and on"
+    )
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
-    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)  # one GPU, in a process of its own
+    parser.add_argument(
+        "--apart", action="store_true", help=argparse.SUPPRESS
+    )  # one GPU, in a process of its own
     return parser.parse_args(arguments)
 
 
@@ -42,7 +48,9 @@ def main() -> None:
         return
     rows = []
     for gpu in options.gpus:
-        heads = [head for head in options.heads if not (gpu == "sm_75" and head.startswith("bfloat16"))]  # which it has not
+        heads = [
+            head for head in options.heads if not (gpu == "sm_75" and head.startswith("bfloat16"))
+        ]  # which it has not
         found = run_apart(__file__, ["--apart", "--gpus", gpu, "--heads", *heads]) if heads else []
         rows += [{"gpu": gpu, "head": head, **kernels} for head, kernels in zip(heads, found, strict=True)]
         print(f"{gpu}: {len(heads)} kinds of heads compiled", file=sys.stderr)
@@ -73,15 +81,20 @@ def compiled(gpu_name: str, dtype_name: str, width: str) -> dict[str, Any]:
     config = LlamaConfig()
     config._attn_implementation = "flex_attention"
     query, *key_and_value = (
-        torch.randn(1, heads, TOKENS, int(width), dtype=getattr(torch, dtype_name), requires_grad=True) for heads in (4, 1, 1)
+        torch.randn(1, heads, TOKENS, int(width), dtype=getattr(torch, dtype_name), requires_grad=True)
+        for heads in (4, 1, 1)
     )
     given = attention_inputs(torch.full((1, TOKENS), TOKENS), config)
-    output, _ = flex_attention.flex_attention_forward(SimpleNamespace(training=True), query, *key_and_value, **given)
+    output, _ = flex_attention.flex_attention_forward(
+        SimpleNamespace(training=True), query, *key_and_value, **given
+    )
     output.sum().backward()
     torch.compile = compile_any
     found = {}
     for name in PASSES:
-        (kernel,) = [one for one in kernels if "_tem_" in one.name and ("backward" in one.name) == (name == "backward")]
+        (kernel,) = [
+            one for one in kernels if "_tem_" in one.name and ("backward" in one.name) == (name == "backward")
+        ]
         takes = cuda_without_gpu.takes(kernel, gpu)
         found[name] = {**takes._asdict(), "fits": takes.shared_kb <= gpu.shared_kb}
     return found

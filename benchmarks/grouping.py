@@ -40,7 +40,9 @@ SCORES = ("closed", "open", "held_out_loss")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--works", nargs="+", choices=WORKS, default=list(WORKS), help="default: both")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="default: 0 1 2")
     parser.add_argument("--vqa_rad", type=Path, help="the original release's vqa_rad_public.json")
@@ -81,7 +83,9 @@ def demo(options: argparse.Namespace, seed: int, folder: Path) -> list[dict[str,
     curriculum = replace(Curriculum.from_yaml(DEMO / "curriculum.yaml"), seed=seed)
     *before, vqa = curriculum.stages
     data = {stage.name: files[stage.name] for stage in before}
-    parent = curriculum_finetune(BASE, data, folder / "before", curriculum=replace(curriculum, stages=tuple(before)))["instruct"]
+    parent = curriculum_finetune(
+        BASE, data, folder / "before", curriculum=replace(curriculum, stages=tuple(before))
+    )["instruct"]
     questions = read_questions(files["vqa_heldout"])[:QUESTIONS]
     found = []
     for shuffle in SHUFFLES:
@@ -96,9 +100,13 @@ def demo(options: argparse.Namespace, seed: int, folder: Path) -> list[dict[str,
             eval_steps=10_000,  # before and after
         )["vqa"]
         model, processor = load_stage(BASE, adapter)
-        closed, open_ = exact_match(questions, answer_questions(model, processor, questions, max_new_tokens=8, batch_size=64))
+        closed, open_ = exact_match(
+            questions, answer_questions(model, processor, questions, max_new_tokens=8, batch_size=64)
+        )
         scores = (closed, open_, adapter.metrics["eval_loss_after"])
-        found.append({"work": "demo", "seed": seed, "shuffle": shuffle, **dict(zip(SCORES, scores, strict=True))})
+        found.append(
+            {"work": "demo", "seed": seed, "shuffle": shuffle, **dict(zip(SCORES, scores, strict=True))}
+        )
     return found
 
 
@@ -111,7 +119,10 @@ def vqa_rad(options: argparse.Namespace, seed: int, folder: Path) -> list[dict[s
     from llavamed_peft.datasets.sources import question_source
     from llavamed_peft.evaluation.answer import answer_questions
 
-    train, test = (question_source(vqa_rad.read, options.vqa_rad, options.image_folder, split) for split in ("train", "test"))
+    train, test = (
+        question_source(vqa_rad.read, options.vqa_rad, options.image_folder, split)
+        for split in ("train", "test")
+    )
     questions = list(vqa_rad.read(options.vqa_rad, options.image_folder, "test"))
     found = []
     for shuffle in SHUFFLES:
@@ -125,10 +136,19 @@ def vqa_rad(options: argparse.Namespace, seed: int, folder: Path) -> list[dict[s
             eval_steps=10_000,
         )["vqa"]
         model, processor = load_stage(BASE, adapter)
-        closed, open_ = exact_match(questions, answer_questions(model, processor, questions, max_new_tokens=24, batch_size=32))
+        closed, open_ = exact_match(
+            questions, answer_questions(model, processor, questions, max_new_tokens=24, batch_size=32)
+        )
         loss = adapter.metrics["eval_loss_after"]
         found.append(
-            {"work": "vqa_rad", "seed": seed, "shuffle": shuffle, "closed": closed, "open": open_, "held_out_loss": loss}
+            {
+                "work": "vqa_rad",
+                "seed": seed,
+                "shuffle": shuffle,
+                "closed": closed,
+                "open": open_,
+                "held_out_loss": loss,
+            }
         )
     return found
 
@@ -143,8 +163,12 @@ def log_entry(result: dict[str, Any]) -> str:
         for pair in pairs:
             cells = [f"{one[score]:.3f}" for score in SCORES for one in pair]
             rows.append(f"| {work} | {pair[0]['seed']} | {' | '.join(cells)} |")
-        means = {score: statistics.mean(one[score] - other[score] for one, other in pairs) for score in SCORES}
-        differences.append(f"{work}: " + ", ".join(f"{score.replace('_', '-')} {mean:+.3f}" for score, mean in means.items()))
+        means = {
+            score: statistics.mean(one[score] - other[score] for one, other in pairs) for score in SCORES
+        }
+        differences.append(
+            f"{work}: " + ", ".join(f"{score.replace('_', '-')} {mean:+.3f}" for score, mean in means.items())
+        )
     heads = [f"{score.replace('_', '-')}, {shuffle}" for score in SCORES for shuffle in SHUFFLES]
     return "\n".join(
         [

@@ -40,7 +40,11 @@ from workbench import heading, write_down
 HERE = Path(__file__).resolve().parent
 BASE = HERE.parent / "recipes" / "demo" / "tiny-llava"
 KINDS = ("lora", "full")  # what the second stage trains
-PRELOADED = ["llavamed_peft.curriculum", "transformers.models.llava.modeling_llava", "transformers.models.clip.modeling_clip"]
+PRELOADED = [
+    "llavamed_peft.curriculum",
+    "transformers.models.llava.modeling_llava",
+    "transformers.models.clip.modeling_clip",
+]
 PRELOADED += [
     "transformers.models.llama.modeling_llama",
     "matplotlib.figure",
@@ -50,7 +54,9 @@ PRELOADED += [
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=200, help="in all")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
@@ -63,8 +69,16 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         place = Path(folder)
         write_data(place)
-        hit, runs, calls = kill_often(place, {kind: measure(place, kind) for kind in KINDS}, options.kills, options.seed)
-    result = {**heading("kills"), "kills": dict(hit), "runs": runs, "calls": calls, "seconds": round(time.monotonic() - began)}
+        hit, runs, calls = kill_often(
+            place, {kind: measure(place, kind) for kind in KINDS}, options.kills, options.seed
+        )
+    result = {
+        **heading("kills"),
+        "kills": dict(hit),
+        "runs": runs,
+        "calls": calls,
+        "seconds": round(time.monotonic() - began),
+    }
     entry = log_entry(result)
     print(entry)
     if options.log:
@@ -95,7 +109,9 @@ def finetune(place: Path, out: Path, kind: str, **changes: Any) -> None:
     from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune
 
     first = Stage("align", "projector", Schedule(epochs=1.5, learning_rate=2e-3, global_batch=4))
-    schedule = Schedule(epochs=2, learning_rate=1e-3, projector_learning_rate=1e-4, global_batch=4, shuffle="conversations")
+    schedule = Schedule(
+        epochs=2, learning_rate=1e-3, projector_learning_rate=1e-4, global_batch=4, shuffle="conversations"
+    )
     lora = LoraSpec(rank=8, alpha=16, dropout=0.1) if kind == "lora" else None
     arguments = {
         "model": BASE,
@@ -134,12 +150,16 @@ def context() -> multiprocessing.context.ForkServerContext:
     return forks
 
 
-def _call(place: Path, out: Path, kind: str, before: Callable[..., object] | None, how: Any, changes: dict[str, Any]) -> None:
+def _call(
+    place: Path, out: Path, kind: str, before: Callable[..., object] | None, how: Any, changes: dict[str, Any]
+) -> None:
     log = os.open(f"{out}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for stream in (1, 2):
         os.dup2(log, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
-    multiprocessing.set_start_method("fork", force=True)  # data-loader workers, as in a process that nobody forked
+    multiprocessing.set_start_method(
+        "fork", force=True
+    )  # data-loader workers, as in a process that nobody forked
     gc.freeze()  # or the trainer's collections would go through, and so copy, all that was imported before the fork
     if before is not None:
         before(*how)
@@ -188,10 +208,14 @@ def finish(process: BaseProcess, out: Path) -> None:
     """Wait for a call that should succeed."""
     process.join(300)
     if process.exitcode != 0:
-        raise RuntimeError(f"exit code {process.exitcode}: {Path(f'{out}.log').read_text(encoding='utf-8')[-3000:]}")
+        raise RuntimeError(
+            f"exit code {process.exitcode}: {Path(f'{out}.log').read_text(encoding='utf-8')[-3000:]}"
+        )
 
 
-def kill_often(place: Path, undisturbed: dict[str, tuple[float, int]], kills: int, seed: int) -> tuple[Counter[str], int, int]:
+def kill_often(
+    place: Path, undisturbed: dict[str, tuple[float, int]], kills: int, seed: int
+) -> tuple[Counter[str], int, int]:
     """Kill calls until so many were killed, and let every run come to its end as if none had been.
 
     Args:
@@ -207,7 +231,9 @@ def kill_often(place: Path, undisturbed: dict[str, tuple[float, int]], kills: in
         finished = False
         while not finished:
             share = generator.random() if hit.total() < kills else None  # then it is left alone
-            moment, process = call(place, out, kind, undisturbed[kind], share, by_the_clock=generator.random() < 0.5)
+            moment, process = call(
+                place, out, kind, undisturbed[kind], share, by_the_clock=generator.random() < 0.5
+            )
             calls += 1
             finished = process.exitcode == 0
             if not finished:
@@ -236,7 +262,10 @@ def call(
             process.kill()
     else:
         number = round(share * operations)
-        moment, process = (f"at file operation {number}", start(place, out, kind, kill_at_operation, out, number))
+        moment, process = (
+            f"at file operation {number}",
+            start(place, out, kind, kill_at_operation, out, number),
+        )
     process.join(300)
     return moment, process
 

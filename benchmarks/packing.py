@@ -60,7 +60,9 @@ from workbench import (
     write_down,
 )
 
-LEARNT_TOKENS = 4096  # of the tokenizer: with fewer than Llama's 32,000 it spells these few texts at about Llama's length
+LEARNT_TOKENS = (
+    4096  # of the tokenizer: with fewer than Llama's 32,000 it spells these few texts at about Llama's length
+)
 SAME_LOSS = 1e-4  # the sides sum the same losses in another order
 WANTED_USEFUL = 0.97
 
@@ -120,25 +122,39 @@ WORKS = {
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     choices = [*(name for name in WORKS if not name.startswith("curve")), "curve"]
     parser.add_argument("--work", nargs="+", choices=choices, default=choices, help="what to train on")
     parser.add_argument("--data", type=Path, help="folder of vqa_rad/ and slake/; left out: both are made up")
     parser.add_argument("--pairs", type=int, default=5, help="repeats")
-    parser.add_argument("--conversations", type=int, help="of an optimizer step, a multiple of 16 or fewer; left out: the work's")
-    parser.add_argument("--device_batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of TRL's, to choose from")
+    parser.add_argument(
+        "--conversations",
+        type=int,
+        help="of an optimizer step, a multiple of 16 or fewer; left out: the work's",
+    )
+    parser.add_argument(
+        "--device_batches", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="of TRL's, to choose from"
+    )
     parser.add_argument("--image_size", type=int, default=336, help="pixels; (image_size / 14)² image tokens")
     parser.add_argument("--width", type=int, default=512, help="of the language model, a multiple of 64")
     parser.add_argument("--layers", type=int, default=8, help="of the language model")
     parser.add_argument("--vocabulary", type=int, default=32064, help="tokens of the language model")
-    parser.add_argument("--shared", action="store_true", help="say in the log that the machine did other work too")
+    parser.add_argument(
+        "--shared", action="store_true", help="say in the log that the machine did other work too"
+    )
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
     return parser.parse_args(arguments)
 
 
 def main() -> None:
     options = parse()
-    works = [name for name in WORKS if name in options.work or (name.startswith("curve") and "curve" in options.work)]
+    works = [
+        name
+        for name in WORKS
+        if name in options.work or (name.startswith("curve") and "curve" in options.work)
+    ]
     with tempfile.TemporaryDirectory() as folder:
         drawer = Drawer(Path(folder), options.data, options.image_size * 4 // 3, SEED)
         parameters = build_base(Path(folder), drawer.texts, options)
@@ -171,7 +187,9 @@ def build_base(folder: Path, texts: Sequence[str], options: argparse.Namespace) 
         tie_word_embeddings=False,
     )
     config = llava_config(text, options.image_size, SPECIAL.index("<image>"))
-    parameters = write_checkpoint(folder / "base", config, make_processor(tokenizer, options.image_size), SEED)
+    parameters = write_checkpoint(
+        folder / "base", config, make_processor(tokenizer, options.image_size), SEED
+    )
     save_stage_processor(folder)
     return parameters
 
@@ -186,14 +204,23 @@ class Bench:
         device_batches: of TRL's, to choose from.
     """
 
-    def __init__(self, folder: Path, drawer: Drawer, conversations: int | None, device_batches: Sequence[int]):
-        self.folder, self.drawer, self.conversations, self.device_batches = (folder, drawer, conversations, device_batches)
+    def __init__(
+        self, folder: Path, drawer: Drawer, conversations: int | None, device_batches: Sequence[int]
+    ):
+        self.folder, self.drawer, self.conversations, self.device_batches = (
+            folder,
+            drawer,
+            conversations,
+            device_batches,
+        )
         self.done: dict[tuple[str, str, int], Run] = {}  # of (data, arm, pair)
         self.probed: dict[str, list[Run]] = {}  # of a data's kind: what TRL's settings gave
 
     def of(self, name: str, arm: str) -> list[Run]:
         """The runs of a work's arm, in pairs' order."""
-        return [found for (data, ran, _), found in self.done.items() if (data, ran) == (WORKS[name].data, arm)]
+        return [
+            found for (data, ran, _), found in self.done.items() if (data, ran) == (WORKS[name].data, arm)
+        ]
 
     def run_pair(self, name: str, pair: int) -> None:
         """Both sides, in alternating order, and what explains them; a check that they did the same work."""
@@ -206,7 +233,9 @@ class Bench:
         for what, bound in (("loss_first", SAME_LOSS), ("trainable_parameters", 0)):
             ours, other = (self.done[work.data, arm, pair][what] for arm in (work.ours, "trl"))
             if abs(ours - other) > bound:
-                sys.exit(f"{name}: the sides do not do the same work: {what} is {ours} in ours, {other} in TRL's.")
+                sys.exit(
+                    f"{name}: the sides do not do the same work: {what} is {ours} in ours, {other} in TRL's."
+                )
 
     def run(self, name: str, arm: str, pair: int) -> Run:
         """One run in a process of its own."""
@@ -215,7 +244,9 @@ class Bench:
         steps = 2 if arm in work.explained_by else work.steps if side == "ours" else 1
         if side == "trl":
             how = self._best(work) | how
-            how["device_batch"] = min(how["device_batch"], conversations // 2)  # something must be left behind the warm-up
+            how["device_batch"] = min(
+                how["device_batch"], conversations // 2
+            )  # something must be left behind the warm-up
         found = self._start(side, how, work.data, pair, conversations, steps)
         line = f"{found['per_second']:.3f} questions/s, {found['peak_mb']:,.0f} MB"
         print(f"pair {pair + 1}, {work.data}, {label}: {line}", file=sys.stderr)
@@ -223,7 +254,9 @@ class Bench:
 
     def _best(self, work: Work) -> dict[str, Any]:
         """TRL's fastest device batch and number of workers, over the first quarter of a step."""
-        kind = {"instruct": "dialogues and captions", "align": "dialogues and captions"}.get(work.data, "questions")
+        kind = {"instruct": "dialogues and captions", "align": "dialogues and captions"}.get(
+            work.data, "questions"
+        )
         if kind not in self.probed:
             some = max(2, (self.conversations or work.conversations) // 4)
             tried: list[Run] = []
@@ -234,13 +267,17 @@ class Bench:
                 for size in sizes:
                     settings = {"device_batch": size, "workers": workers}
                     found = self._start("trl", ARMS["trl"].how | settings, work.data, 0, some, 2)
-                    tried.append(settings | {key: found[key] for key in ("per_second", "per_cpu_second", "peak_mb")})
+                    tried.append(
+                        settings | {key: found[key] for key in ("per_second", "per_cpu_second", "peak_mb")}
+                    )
                     print(f"probe of {kind}: {tried[-1]}", file=sys.stderr)
             self.probed[kind] = tried
         fastest = max(self.probed[kind], key=lambda found: found["per_second"])
         return {key: fastest[key] for key in ("device_batch", "workers")}
 
-    def _start(self, side: str, how: dict[str, Any], data: str, step: int, conversations: int, steps: int) -> Run:
+    def _start(
+        self, side: str, how: dict[str, Any], data: str, step: int, conversations: int, steps: int
+    ) -> Run:
         path, images = self.drawer.write(data, step, conversations)
         run = {"side": side, "how": how, "steps": steps, "epochs": steps, "conversations": conversations}
         places = {"folder": str(self.folder), "file": str(path), "images": str(images)}
@@ -250,19 +287,30 @@ class Bench:
 # What came out
 
 
-def summarise(options: argparse.Namespace, works: Sequence[str], parameters: int, bench: Bench) -> dict[str, Any]:
+def summarise(
+    options: argparse.Namespace, works: Sequence[str], parameters: int, bench: Bench
+) -> dict[str, Any]:
     """Medians and ranges of every arm, and of the pairs' ratios."""
     found: dict[str, Any] = {}
     for name in works:
         work = WORKS[name]
-        its_own = {work.ours, "trl", *work.least, *work.explained_by}  # vqa and vqa-cached share their data's runs
+        its_own = {
+            work.ours,
+            "trl",
+            *work.least,
+            *work.explained_by,
+        }  # vqa and vqa-cached share their data's runs
         arms = {arm: runs for arm in ARMS if arm in its_own and (runs := bench.of(name, arm))}
         ours = arms[work.ours]
         ratios = {
-            arm: spread([one["per_second"] / other["per_second"] for one, other in zip(ours, runs, strict=False)])
+            arm: spread(
+                [one["per_second"] / other["per_second"] for one, other in zip(ours, runs, strict=False)]
+            )
             for arm, runs in arms.items()
         }
-        memory = [one["peak_mb"] / other["peak_mb"] for one, other in zip(ours, arms.get("trl", ours), strict=True)]
+        memory = [
+            one["peak_mb"] / other["peak_mb"] for one, other in zip(ours, arms.get("trl", ours), strict=True)
+        ]
         useful = [run["counts"]["useful"] for run in ours]
         missed = [f"{arm} {least:g}×" for arm, least in work.least.items() if ratios[arm]["median"] < least]
         missed += ["memory"] if work.memory is not None and spread(memory)["median"] > work.memory else []
@@ -281,7 +329,9 @@ def summarise(options: argparse.Namespace, works: Sequence[str], parameters: int
     return {
         **heading("packing"),
         "shared": options.shared,
-        "settings": {key: value for key, value in vars(options).items() if key not in ("data", "log", "shared")},
+        "settings": {
+            key: value for key, value in vars(options).items() if key not in ("data", "log", "shared")
+        },
         "real_data": options.data is not None,
         "parameters": parameters,
         "probed": bench.probed,
@@ -291,7 +341,12 @@ def summarise(options: argparse.Namespace, works: Sequence[str], parameters: int
 
 
 def _spreads(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    told = ("per_second", "per_cpu_second", "peak_mb", *(["waiting_share"] if "waiting_share" in runs[0] else []))
+    told = (
+        "per_second",
+        "per_cpu_second",
+        "peak_mb",
+        *(["waiting_share"] if "waiting_share" in runs[0] else []),
+    )
     return {what: spread([run[what] for run in runs]) for what in told}
 
 
@@ -304,7 +359,9 @@ def _curve(found: dict[str, Any]) -> list[dict[str, float]]:
         work = found[f"curve-{number}"]
         ratio = work["ratio"]["trl"]
         bounds = {name: work[name]["median"] for name in ("bound", "bound_packing")}
-        points.append({"questions": number, "ratio": ratio, **bounds, "near": ratio["median"] / bounds["bound"]})
+        points.append(
+            {"questions": number, "ratio": ratio, **bounds, "near": ratio["median"] / bounds["bound"]}
+        )
     return points
 
 
@@ -316,9 +373,13 @@ def draw_curve(curve: Sequence[dict[str, Any]], path: Path) -> None:
     axes = figure.subplots()
     numbers = [point["questions"] for point in curve]
     medians = [point["ratio"]["median"] for point in curve]
-    reach = [[abs(point["ratio"][end] - point["ratio"]["median"]) for point in curve] for end in ("least", "most")]
+    reach = [
+        [abs(point["ratio"][end] - point["ratio"]["median"]) for point in curve] for end in ("least", "most")
+    ]
     axes.errorbar(numbers, medians, yerr=reach, marker="o", capsize=3, label="measured")
-    axes.plot(numbers, [point["bound"] for point in curve], "--", label="by FLOPs, TRL's head as it is on a CPU")
+    axes.plot(
+        numbers, [point["bound"] for point in curve], "--", label="by FLOPs, TRL's head as it is on a CPU"
+    )
     axes.plot(numbers, [point["bound_packing"] for point in curve], ":", label="by FLOPs, packing alone")
     axes.set_xlabel("questions an image")
     axes.set_ylabel("times TRL's questions per second")
@@ -333,8 +394,15 @@ def log_entry(result: dict[str, Any]) -> str:
     """The result as a section of `LOG.md`."""
     settings, works = result["settings"], result["works"]
     tokens = (settings["image_size"] // 14) ** 2
-    missed = "; ".join(f"{name} ({', '.join(work['missed'])})" for name, work in works.items() if work["missed"])
-    rows = [_table_row(name, arm, work) for name, work in works.items() for arm in work["arms"] if not name.startswith("curve")]
+    missed = "; ".join(
+        f"{name} ({', '.join(work['missed'])})" for name, work in works.items() if work["missed"]
+    )
+    rows = [
+        _table_row(name, arm, work)
+        for name, work in works.items()
+        for arm in work["arms"]
+        if not name.startswith("curve")
+    ]
     probes = [
         f"{kind}: device batch {best['device_batch']}, {best['workers']} worker(s)"
         for kind, tried in result["probed"].items()

@@ -63,7 +63,9 @@ class Drawer:
         self.folder, self.data, self.image_size, self.seed = (folder, data, image_size, seed)
         (folder / "images").mkdir(parents=True, exist_ok=True)
         self.real = {name: self._questions(name) for name in ("vqa", "slake")}
-        self.words = [word for row in self.real["vqa"] for word in f"{row['question']} {row['answer']}".split()]
+        self.words = [
+            word for row in self.real["vqa"] for word in f"{row['question']} {row['answer']}".split()
+        ]
 
     @property
     def texts(self) -> list[str]:
@@ -89,8 +91,15 @@ class Drawer:
         words = random.Random(f"{self.seed} {work} {step}")
         if work.startswith("curve-"):
             per_image = int(work.removeprefix("curve-"))
-            asked = words.sample(self.real["vqa"], conversations) if len(self.real["vqa"]) >= conversations else self.real["vqa"]
-            images = [self._draw(f"{work}-{step}-{number // per_image}.jpg", words) for number in range(conversations)]
+            asked = (
+                words.sample(self.real["vqa"], conversations)
+                if len(self.real["vqa"]) >= conversations
+                else self.real["vqa"]
+            )
+            images = [
+                self._draw(f"{work}-{step}-{number // per_image}.jpg", words)
+                for number in range(conversations)
+            ]
             return [
                 _row(str(number), image, [(row["question"], row["answer"])])
                 for number, (image, row) in enumerate(zip(images, asked, strict=True))
@@ -100,8 +109,13 @@ class Drawer:
         groups = max(1, conversations // GROUP)
         centres = [round((number + 0.5) / groups * DRAWN) for number in range(groups)]
         each = -(-conversations // groups)
-        chosen = [drawn[centre - each // 2 + place] for centre in centres for place in range(each)][:conversations]
-        return [_row(str(i), self._draw(f"{work}-{step}-{i}.jpg", words), exchanges) for i, exchanges in enumerate(chosen)]
+        chosen = [drawn[centre - each // 2 + place] for centre in centres for place in range(each)][
+            :conversations
+        ]
+        return [
+            _row(str(i), self._draw(f"{work}-{step}-{i}.jpg", words), exchanges)
+            for i, exchanges in enumerate(chosen)
+        ]
 
     def _step_of_questions(self, work: str, step: int, conversations: int) -> Rows:
         from llavamed_peft.batches.steps import shuffled
@@ -113,7 +127,11 @@ class Drawer:
         words = random.Random(self.seed)
         drawn = work != "vqa" or self.data is None
         return [
-            _row(row["id"], self._draw(row["image"], words) if drawn else row["image"], [(row["question"], row["answer"])])
+            _row(
+                row["id"],
+                self._draw(row["image"], words) if drawn else row["image"],
+                [(row["question"], row["answer"])],
+            )
             for row in chosen
         ]
 
@@ -125,7 +143,8 @@ class Drawer:
 
             questions = vqa_rad.read(self.data / "vqa_rad" / "trainset.json", split="train")
             return [
-                {"id": one.id, "image": Path(one.image).name, "question": one.question, "answer": one.answer} for one in questions
+                {"id": one.id, "image": Path(one.image).name, "question": one.question, "answer": one.answer}
+                for one in questions
             ]
         rows = json.loads((self.data / "slake" / "train.json").read_text(encoding="utf-8"))
         return [
@@ -157,15 +176,26 @@ class Drawer:
         if not path.exists():
             noise = np.random.default_rng([ord(letter) for letter in name])
             small = Image.fromarray(noise.integers(0, 256, (24, 30), dtype=np.uint8))
-            small.resize((self.image_size * 5 // 4, self.image_size), Image.Resampling.BICUBIC).convert("RGB").save(path)
+            small.resize((self.image_size * 5 // 4, self.image_size), Image.Resampling.BICUBIC).convert(
+                "RGB"
+            ).save(path)
         return name
 
 
 def dialogues(rows: Rows) -> Rows:
     """Questions about one image as the exchanges of one dialogue, which is another objective: later ones see earlier answers."""
     return [
-        _row(image, image, [(_words(turns[0]["value"]), turns[1]["value"]) for turns in (row["conversations"] for row in some)])
-        for image, some in ((image, list(some)) for image, some in groupby(rows, key=lambda row: row["image"]))
+        _row(
+            image,
+            image,
+            [
+                (_words(turns[0]["value"]), turns[1]["value"])
+                for turns in (row["conversations"] for row in some)
+            ],
+        )
+        for image, some in (
+            (image, list(some)) for image, some in groupby(rows, key=lambda row: row["image"])
+        )
     ]
 
 
@@ -176,7 +206,11 @@ def exchanges(row: dict[str, Any]) -> list[tuple[str, str]]:
 
 
 def _row(name: str, image: str, exchanges: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    turns = [{"from": who, "value": words} for pair in exchanges for who, words in zip(("human", "gpt"), pair, strict=True)]
+    turns = [
+        {"from": who, "value": words}
+        for pair in exchanges
+        for who, words in zip(("human", "gpt"), pair, strict=True)
+    ]
     turns[0]["value"] = f"<image>\n{turns[0]['value']}"
     return {"id": name, "image": image, "conversations": turns}
 
@@ -195,5 +229,12 @@ def _made_up(work: str, seed: int) -> list[dict[str, str]]:
     for image in range(60):
         for _ in range(max(1, round(words.gauss(PER_IMAGE[work], 3)))):
             asked = f"Is there a {' '.join(words.choices(WORDS, k=words.randint(2, 6)))}?"
-            rows.append({"id": str(len(rows)), "image": f"{work}-{image}.jpg", "question": asked, "answer": words.choice(WORDS)})
+            rows.append(
+                {
+                    "id": str(len(rows)),
+                    "image": f"{work}-{image}.jpg",
+                    "question": asked,
+                    "answer": words.choice(WORDS),
+                }
+            )
     return rows

@@ -52,8 +52,18 @@ KINDS = ("packed", "TRL", "padded", "packed, sdpa")
 WORKERS = 4  # that decode, on either side
 SAME_WORK = ("trainable_parameters", "supervised_tokens")
 OUT_OF_MEMORY = ("OutOfMemoryError", "CUDA out of memory", "ALLOC_FAILED")  # torch's, bitsandbytes', cuBLAS's
-TEXT_7B = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32}
-TOWER_7B = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 24, "num_attention_heads": 16}
+TEXT_7B = {
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+}
+TOWER_7B = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+}
 TEXT_TINY = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 1}
 
 Found = dict[str, Any] | None  # None: out of memory
@@ -83,13 +93,27 @@ class Arm(NamedTuple):
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", choices=["vqa", "slake", "instruct", "align"], default="vqa", help="what to train on")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--work", choices=["vqa", "slake", "instruct", "align"], default="vqa", help="what to train on"
+    )
     parser.add_argument("--data", type=Path, help="folder of vqa_rad/ and slake/; left out: both are made up")
     parser.add_argument("--arms", nargs="+", choices=KINDS, default=KINDS, help="what to run")
-    parser.add_argument("--row_tokens", type=int, nargs="+", default=[8192, 4096, 2048, 16384], help="bounds of a device batch")
-    parser.add_argument("--device_batches", type=int, nargs="+", default=[8, 4, 16], help="of TRL's, to choose from")
-    parser.add_argument("--quantization", nargs="+", choices=["none", "nf4"], default=["none", "nf4"], help="of the base")
+    parser.add_argument(
+        "--row_tokens",
+        type=int,
+        nargs="+",
+        default=[8192, 4096, 2048, 16384],
+        help="bounds of a device batch",
+    )
+    parser.add_argument(
+        "--device_batches", type=int, nargs="+", default=[8, 4, 16], help="of TRL's, to choose from"
+    )
+    parser.add_argument(
+        "--quantization", nargs="+", choices=["none", "nf4"], default=["none", "nf4"], help="of the base"
+    )
     parser.add_argument("--conversations", type=int, default=64, help="of an optimizer step")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a run, the first left out")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each arm")
@@ -97,7 +121,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="of the weights and of what was run; left out: temporary")
     parser.add_argument("--tiny", action="store_true", help="a miniature of the model with 16 image tokens")
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
-    parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)  # in a process whose GPU memory ends with it
+    parser.add_argument(
+        "--build", action="store_true", help=argparse.SUPPRESS
+    )  # in a process whose GPU memory ends with it
     return parser.parse_args(arguments)
 
 
@@ -184,7 +210,12 @@ class Work:
             return
         rows = self.options.conversations * self.options.steps
         path, images = self.drawer.write(self.options.work, repeat, rows)
-        asked = {**arm.asked(), "epochs": 1, "steps": self.options.steps, "conversations": self.options.conversations}
+        asked = {
+            **arm.asked(),
+            "epochs": 1,
+            "steps": self.options.steps,
+            "conversations": self.options.conversations,
+        }
         places = {"folder": str(self.folder), "file": str(path), "images": str(images)}
         found = run_apart(str(RUNS), [json.dumps(asked | places)], allowed=OUT_OF_MEMORY)
         what = "out of memory"
@@ -203,11 +234,15 @@ class Work:
             if found is not None and wanted is not None and other_repeat == repeat:
                 for what in SAME_WORK:
                     if found[what] != wanted[what]:
-                        sys.exit(f"{arm} and {other} do not do the same work: {what} is {found[what]} and {wanted[what]}.")
+                        sys.exit(
+                            f"{arm} and {other} do not do the same work: {what} is {found[what]} and {wanted[what]}."
+                        )
 
     def by_arm(self, wanted: Sequence[Arm]) -> dict[Arm, dict[int, Found]]:
         """Arm → repeat → what was found, of arms that were run."""
-        found = {arm: {repeat: one for (repeat, ran), one in self.done.items() if ran == arm} for arm in wanted}
+        found = {
+            arm: {repeat: one for (repeat, ran), one in self.done.items() if ran == arm} for arm in wanted
+        }
         return {arm: runs for arm, runs in found.items() if runs}
 
 
@@ -222,7 +257,9 @@ def log_entry(result: dict[str, Any], done: dict[Arm, dict[int, Found]]) -> str:
             continue
         some = next(iter(held.values()))
         kind = f"{arm.kind} ({some['attention']})" if arm.kind == "packed" else arm.kind
-        useful = f"{min(found['counts']['useful'] for found in held.values()):.1%}" if "counts" in some else "–"
+        useful = (
+            f"{min(found['counts']['useful'] for found in held.values()):.1%}" if "counts" in some else "–"
+        )
         memory = max(found["peak_gpu_mb"] for found in held.values())
         figures = [f"{_median(runs):.2f} ({len(held)})", _times_trl(arm, done), f"{memory:,.0f}", useful]
         rows.append(f"| {' | '.join([arm.base, kind, size, *figures])} |")
@@ -251,7 +288,11 @@ def _median(runs: dict[int, Found]) -> float:
 
 def _times_trl(arm: Arm, done: dict[Arm, dict[int, Found]]) -> str:
     """`**8.10** (7.90 to 8.40)`, over the repeats that both ran."""
-    trl = [other for other in done if (other.base, other.kind) == (arm.base, "TRL") and None not in done[other].values()]
+    trl = [
+        other
+        for other in done
+        if (other.base, other.kind) == (arm.base, "TRL") and None not in done[other].values()
+    ]
     if not trl:
         return "–"
     best = done[max(trl, key=lambda other: _median(done[other]))]

@@ -88,7 +88,11 @@ def peak_mb() -> float:
 
 def waiting_share(records: Sequence[Run]) -> float:
     """The share of its time that a stage waited for images, its first step left out."""
-    seconds = [(record["waiting_share"] * record["seconds"], record["seconds"]) for record in records if "loss" in record]
+    seconds = [
+        (record["waiting_share"] * record["seconds"], record["seconds"])
+        for record in records
+        if "loss" in record
+    ]
     waited, passed = (last - first for first, last in zip(seconds[0], seconds[-1], strict=True))
     return waited / passed
 
@@ -108,7 +112,9 @@ def run_ours(run: Run) -> Run:
     taken: list[str] = []
     choose = training.choose_attention
     training.choose_attention = lambda *given: taken.append(choose(*given)) or taken[-1]
-    schedule = Schedule(epochs=run["epochs"], learning_rate=RATE, global_batch=run["conversations"], warmup_ratio=0)
+    schedule = Schedule(
+        epochs=run["epochs"], learning_rate=RATE, global_batch=run["conversations"], warmup_ratio=0
+    )
     stage = Stage("work", "lora", schedule, LoraSpec(RANK, ALPHA, dropout=0.0))
     with tempfile.TemporaryDirectory() as runs:
         metrics = curriculum_finetune(
@@ -124,10 +130,15 @@ def run_ours(run: Run) -> Run:
         found["waiting_share"] = waiting_share(read_metrics(Path(runs) / "run"))
         if taken:
             found["attention"] = taken[-1]
-            bound, index = (how.get("max_row_tokens", MAX_ROW_TOKENS), Path(runs) / "run" / "index" / "work-train.arrow")
+            bound, index = (
+                how.get("max_row_tokens", MAX_ROW_TOKENS),
+                Path(runs) / "run" / "index" / "work-train.arrow",
+            )
             found["counts"] = count(Path(run["folder"]), index, schedule, bound, masks.fill_tokens(taken[-1]))
     found |= read_clock(moments, [run["conversations"]] * run["steps"], run["conversations"])
-    return found | {name: metrics[name] for name in ("trainable_parameters", "supervised_tokens", "loss_first")}
+    return found | {
+        name: metrics[name] for name in ("trainable_parameters", "supervised_tokens", "loss_first")
+    }
 
 
 def run_trl(run: Run) -> Run:
@@ -194,7 +205,9 @@ def run_trl(run: Run) -> Run:
         trainer = Counting(
             model=AutoModelForImageTextToText.from_pretrained(folder / "base", **loading),
             args=config,
-            train_dataset=datasets.Dataset.from_list(data).cast_column("images", datasets.List(datasets.Image())),
+            train_dataset=datasets.Dataset.from_list(data).cast_column(
+                "images", datasets.List(datasets.Image())
+            ),
             processing_class=processor,
             peft_config=LoraConfig(
                 r=RANK,
@@ -224,9 +237,15 @@ def trl_row(row: dict[str, Any], form: str, images: Path, processor: Any) -> dic
     """A row as TRL's documentation has it, with its length for `group_by_length`."""
     said = exchanges(row)
     messages = [
-        {"role": role, "content": words} for pair in said for role, words in zip(("user", "assistant"), pair, strict=True)
+        {"role": role, "content": words}
+        for pair in said
+        for role, words in zip(("user", "assistant"), pair, strict=True)
     ]
-    texts = {"prompt": messages[:1], "completion": messages[1:]} if form == "best" and len(said) == 1 else {"messages": messages}
+    texts = (
+        {"prompt": messages[:1], "completion": messages[1:]}
+        if form == "best" and len(said) == 1
+        else {"messages": messages}
+    )
     length = len(processor.tokenizer(" ".join(message["content"] for message in messages)).input_ids)
     return {"images": [str(images / row["image"])], "length": length, **texts}
 
@@ -234,7 +253,9 @@ def trl_row(row: dict[str, Any], form: str, images: Path, processor: Any) -> dic
 # What it must cost
 
 
-def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int, fill: int | None) -> dict[str, float]:
+def count(
+    folder: Path, index_file: Path, schedule: Any, max_row_tokens: int, fill: int | None
+) -> dict[str, float]:
     """Positions, images, supervised tokens and pairs of tokens of a step, packed and padded, and the FLOPs of both.
 
     Padded are rows of a device batch of two, neighbours in length, as TRL has them at its best.
@@ -258,7 +279,9 @@ def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int, fi
     for batch in batches:
         conversations = [index.tokenized(row) for row in batch]
         sequences = [
-            collator.sequence(one, [content_key(image) for image in one.images], [image_size(image) for image in one.images])
+            collator.sequence(
+                one, [content_key(image) for image in one.images], [image_size(image) for image in one.images]
+            )
             for one in conversations
         ]
         stacked = collator.rows(sequences)
@@ -273,7 +296,9 @@ def count(folder: Path, index_file: Path, schedule: Any, max_row_tokens: int, fi
     cost = {
         "packed": flops(shape, laid, sum(len(row.images) for row in rows), packed_pairs, supervised * 4),
         "trl": flops(shape, sum(padded), len(every), sum(n * (n + 1) // 2 for n in padded), sum(padded) * 6),
-        "padded": flops(shape, sum(padded), len(every), sum(n * (n + 1) // 2 for n in padded), supervised * 4),
+        "padded": flops(
+            shape, sum(padded), len(every), sum(n * (n + 1) // 2 for n in padded), supervised * 4
+        ),
     }
     return {
         "useful": len(lay_row(build_forest(every), every)) / laid,
@@ -294,9 +319,13 @@ def flops(shape: Any, positions: int, images: int, pairs: int, head: int) -> flo
     t = (vision.image_size // vision.patch_size) ** 2
     tower = vision.num_hidden_layers * (24 * t * h_v**2 + 4 * t**2 * h_v)
     projector = t * 6 * (h_v * h + h * h)
-    language = text.num_hidden_layers * (4 * (4 * h * h + 3 * h * wide) + 6 * RANK * (4 * 2 * h + 3 * (h + wide)))
+    language = text.num_hidden_layers * (
+        4 * (4 * h * h + 3 * h * wide) + 6 * RANK * (4 * 2 * h + 3 * (h + wide))
+    )
     attention = text.num_hidden_layers * 12 * h
-    return images * (tower + projector) + positions * language + pairs * attention + head * h * text.vocab_size
+    return (
+        images * (tower + projector) + positions * language + pairs * attention + head * h * text.vocab_size
+    )
 
 
 if __name__ == "__main__":

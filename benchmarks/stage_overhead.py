@@ -52,11 +52,16 @@ SIDES = ("ours", "bare")
 WANTED = 0.95  # times the bare trainer's speed
 RANK, ALPHA, RATE, SEED = 16, 32, 2e-4, 42
 SAME_LOSS = 1e-4  # the two sides sum the same losses in another order
-HAND_BACK = {"MALLOC_MMAP_THRESHOLD_": "1048576", "MALLOC_TRIM_THRESHOLD_": "1048576"}  # bytes; glibc would raise them as it goes
+HAND_BACK = {
+    "MALLOC_MMAP_THRESHOLD_": "1048576",
+    "MALLOC_TRIM_THRESHOLD_": "1048576",
+}  # bytes; glibc would raise them as it goes
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--repeats", type=int, default=5, help="pairs of runs")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a run")
     parser.add_argument("--conversations", type=int, default=16, help="conversations of a step")
@@ -64,7 +69,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=336, help="pixels; (image_size / 14)² image tokens")
     parser.add_argument("--vocabulary", type=int, default=512, help="tokens of the language model")
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)  # one run, in the process that measures it
+    parser.add_argument(
+        "--side", choices=SIDES, help=argparse.SUPPRESS
+    )  # one run, in the process that measures it
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -73,7 +80,9 @@ def main() -> None:
     options = parse()
     if options.side is not None:
         found = {"ours": run_ours, "bare": run_bare}[options.side](options)
-        found["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)  # Linux counts in KiB
+        found["peak_mb"] = round(
+            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1
+        )  # Linux counts in KiB
         print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -104,10 +113,14 @@ def build_base(options: argparse.Namespace) -> int:
         tie_word_embeddings=False,
     )
     config = llava_config(text, options.image_size, SPECIAL.index("<image>"))
-    return write_checkpoint(options.folder / "base", config, make_processor(tokenizer, options.image_size), SEED)
+    return write_checkpoint(
+        options.folder / "base", config, make_processor(tokenizer, options.image_size), SEED
+    )
 
 
-TEXTS = [f"Is finding {number} visible in the {side} field?" for number in range(10) for side in ("upper", "lower")]
+TEXTS = [
+    f"Is finding {number} visible in the {side} field?" for number in range(10) for side in ("upper", "lower")
+]
 
 
 def build_data(options: argparse.Namespace) -> None:
@@ -134,13 +147,17 @@ def run_pair(options: argparse.Namespace, number: int) -> dict[str, dict[str, An
     for what, bound in (("loss_first", SAME_LOSS), ("trainable_parameters", 0), ("conversations", 0)):
         ours, bare = pair["ours"][what], pair["bare"][what]
         if abs(ours - bare) > bound:
-            sys.exit(f"The sides do not do the same work: {what} is {ours} in ours, {bare} in the bare trainer.")
+            sys.exit(
+                f"The sides do not do the same work: {what} is {ours} in ours, {bare} in the bare trainer."
+            )
     speeds = ", ".join(f"{side} {pair[side]['conversations_per_second']:.2f}" for side in SIDES)
     print(f"pair {number + 1}/{options.repeats}: {speeds} conversations/s", file=sys.stderr)
     return pair
 
 
-def run_side(options: argparse.Namespace, side: str, variables: Mapping[str, str] | None = None) -> dict[str, Any]:
+def run_side(
+    options: argparse.Namespace, side: str, variables: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """One run in a process of its own, with some environment variables."""
     settings = ("steps", "conversations", "device_batch", "folder")
     given = [word for name in settings for word in (f"--{name}", str(getattr(options, name)))]
@@ -150,7 +167,9 @@ def run_side(options: argparse.Namespace, side: str, variables: Mapping[str, str
 def run_ours(options: argparse.Namespace) -> dict[str, Any]:
     from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune
 
-    schedule = Schedule(epochs=options.steps, learning_rate=RATE, global_batch=options.conversations, warmup_ratio=0)
+    schedule = Schedule(
+        epochs=options.steps, learning_rate=RATE, global_batch=options.conversations, warmup_ratio=0
+    )
     stage = Stage("vqa", "lora", schedule, LoraSpec(RANK, ALPHA, dropout=0.0))
     with tempfile.TemporaryDirectory() as runs:
         adapter = curriculum_finetune(
@@ -162,7 +181,15 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
             layout="padded",
             max_row_tokens=options.device_batch * longest(options),
         )["vqa"]
-    kept = ("steps", "conversations", "seconds", "conversations_per_second", "trainable_parameters", "loss_first", "loss_last")
+    kept = (
+        "steps",
+        "conversations",
+        "seconds",
+        "conversations_per_second",
+        "trainable_parameters",
+        "loss_first",
+        "loss_last",
+    )
     return {name: adapter.metrics[name] for name in kept}
 
 
@@ -199,7 +226,9 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
 
     collator, conversations = collation(options)
     set_seed(SEED)
-    model = AutoModelForImageTextToText.from_pretrained(options.folder / "base", dtype="auto", attn_implementation="sdpa")
+    model = AutoModelForImageTextToText.from_pretrained(
+        options.folder / "base", dtype="auto", attn_implementation="sdpa"
+    )
     with tempfile.TemporaryDirectory() as runs:
         config = SFTConfig(
             output_dir=runs,
@@ -223,7 +252,9 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
             model=model,
             args=config,
             data_collator=lambda rows: collator([conversations[row["row"]] for row in rows]),
-            train_dataset=Dataset.from_list([{"images": list(one.images), "row": row} for row, one in enumerate(conversations)]),
+            train_dataset=Dataset.from_list(
+                [{"images": list(one.images), "row": row} for row, one in enumerate(conversations)]
+            ),
             processing_class=collator.encoder.processor,
             peft_config=LoraConfig(
                 r=RANK,
@@ -252,7 +283,10 @@ def run_bare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def summarise(
-    options: argparse.Namespace, parameters: int, pairs: list[dict[str, dict[str, Any]]], held: dict[str, float]
+    options: argparse.Namespace,
+    parameters: int,
+    pairs: list[dict[str, dict[str, Any]]],
+    held: dict[str, float],
 ) -> dict[str, Any]:
     """Medians and ranges of both sides, and of the pairs' ratios."""
     speed = {side: [pair[side]["conversations_per_second"] for pair in pairs] for side in SIDES}

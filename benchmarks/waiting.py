@@ -36,8 +36,12 @@ WANTED = 0.01  # share of the time that the model waits, with workers
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data", type=Path, help="folder of vqa_rad/; left out: questions and images are made up")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--data", type=Path, help="folder of vqa_rad/; left out: questions and images are made up"
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[0, 1], help="processes that decode ahead")
     parser.add_argument("--steps", type=int, default=8, help="of a run; nine of vqa are all that is made up")
     parser.add_argument("--repeats", type=int, default=5, help="of each run, in turn")
@@ -51,7 +55,9 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     options = parse()
-    found: dict[str, dict[int, list[Run]]] = {work: {workers: [] for workers in options.workers} for work in CONVERSATIONS}
+    found: dict[str, dict[int, list[Run]]] = {
+        work: {workers: [] for workers in options.workers} for work in CONVERSATIONS
+    }
     with tempfile.TemporaryDirectory() as folder:
         drawer = Drawer(Path(folder), options.data, options.image_size * 4 // 3, SEED)
         parameters = packing.build_base(Path(folder), drawer.texts, options)
@@ -60,7 +66,13 @@ def main() -> None:
                 path, images = drawer.write(work, 0, of_step, options.steps)
                 for workers, runs in found[work].items():
                     how = {"feature_cache": False, "workers": workers}
-                    run = {"side": "ours", "how": how, "steps": options.steps, "epochs": 1, "conversations": of_step}
+                    run = {
+                        "side": "ours",
+                        "how": how,
+                        "steps": options.steps,
+                        "epochs": 1,
+                        "conversations": of_step,
+                    }
                     places = {"folder": folder, "file": str(path), "images": str(images)}
                     runs.append(run_apart(str(RUNS), [json.dumps(run | places)], {"OMP_NUM_THREADS": "1"}))
                     told = f"{runs[-1]['waiting_share']:.1%} of the time waited, {runs[-1]['per_second']:.2f} conversations/s"

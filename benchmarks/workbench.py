@@ -39,9 +39,13 @@ def train_tokenizer(texts: Sequence[str], most_tokens: int) -> PreTrainedTokeniz
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=most_tokens, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=most_tokens, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator([*texts, "USER: ASSISTANT:"], trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>")
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
     tokenizer.add_tokens([AddedToken(token, special=True) for token in SPECIAL])
     return tokenizer
 
@@ -51,7 +55,9 @@ def make_processor(tokenizer: PreTrainedTokenizerFast, image_size: int) -> Llava
     from transformers import CLIPImageProcessorPil, LlavaProcessor
 
     return LlavaProcessor(
-        CLIPImageProcessorPil(size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}),
+        CLIPImageProcessorPil(
+            size={"shortest_edge": image_size}, crop_size={"height": image_size, "width": image_size}
+        ),
         tokenizer,
         patch_size=PATCH,
         vision_feature_select_strategy="default",
@@ -60,7 +66,9 @@ def make_processor(tokenizer: PreTrainedTokenizerFast, image_size: int) -> Llava
     )
 
 
-def llava_config(text: LlamaConfig, image_size: int, image_token: int, tower: Mapping[str, int] | None = None) -> LlavaConfig:
+def llava_config(
+    text: LlamaConfig, image_size: int, image_token: int, tower: Mapping[str, int] | None = None
+) -> LlavaConfig:
     """A LLaVA-1.5 around a language model.
 
     Args:
@@ -78,7 +86,12 @@ def llava_config(text: LlamaConfig, image_size: int, image_token: int, tower: Ma
 
 
 def write_checkpoint(
-    folder: Path, config: LlavaConfig, processor: LlavaProcessor, seed: int, dtype: str = "float32", device: str = "cpu"
+    folder: Path,
+    config: LlavaConfig,
+    processor: LlavaProcessor,
+    seed: int,
+    dtype: str = "float32",
+    device: str = "cpu",
 ) -> int:
     """Write a LLaVA with random weights, drawn on a device, and its processor; returns its number of parameters."""
     import torch
@@ -102,19 +115,28 @@ def save_stage_processor(folder: Path) -> None:
 
 
 def run_apart(
-    script: str, arguments: Sequence[str], variables: Mapping[str, str] | None = None, allowed: Sequence[str] = ()
+    script: str,
+    arguments: Sequence[str],
+    variables: Mapping[str, str] | None = None,
+    allowed: Sequence[str] = (),
 ) -> Any:
     """Run a script in a process of its own, offline, with some environment variables.
 
     Returns:
         Its last line of output, read as JSON; `None` where it failed and said something of what is allowed.
     """
-    environment = os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(variables or {})
-    done = subprocess.run([sys.executable, script, *arguments], capture_output=True, text=True, env=environment)
+    environment = (
+        os.environ | {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"} | dict(variables or {})
+    )
+    done = subprocess.run(
+        [sys.executable, script, *arguments], capture_output=True, text=True, env=environment
+    )
     if done.returncode and any(words in done.stderr for words in allowed):
         return None
     if done.returncode:
-        sys.exit(f"{done.stderr}\n{Path(script).name} {shlex.join(arguments)} failed with exit code {done.returncode}.")
+        sys.exit(
+            f"{done.stderr}\n{Path(script).name} {shlex.join(arguments)} failed with exit code {done.returncode}."
+        )
     return json.loads(done.stdout.splitlines()[-1])
 
 
@@ -132,7 +154,11 @@ def machine() -> str:
 
 def spread(values: Sequence[float]) -> dict[str, float]:
     """Median and range."""
-    return {"median": round(statistics.median(values), 3), "least": round(min(values), 3), "most": round(max(values), 3)}
+    return {
+        "median": round(statistics.median(values), 3),
+        "least": round(min(values), 3),
+        "most": round(max(values), 3),
+    }
 
 
 def heading(name: str, libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
@@ -141,7 +167,10 @@ def heading(name: str, libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
         "benchmark": name,
         "date": date.today().isoformat(),
         "machine": machine(),
-        "versions": {"python": platform.python_version(), **{library: version(library) for library in libraries}},
+        "versions": {
+            "python": platform.python_version(),
+            **{library: version(library) for library in libraries},
+        },
         "command": shlex.join(["python", f"benchmarks/{name}.py", *sys.argv[1:]]),
     }
 

@@ -34,7 +34,12 @@ PHRASES = {
     "docs": "what README links to",
     "tests": "what shows that all this is true",
 }
-CLOSED = {"benchmarks/results", "tests", "recipes/demo/tiny-llava", "recipes/configs/accelerate"}  # shown without their files
+CLOSED = {
+    "benchmarks/results",
+    "tests",
+    "recipes/demo/tiny-llava",
+    "recipes/configs/accelerate",
+}  # shown without their files
 
 
 def phrase(path: Path) -> str:
@@ -63,7 +68,9 @@ def lines() -> list[str]:
     """The tree, one file or folder a line; a folder's files before its folders."""
     below: dict[Path, set[Path]] = {}
     for file in files():
-        if (file.suffix in (".py", ".yaml", ".md") and file.name != "__init__.py") or file.parent.name == "tiny-llava":
+        if (
+            file.suffix in (".py", ".yaml", ".md") and file.name != "__init__.py"
+        ) or file.parent.name == "tiny-llava":
             for child in [file, *file.parents]:
                 if child == ROOT:
                     break

@@ -43,9 +43,13 @@ class Turn:
             raise DataError(f"Turn.text is {self.text!r} ({type(self.text).__name__}); wanted a string.")
         object.__setattr__(self, "text", self.text.strip())
         if not self.text:
-            raise DataError(f"Turn.text of the {self.role} is empty; wanted words. Leave the conversation out.")
+            raise DataError(
+                f"Turn.text of the {self.role} is empty; wanted words. Leave the conversation out."
+            )
         if self.role == "assistant" and IMAGE_MARKER in self.text:
-            raise DataError(f"Turn.text of the assistant holds {IMAGE_MARKER}; images belong to the user's turns.")
+            raise DataError(
+                f"Turn.text of the assistant holds {IMAGE_MARKER}; images belong to the user's turns."
+            )
 
     @property
     def image_count(self) -> int:
@@ -90,7 +94,9 @@ class Conversation:
                     "(user first, then alternating)."
                 )
         if len(self.turns) % 2:
-            raise DataError(f"Conversation.turns: the last of {len(self.turns)} turns is the user's; wanted an answer to it.")
+            raise DataError(
+                f"Conversation.turns: the last of {len(self.turns)} turns is the user's; wanted an answer to it."
+            )
         markers = sum(turn.image_count for turn in self.turns)
         if markers != len(self.images):
             raise DataError(
@@ -132,10 +138,14 @@ class Question:
             if not isinstance(value, str) or not value.strip():
                 raise DataError(f"Question.{name} is {value!r}; wanted words.")
             if IMAGE_MARKER in value:
-                raise DataError(f"Question.{name} holds {IMAGE_MARKER}; wanted the words alone, the image is a field.")
+                raise DataError(
+                    f"Question.{name} holds {IMAGE_MARKER}; wanted the words alone, the image is a field."
+                )
             object.__setattr__(self, name, value.strip())
         if self.answer_type not in ANSWER_TYPES:
-            raise DataError(f"Question.answer_type is {self.answer_type!r}; wanted one of {', '.join(ANSWER_TYPES)}.")
+            raise DataError(
+                f"Question.answer_type is {self.answer_type!r}; wanted one of {', '.join(ANSWER_TYPES)}."
+            )
 
     def conversation(self) -> Conversation:
         """The question as a one-turn conversation, for training."""

@@ -117,7 +117,11 @@ def curriculum_finetune(
     check_files(output_dir, [*data.values(), *eval_data.values()], OWN_NAMES)
     if not isinstance(max_rejected, (int, float)) or not 0 <= max_rejected <= 1:
         raise ConfigError(f"max_rejected is {max_rejected!r}; wanted a share between 0 and 1.")
-    parent = start_from if isinstance(start_from, StageAdapter) or start_from is None else StageAdapter.load(start_from)
+    parent = (
+        start_from
+        if isinstance(start_from, StageAdapter) or start_from is None
+        else StageAdapter.load(start_from)
+    )
     check_lineage(curriculum, parent, quantization)
     computing = choose_computing(
         dtype=dtype,
@@ -142,7 +146,9 @@ def curriculum_finetune(
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
     sources = {
         use: {
-            stage.name: open_sources(given[stage.name], _folder_of(image_folder, stage), f"{use}[{stage.name!r}]")
+            stage.name: open_sources(
+                given[stage.name], _folder_of(image_folder, stage), f"{use}[{stage.name!r}]"
+            )
             for stage in curriculum.stages
             if stage.name in given
         }
@@ -157,7 +163,10 @@ def curriculum_finetune(
         indexes = {
             stage.name: [
                 None if found is None else run.index(stage, found, rejects, use)
-                for use, found in (("train", sources["data"][stage.name]), ("eval", sources["eval_data"].get(stage.name)))
+                for use, found in (
+                    ("train", sources["data"][stage.name]),
+                    ("eval", sources["eval_data"].get(stage.name)),
+                )
             ]
             for stage in curriculum.stages
             if not run.has(stage)

@@ -12,10 +12,18 @@ LLAVA_MED = Curriculum(
         Stage("align", "projector", Schedule(epochs=1, learning_rate=2e-3, global_batch=128)),
         # Section 4, stage 2 (instruction tuning): batch 128, 3 epochs over the dialogues
         Stage(
-            "instruct", "lora", Schedule(epochs=3, learning_rate=2e-4, projector_learning_rate=2e-5, global_batch=128), LoraSpec()
+            "instruct",
+            "lora",
+            Schedule(epochs=3, learning_rate=2e-4, projector_learning_rate=2e-5, global_batch=128),
+            LoraSpec(),
         ),
         # Section 5.2: "LLaVA-Med from LLaVA" is fine-tuned 15 epochs on each data set, batch 64 (the README's command: 3)
-        Stage("vqa", "lora", Schedule(epochs=15, learning_rate=2e-4, projector_learning_rate=2e-5, global_batch=64), LoraSpec()),
+        Stage(
+            "vqa",
+            "lora",
+            Schedule(epochs=15, learning_rate=2e-4, projector_learning_rate=2e-5, global_batch=64),
+            LoraSpec(),
+        ),
     )
 )
 
@@ -23,10 +31,20 @@ LLAVA_MED = Curriculum(
 LLAVA_MED_FULL = Curriculum(
     stages=(
         # Section 4, stage 1
-        Stage("align", "projector", Schedule(epochs=1, learning_rate=2e-3, global_batch=128, shuffle="conversations")),
+        Stage(
+            "align",
+            "projector",
+            Schedule(epochs=1, learning_rate=2e-3, global_batch=128, shuffle="conversations"),
+        ),
         # Section 4, stage 2: projector and language model, 2e-5, batch 128, 3 epochs
-        Stage("instruct", "full", Schedule(epochs=3, learning_rate=2e-5, global_batch=128, shuffle="conversations")),
+        Stage(
+            "instruct",
+            "full",
+            Schedule(epochs=3, learning_rate=2e-5, global_batch=128, shuffle="conversations"),
+        ),
         # Section 5.2: 2e-5, batch 64, 15 epochs from LLaVA
-        Stage("vqa", "full", Schedule(epochs=15, learning_rate=2e-5, global_batch=64, shuffle="conversations")),
+        Stage(
+            "vqa", "full", Schedule(epochs=15, learning_rate=2e-5, global_batch=64, shuffle="conversations")
+        ),
     )
 )

@@ -45,12 +45,22 @@ Value = TypeVar("Value")
 
 
 def _number(
-    owner: object, name: str, *, above: float | None = None, at_least: float | None = None, below: float | None = None
+    owner: object,
+    name: str,
+    *,
+    above: float | None = None,
+    at_least: float | None = None,
+    below: float | None = None,
 ) -> None:
     """Check that a field is a finite number in a range; an error names field, value and what was wanted."""
     value = getattr(owner, name)
     wanted = "a number"
-    good = isinstance(value, (int, float)) and not isinstance(value, bool) and value == value and abs(value) != float("inf")
+    good = (
+        isinstance(value, (int, float))
+        and not isinstance(value, bool)
+        and value == value
+        and abs(value) != float("inf")
+    )
     if above is not None:
         wanted, good = f"{wanted} above {above:g}", good and value > above
     if at_least is not None:
@@ -64,14 +74,18 @@ def _number(
 def _whole(owner: object, name: str, *, at_least: int) -> None:
     value = getattr(owner, name)
     if not isinstance(value, int) or isinstance(value, bool) or value < at_least:
-        raise ConfigError(f"{type(owner).__name__}.{name} is {value!r}; wanted a whole number of at least {at_least}.")
+        raise ConfigError(
+            f"{type(owner).__name__}.{name} is {value!r}; wanted a whole number of at least {at_least}."
+        )
 
 
 def _one_of(owner: object, name: str, allowed: tuple[str, ...]) -> None:
     value = getattr(owner, name)
     if value not in allowed:
         hint = nearest(value, allowed) if isinstance(value, str) else ""
-        raise ConfigError(f"{type(owner).__name__}.{name} is {value!r}; wanted one of {', '.join(allowed)}.{hint}")
+        raise ConfigError(
+            f"{type(owner).__name__}.{name} is {value!r}; wanted one of {', '.join(allowed)}.{hint}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +246,9 @@ class Curriculum:
             raise ConfigError("Curriculum.stages is empty; wanted at least one Stage.")
         names = [stage.name for stage in self.stages]
         if len(set(names)) < len(names):
-            raise ConfigError(f"Curriculum.stages has equal names: {', '.join(names)}; wanted each name once.")
+            raise ConfigError(
+                f"Curriculum.stages has equal names: {', '.join(names)}; wanted each name once."
+            )
         _whole(self, "seed", at_least=0)
         if self.seed >= 2**32:
             raise ConfigError(f"Curriculum.seed is {self.seed!r}; wanted a whole number below 2**32.")
@@ -289,7 +305,9 @@ class Curriculum:
         stages = values["stages"]
         if not isinstance(stages, (list, tuple)):
             raise ConfigError(f"{where}.stages is {stages!r}; wanted a list of stages.")
-        values["stages"] = tuple(Stage.from_dict(stage, f"{where}.stages[{i}]") for i, stage in enumerate(stages))
+        values["stages"] = tuple(
+            Stage.from_dict(stage, f"{where}.stages[{i}]") for i, stage in enumerate(stages)
+        )
         return _make(cls, values, where)
 
     def to_yaml(self, path: str | Path | None = None) -> str:

@@ -32,7 +32,9 @@ class _Yaml12Loader(yaml.SafeLoader):
         keys = [key.value for key, _ in node.value]
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
-            raise yaml.constructor.ConstructorError(None, None, f"the key {min(twice)!r} stands twice", node.start_mark)
+            raise yaml.constructor.ConstructorError(
+                None, None, f"the key {min(twice)!r} stands twice", node.start_mark
+            )
         return super().construct_mapping(node, deep)
 
 
@@ -47,6 +49,8 @@ for _side in (_Yaml12Loader, Yaml12Dumper):
     }
     _side.add_implicit_resolver(
         "tag:yaml.org,2002:float",
-        re.compile(r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"),
+        re.compile(
+            r"^[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?$|^[-+]?\.(inf|Inf|INF)$|^\.(nan|NaN|NAN)$"
+        ),
         list("-+0123456789."),
     )

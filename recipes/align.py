@@ -45,16 +45,32 @@ class AlignArguments:
     output_dir: str = field(
         metadata={"help": "holds the stage's folder, the losses and rejected.jsonl; the same command goes on"}
     )
-    image_folder: str | None = field(default=None, metadata={"help": "where image paths start; None: each data file's folder"})
-    eval_data: list[str] | None = field(default=None, metadata={"help": "LLaVA JSON to measure the held-out loss on"})
-    start_from: str | None = field(default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"})
-    epochs: float = field(default=PAPER.epochs, metadata={"help": "passes over the data; a fraction is allowed"})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "where image paths start; None: each data file's folder"}
+    )
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "LLaVA JSON to measure the held-out loss on"}
+    )
+    start_from: str | None = field(
+        default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"}
+    )
+    epochs: float = field(
+        default=PAPER.epochs, metadata={"help": "passes over the data; a fraction is allowed"}
+    )
     learning_rate: float = field(default=PAPER.learning_rate, metadata={"help": "peak rate of the projector"})
-    global_batch: int = field(default=PAPER.global_batch, metadata={"help": "conversations per optimizer step, all devices"})
-    warmup_ratio: float = field(default=PAPER.warmup_ratio, metadata={"help": "share of the steps in which the rate rises"})
+    global_batch: int = field(
+        default=PAPER.global_batch, metadata={"help": "conversations per optimizer step, all devices"}
+    )
+    warmup_ratio: float = field(
+        default=PAPER.warmup_ratio, metadata={"help": "share of the steps in which the rate rises"}
+    )
     weight_decay: float = field(default=PAPER.weight_decay, metadata={"help": "AdamW's"})
-    max_length: int = field(default=PAPER.max_length, metadata={"help": "tokens; a longer row is rejected. LLaVA-NeXT: 4096"})
-    shuffle: Literal["images", "conversations"] = field(default=PAPER.shuffle, metadata={"help": "what is drawn"})
+    max_length: int = field(
+        default=PAPER.max_length, metadata={"help": "tokens; a longer row is rejected. LLaVA-NeXT: 4096"}
+    )
+    shuffle: Literal["images", "conversations"] = field(
+        default=PAPER.shuffle, metadata={"help": "what is drawn"}
+    )
     image_aspect_ratio: Literal["pad", "checkpoint"] = field(
         default=LLAVA_MED.image_aspect_ratio,
         metadata={"help": "pad images to a square, or do as the checkpoint's processor does"},
@@ -77,7 +93,9 @@ def main(arguments: AlignArguments, run: RunArguments) -> None:
         {"align": arguments.data},
         arguments.output_dir,
         image_folder=arguments.image_folder,
-        curriculum=Curriculum((Stage("align", "projector", schedule),), arguments.seed, arguments.image_aspect_ratio),
+        curriculum=Curriculum(
+            (Stage("align", "projector", schedule),), arguments.seed, arguments.image_aspect_ratio
+        ),
         eval_data={"align": arguments.eval_data} if arguments.eval_data else None,
         start_from=arguments.start_from,
         **asdict(run),

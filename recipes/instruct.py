@@ -49,19 +49,36 @@ class InstructArguments:
     output_dir: str = field(
         metadata={"help": "holds the stage's folder, the losses and rejected.jsonl; the same command goes on"}
     )
-    image_folder: str | None = field(default=None, metadata={"help": "where image paths start; None: each data file's folder"})
-    eval_data: list[str] | None = field(default=None, metadata={"help": "LLaVA JSON to measure the held-out loss on"})
-    start_from: str | None = field(default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"})
-    epochs: float = field(default=PAPER.epochs, metadata={"help": "passes over the data; a fraction is allowed"})
+    image_folder: str | None = field(
+        default=None, metadata={"help": "where image paths start; None: each data file's folder"}
+    )
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "LLaVA JSON to measure the held-out loss on"}
+    )
+    start_from: str | None = field(
+        default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"}
+    )
+    epochs: float = field(
+        default=PAPER.epochs, metadata={"help": "passes over the data; a fraction is allowed"}
+    )
     learning_rate: float = field(default=PAPER.learning_rate, metadata={"help": "peak rate of LoRA"})
     projector_learning_rate: float | None = field(
-        default=PAPER.projector_learning_rate, metadata={"help": "peak rate of the projector; None: that of LoRA"}
+        default=PAPER.projector_learning_rate,
+        metadata={"help": "peak rate of the projector; None: that of LoRA"},
     )
-    global_batch: int = field(default=PAPER.global_batch, metadata={"help": "conversations per optimizer step, all devices"})
-    warmup_ratio: float = field(default=PAPER.warmup_ratio, metadata={"help": "share of the steps in which the rates rise"})
+    global_batch: int = field(
+        default=PAPER.global_batch, metadata={"help": "conversations per optimizer step, all devices"}
+    )
+    warmup_ratio: float = field(
+        default=PAPER.warmup_ratio, metadata={"help": "share of the steps in which the rates rise"}
+    )
     weight_decay: float = field(default=PAPER.weight_decay, metadata={"help": "AdamW's"})
-    max_length: int = field(default=PAPER.max_length, metadata={"help": "tokens; a longer row is rejected. LLaVA-NeXT: 4096"})
-    shuffle: Literal["images", "conversations"] = field(default=PAPER.shuffle, metadata={"help": "what is drawn"})
+    max_length: int = field(
+        default=PAPER.max_length, metadata={"help": "tokens; a longer row is rejected. LLaVA-NeXT: 4096"}
+    )
+    shuffle: Literal["images", "conversations"] = field(
+        default=PAPER.shuffle, metadata={"help": "what is drawn"}
+    )
     lora_rank: int = field(default=LORA.rank, metadata={"help": "as in start_from, where that has LoRA"})
     lora_alpha: float = field(default=LORA.alpha, metadata={"help": "the update is scaled by alpha / rank"})
     lora_dropout: float = field(default=LORA.dropout, metadata={"help": "on LoRA's inputs, in training"})
@@ -69,7 +86,9 @@ class InstructArguments:
         default=LLAVA_MED.image_aspect_ratio,
         metadata={"help": "pad images to a square, or do as the checkpoint's processor does"},
     )
-    seed: int = field(default=LLAVA_MED.seed, metadata={"help": "of the order of the data, LoRA's first values and dropout"})
+    seed: int = field(
+        default=LLAVA_MED.seed, metadata={"help": "of the order of the data, LoRA's first values and dropout"}
+    )
 
 
 def main(arguments: InstructArguments, run: RunArguments) -> None:
@@ -89,7 +108,9 @@ def main(arguments: InstructArguments, run: RunArguments) -> None:
         {"instruct": arguments.data},
         arguments.output_dir,
         image_folder=arguments.image_folder,
-        curriculum=Curriculum((Stage("instruct", "lora", schedule, lora),), arguments.seed, arguments.image_aspect_ratio),
+        curriculum=Curriculum(
+            (Stage("instruct", "lora", schedule, lora),), arguments.seed, arguments.image_aspect_ratio
+        ),
         eval_data={"instruct": arguments.eval_data} if arguments.eval_data else None,
         start_from=arguments.start_from,
         **asdict(run),

@@ -76,23 +76,42 @@ class VqaArguments:
 
     model: str = field(metadata={"help": "Hub id or folder of a LLaVA checkpoint"})
     data: str = field(metadata={"help": "file of the training questions"})
-    output_dir: str = field(metadata={"help": "holds the stage's folder, answers.jsonl, scores.md; the same command goes on"})
+    output_dir: str = field(
+        metadata={"help": "holds the stage's folder, answers.jsonl, scores.md; the same command goes on"}
+    )
     dataset: Literal["vqa_rad", "llava"] = field(default="vqa_rad", metadata={"help": "format of the files"})
     split: str = field(default="train", metadata={"help": "vqa_rad: what to train on"})
     eval_split: str = field(default="test", metadata={"help": "vqa_rad: what to answer and score"})
-    eval_data: str | None = field(default=None, metadata={"help": "file of the held-out questions; None, vqa_rad: that of data"})
-    image_folder: str | None = field(default=None, metadata={"help": "where image paths start; None: beside the data file"})
-    start_from: str | None = field(default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"})
-    epochs: float = field(default=PAPER.epochs, metadata={"help": "passes over the data; a fraction is allowed"})
+    eval_data: str | None = field(
+        default=None, metadata={"help": "file of the held-out questions; None, vqa_rad: that of data"}
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "where image paths start; None: beside the data file"}
+    )
+    start_from: str | None = field(
+        default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"}
+    )
+    epochs: float = field(
+        default=PAPER.epochs, metadata={"help": "passes over the data; a fraction is allowed"}
+    )
     learning_rate: float = field(default=PAPER.learning_rate, metadata={"help": "peak rate of LoRA"})
     projector_learning_rate: float | None = field(
-        default=PAPER.projector_learning_rate, metadata={"help": "peak rate of the projector; None: that of LoRA"}
+        default=PAPER.projector_learning_rate,
+        metadata={"help": "peak rate of the projector; None: that of LoRA"},
     )
-    global_batch: int = field(default=PAPER.global_batch, metadata={"help": "questions per optimizer step, all devices"})
-    warmup_ratio: float = field(default=PAPER.warmup_ratio, metadata={"help": "share of the steps in which the rates rise"})
+    global_batch: int = field(
+        default=PAPER.global_batch, metadata={"help": "questions per optimizer step, all devices"}
+    )
+    warmup_ratio: float = field(
+        default=PAPER.warmup_ratio, metadata={"help": "share of the steps in which the rates rise"}
+    )
     weight_decay: float = field(default=PAPER.weight_decay, metadata={"help": "AdamW's"})
-    max_length: int = field(default=PAPER.max_length, metadata={"help": "tokens; a longer row is rejected. LLaVA-NeXT: 4096"})
-    shuffle: Literal["images", "conversations"] = field(default=PAPER.shuffle, metadata={"help": "what is drawn"})
+    max_length: int = field(
+        default=PAPER.max_length, metadata={"help": "tokens; a longer row is rejected. LLaVA-NeXT: 4096"}
+    )
+    shuffle: Literal["images", "conversations"] = field(
+        default=PAPER.shuffle, metadata={"help": "what is drawn"}
+    )
     lora_rank: int = field(default=LORA.rank, metadata={"help": "as in start_from, where that has LoRA"})
     lora_alpha: float = field(default=LORA.alpha, metadata={"help": "the update is scaled by alpha / rank"})
     lora_dropout: float = field(default=LORA.dropout, metadata={"help": "on LoRA's inputs, in training"})
@@ -100,8 +119,12 @@ class VqaArguments:
         default=LLAVA_MED.image_aspect_ratio,
         metadata={"help": "pad images to a square, or do as the checkpoint's processor does"},
     )
-    seed: int = field(default=LLAVA_MED.seed, metadata={"help": "of the order of the data, LoRA's first values and dropout"})
-    max_new_tokens: int = field(default=32, metadata={"help": "where an answer is cut that does not end by itself"})
+    seed: int = field(
+        default=LLAVA_MED.seed, metadata={"help": "of the order of the data, LoRA's first values and dropout"}
+    )
+    max_new_tokens: int = field(
+        default=32, metadata={"help": "where an answer is cut that does not end by itself"}
+    )
     answer_batch: int = field(default=8, metadata={"help": "questions answered at once"})
 
 
@@ -120,14 +143,18 @@ def train(arguments: VqaArguments, run: RunArguments) -> StageAdapter:
     lora = LoraSpec(arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout)
     data, eval_data = arguments.data, arguments.eval_data
     if arguments.dataset == "vqa_rad":
-        eval_data = question_source(vqa_rad.read, eval_data or data, arguments.image_folder, arguments.eval_split)
+        eval_data = question_source(
+            vqa_rad.read, eval_data or data, arguments.image_folder, arguments.eval_split
+        )
         data = question_source(vqa_rad.read, data, arguments.image_folder, arguments.split)
     adapters = curriculum_finetune(
         arguments.model,
         {"vqa": data},
         arguments.output_dir,
         image_folder=arguments.image_folder,
-        curriculum=Curriculum((Stage("vqa", "lora", schedule, lora),), arguments.seed, arguments.image_aspect_ratio),
+        curriculum=Curriculum(
+            (Stage("vqa", "lora", schedule, lora),), arguments.seed, arguments.image_aspect_ratio
+        ),
         eval_data={"vqa": eval_data} if eval_data else None,
         start_from=arguments.start_from,
         **asdict(run),
@@ -144,7 +171,9 @@ def held_out_questions(arguments: VqaArguments) -> list[Question]:
     return questions
 
 
-def answer(arguments: VqaArguments, run: RunArguments, adapter: StageAdapter, questions: list[Question]) -> list[str]:
+def answer(
+    arguments: VqaArguments, run: RunArguments, adapter: StageAdapter, questions: list[Question]
+) -> list[str]:
     """What the trained stage says to each question."""
     parent = None if arguments.start_from is None else StageAdapter.load(arguments.start_from)
     base = parent.path if parent is not None and parent.is_checkpoint else arguments.model
@@ -157,7 +186,12 @@ def write_answers(path: Path, questions: list[Question], answers: list[str]) -> 
     """One JSON object a line, in the order of the questions."""
     with path.open("w", encoding="utf-8") as file:
         for question, text in zip(questions, answers, strict=True):
-            row = {"question_id": question.id, "prompt": question.question, "text": text, "truth": question.answer}
+            row = {
+                "question_id": question.id,
+                "prompt": question.question,
+                "text": text,
+                "truth": question.answer,
+            }
             file.write(json.dumps({**row, "answer_type": question.answer_type}, ensure_ascii=False) + "\n")
 
 

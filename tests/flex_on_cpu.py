@@ -25,4 +25,6 @@ def allow(patch: Callable[[object, str, object], None] = setattr) -> None:
 
 def choose(patch: Callable[[object, str, object], None] = setattr) -> None:
     """Have training on a CPU take the attention of CUDA."""
-    patch(training, "choose_attention", lambda model, device, dtype: masks.choose_attention(model, CUDA, dtype))
+    patch(
+        training, "choose_attention", lambda model, device, dtype: masks.choose_attention(model, CUDA, dtype)
+    )

@@ -19,7 +19,11 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
 TRAIN_ROWS, HELD_OUT_ROWS = 8, 4  # of VQA-RAD's own format
-LANGUAGE = {"llava": "llama", "llava_next": "mistral", "llava_onevision": "qwen2"}  # as the 7B checkpoints have them
+LANGUAGE = {
+    "llava": "llama",
+    "llava_next": "mistral",
+    "llava_onevision": "qwen2",
+}  # as the 7B checkpoints have them
 TOWER = {"llava": "clip", "llava_next": "clip", "llava_onevision": "siglip"}
 
 
@@ -27,7 +31,9 @@ def commands(text):
     """The commands in a docstring or in the comments of a YAML file, continuation lines joined."""
     joined = re.sub(r"\\\n[#\s]*", "", text)
     lines = [line.lstrip("# ") for line in joined.splitlines()]
-    return [shlex.split(line) for line in lines if line.startswith(("python ", "accelerate ", "llavamed-peft "))]
+    return [
+        shlex.split(line) for line in lines if line.startswith(("python ", "accelerate ", "llavamed-peft "))
+    ]
 
 
 def option(words, name):
@@ -49,7 +55,10 @@ def rows(count, turns=1):
         {"from": "human", "value": "is the heart normal?"},
         {"from": "gpt", "value": "yes"},
     ]
-    return [{"id": str(i), "image": f"{i % 3}.png", "conversations": conversation[: 2 * turns]} for i in range(count)]
+    return [
+        {"id": str(i), "image": f"{i % 3}.png", "conversations": conversation[: 2 * turns]}
+        for i in range(count)
+    ]
 
 
 def vqa_rad_rows(count, **changes):
@@ -84,7 +93,9 @@ def build(folder, bases, align_rows=4):
     for name in ("slake/llava_train.json", "slake/llava_test.json"):
         write(folder / name, rows(4))
     original = {"qid_linked_id": "03f4"}
-    both = vqa_rad_rows(TRAIN_ROWS, **original) + vqa_rad_rows(HELD_OUT_ROWS, phrase_type="test_freeform", **original)
+    both = vqa_rad_rows(TRAIN_ROWS, **original) + vqa_rad_rows(
+        HELD_OUT_ROWS, phrase_type="test_freeform", **original
+    )
     for name in ("vqa_rad/vqa_rad_public.json", "data/vqa_rad/vqa_rad_public.json"):
         write(folder / name, both)
     write(folder / "vqa_rad" / "trainset.json", vqa_rad_rows(TRAIN_ROWS))
@@ -92,14 +103,18 @@ def build(folder, bases, align_rows=4):
     for name in ("images", "pmc", "vqa_rad/images", "slake/images", "data/vqa_rad/images"):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for number, shade in enumerate((0, 90, 200)):
-            Image.new("RGB", (80 + 20 * number, 64), (shade, shade, shade)).save(folder / name / f"{number}.png")
+            Image.new("RGB", (80 + 20 * number, 64), (shade, shade, shade)).save(
+                folder / name / f"{number}.png"
+            )
     return folder
 
 
 def run_in_a_process(words, folder):
     python_path = os.pathsep.join(filter(None, [str(REPOSITORY), os.environ.get("PYTHONPATH")]))
     environment = {**os.environ, "PYTHONPATH": python_path}
-    done = subprocess.run([sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [sys.executable, *words[1:]], cwd=folder, env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, f"{shlex.join(words)}\n{done.stdout}\n{done.stderr}"
     return done.stdout
 

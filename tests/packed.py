@@ -31,7 +31,9 @@ def draw_images(folder: Path) -> dict[str, str]:
 def asked(number: int, images: tuple[str, ...], *words: str) -> Conversation:
     """One conversation: question, answer, question, answer, …; the images are shown with the first question."""
     shown = "<image>\n" * len(images)
-    turns = [Turn(("user", "assistant")[i % 2], (shown if i == 0 else "") + text) for i, text in enumerate(words)]
+    turns = [
+        Turn(("user", "assistant")[i % 2], (shown if i == 0 else "") + text) for i, text in enumerate(words)
+    ]
     return Conversation(str(number), tuple(turns), images, f"d.json:{number}")
 
 
@@ -53,7 +55,9 @@ def draw_conversations(images: dict[str, str]) -> list[Conversation]:
     return [asked(number, *row) for number, row in enumerate(rows, start=1)]
 
 
-def trainable(base: Path, trains: str = "full", quantization: str | None = None, dropout: float = 0.0) -> tuple[object, object]:
+def trainable(
+    base: Path, trains: str = "full", quantization: str | None = None, dropout: float = 0.0
+) -> tuple[object, object]:
     """A model that a stage could train, all of it computed in fp32, and its processor."""
     model, processor = load_checkpoint(base, quantization, "float32")
     if trains == "full":
@@ -70,7 +74,9 @@ def trainable(base: Path, trains: str = "full", quantization: str | None = None,
     return model.train(), processor
 
 
-def loss_and_gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+def loss_and_gradients(
+    model: torch.nn.Module, batch: dict[str, torch.Tensor]
+) -> tuple[float, dict[str, torch.Tensor]]:
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()

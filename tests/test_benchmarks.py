@@ -21,7 +21,9 @@ def test_stage_overhead_compares_equal_work_and_prints_its_log_entry():
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=280,
     )
-    assert done.returncode == 0, done.stderr  # it stops where losses or trainable parameters of the two sides differ
+    assert done.returncode == 0, (
+        done.stderr
+    )  # it stops where losses or trainable parameters of the two sides differ
     lines = done.stdout.splitlines()
     assert lines[0].endswith("stage_overhead: a stage beside the bare trainer")
     assert f"- Command: `python benchmarks/stage_overhead.py {' '.join(small)}`" in lines
@@ -52,7 +54,9 @@ def test_data_path_takes_every_row_through_each_part_and_prints_its_log_entry():
         ["640×480 to 336×336, packed", "40"],
         ["640×480 to 336×336, padded", "40"],
     ]
-    assert done.stderr.count("index: 300 conversations, checked before") == 4, "three starts and the epochs find the index"
+    assert done.stderr.count("index: 300 conversations, checked before") == 4, (
+        "three starts and the epochs find the index"
+    )
 
 
 @pytest.mark.slow
@@ -80,7 +84,9 @@ def test_processes_send_what_the_formula_says(launch: dict[str, str], tmp_path: 
         text=True,
         env=os.environ | launch | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]  # it fails where what is sent is not the formula's
+    assert done.returncode == 0, (
+        done.stdout[-1000:] + done.stderr[-3000:]
+    )  # it fails where what is sent is not the formula's
     found = json.loads(next(line for line in done.stdout.splitlines() if '"method"' in line))
     assert (found["method"], found["processes"], found["batches"]) == ("fsdp2" if launch else None, 2, 4)
     documented = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -94,15 +100,32 @@ def table(lines: list[str]) -> list[list[str]]:
 
 @pytest.mark.slow
 def test_packing_compares_equal_work_and_prints_its_log_entry():
-    small = ["--pairs=1", "--conversations=8", "--device_batches=2", "--image_size=56", "--width=64", "--layers=2"]
+    small = [
+        "--pairs=1",
+        "--conversations=8",
+        "--device_batches=2",
+        "--image_size=56",
+        "--width=64",
+        "--layers=2",
+    ]
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "packing.py"), "--work", "vqa", "align", *small, "--vocabulary=512"],
+        [
+            sys.executable,
+            str(ROOT / "benchmarks" / "packing.py"),
+            "--work",
+            "vqa",
+            "align",
+            *small,
+            "--vocabulary=512",
+        ],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         timeout=280,
     )
-    assert done.returncode == 0, done.stderr  # it stops where losses or trainable parameters of the two sides differ
+    assert done.returncode == 0, (
+        done.stderr
+    )  # it stops where losses or trainable parameters of the two sides differ
     lines = done.stdout.splitlines()
     heading = next(line for line in lines if line.startswith("## "))
     assert heading.endswith("packing: packed training beside TRL at its best")
@@ -120,7 +143,9 @@ def test_packing_compares_equal_work_and_prints_its_log_entry():
     bounds = {row[0]: float(row[7]) for row in rows if row[1] == "TRL, best settings"}
     assert bounds["vqa"] > 4 > 1.5 > bounds["align"], "what is shared decides the bound"
     assert float(rows[0][8].rstrip("%")) > 97
-    assert all(0 <= float(row[4].rstrip("%")) < 100 for row in rows if "TRL" not in row[1]), "the share of time spent waiting"
+    assert all(0 <= float(row[4].rstrip("%")) < 100 for row in rows if "TRL" not in row[1]), (
+        "the share of time spent waiting"
+    )
 
 
 @pytest.mark.slow
@@ -135,17 +160,36 @@ def test_waiting_tells_what_the_model_waited_and_prints_its_log_entry():
     )
     assert done.returncode == 0, done.stderr
     rows = table(done.stdout.splitlines())[1:]
-    assert [row[:2] for row in rows] == [[work, workers] for work in ("vqa", "align") for workers in ("0", "1")]
-    assert all(0 <= float(row[2].partition("%")[0]) < 100 and float(row[3].partition(" ")[0]) > 0 for row in rows)
+    assert [row[:2] for row in rows] == [
+        [work, workers] for work in ("vqa", "align") for workers in ("0", "1")
+    ]
+    assert all(
+        0 <= float(row[2].partition("%")[0]) < 100 and float(row[3].partition(" ")[0]) > 0 for row in rows
+    )
 
 
 @pytest.mark.slow
 def test_packing_gpu_runs_in_miniature_and_in_slices(tmp_path):
-    small = ["--tiny", "--quantization", "none", "--row_tokens=200", "--device_batches=2", "--conversations=8", "--steps=2"]
+    small = [
+        "--tiny",
+        "--quantization",
+        "none",
+        "--row_tokens=200",
+        "--device_batches=2",
+        "--conversations=8",
+        "--steps=2",
+    ]
     printed = []
     for more in (["--repeats=1", "--arms", "packed", "TRL"], ["--repeats=1"], ["--repeats=9", "--minutes=0"]):
         done = subprocess.run(
-            [sys.executable, str(ROOT / "benchmarks" / "packing_gpu.py"), *small, "--folder", str(tmp_path), *more],
+            [
+                sys.executable,
+                str(ROOT / "benchmarks" / "packing_gpu.py"),
+                *small,
+                "--folder",
+                str(tmp_path),
+                *more,
+            ],
             capture_output=True,
             text=True,
             env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
@@ -161,4 +205,6 @@ def test_packing_gpu_runs_in_miniature_and_in_slices(tmp_path):
         ["bf16", "packed, sdpa", "200"],
         ["bf16", "padded", "200"],
     ]
-    assert all(float(row[4].split("**")[1]) > 0 for row in printed[2][0]) and printed[2][0][0][4].startswith("**1.00**")
+    assert all(float(row[4].split("**")[1]) > 0 for row in printed[2][0]) and printed[2][0][0][4].startswith(
+        "**1.00**"
+    )

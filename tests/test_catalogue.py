@@ -21,7 +21,9 @@ def run(tmp_path_factory):
     """Two stages whose names sort against their order, and what they left."""
     folder = tmp_path_factory.mktemp("run")
     Image.new("RGB", (56, 56), "gray").save(folder / "chest.png")
-    questions = [Question(str(i), str(folder / "chest.png"), "is it normal?", "yes", "closed") for i in range(3)]
+    questions = [
+        Question(str(i), str(folder / "chest.png"), "is it normal?", "yes", "closed") for i in range(3)
+    ]
     schedule = Schedule(epochs=1, learning_rate=1e-3, global_batch=2)
     stages = (Stage("see", "projector", schedule), Stage("ask", "lora", schedule, LoraSpec(rank=4, alpha=8)))
     return curriculum_finetune(
@@ -46,7 +48,10 @@ def change(path, **changes):
 
 
 def test_the_table_says_what_the_stage_files_say(run, shelf):
-    metrics, hashes = (run["ask"].metrics, {name: adapter.record["sha256"][:12] for name, adapter in run.items()})
+    metrics, hashes = (
+        run["ask"].metrics,
+        {name: adapter.record["sha256"][:12] for name, adapter in run.items()},
+    )
     sizes = {name: (adapter.path / WEIGHTS).stat().st_size / 1e6 for name, adapter in run.items()}
     losses = f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}"
     assert catalogue.table(shelf) == (
@@ -73,7 +78,9 @@ def test_a_hub_base_goes_by_its_id_and_bars_are_escaped(shelf):
     path = shelf / "tiny-llava--see" / RECORD
     record = json.loads(path.read_text())
     change(
-        path, base=record["base"] | {"id": "someone/tiny-llava"}, data=[record["data"][0] | {"file": "a|b.json", "used": 1200}]
+        path,
+        base=record["base"] | {"id": "someone/tiny-llava"},
+        data=[record["data"][0] | {"file": "a|b.json", "used": 1200}],
     )
     assert "| someone/tiny-llava | projector | – | a\\|b.json (1,200) |" in catalogue.table(shelf)
 
@@ -86,11 +93,15 @@ def test_update_writes_the_table_and_leaves_the_rest(shelf):
     shutil.rmtree(shelf / "tiny-llava--ask")
     path.write_text(made.replace("# Adapters", "# Ours") + "\nBelow.\n")
     renewed = catalogue.update(shelf).read_text()
-    assert renewed.startswith("# Ours\n") and renewed.endswith("\nBelow.\n") and "tiny-llava--ask" not in renewed
+    assert (
+        renewed.startswith("# Ours\n") and renewed.endswith("\nBelow.\n") and "tiny-llava--ask" not in renewed
+    )
     assert catalogue.update(shelf).read_text() == renewed
 
 
-@pytest.mark.parametrize("text", ["# Adapters\n", f"{catalogue.BEGIN}\n", f"{catalogue.END}\n{catalogue.BEGIN}\n"])
+@pytest.mark.parametrize(
+    "text", ["# Adapters\n", f"{catalogue.BEGIN}\n", f"{catalogue.END}\n{catalogue.BEGIN}\n"]
+)
 def test_an_index_without_its_markers_is_left_alone(shelf, text):
     (shelf / "README.md").write_text(text)
     with pytest.raises(AdapterError) as caught:
@@ -141,26 +152,49 @@ def not_json(shelf):
 
 def not_an_object(shelf):
     (shelf / "tiny-llava--ask" / RECORD).write_text("[]")
-    return ("tiny-llava--ask/stage.json", ": the record is []; the folder is damaged. Copy or download it again.")
+    return (
+        "tiny-llava--ask/stage.json",
+        ": the record is []; the folder is damaged. Copy or download it again.",
+    )
 
 
 def lost_key(shelf):
     path = shelf / "tiny-llava--ask" / RECORD
-    path.write_text(json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}))
-    return ("tiny-llava--ask/stage.json", ": the record lacks sha256; the folder is damaged. Copy or download it again.")
+    path.write_text(
+        json.dumps({name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"})
+    )
+    return (
+        "tiny-llava--ask/stage.json",
+        ": the record lacks sha256; the folder is damaged. Copy or download it again.",
+    )
 
 
 def later_version(shelf):
     change(shelf / "tiny-llava--ask" / RECORD, schema_version=99, kind="shard")
-    return ("tiny-llava--ask/stage.json", ": schema_version is 99; this version of llavamed-peft reads 1. Try another one.")
+    return (
+        "tiny-llava--ask/stage.json",
+        ": schema_version is 99; this version of llavamed-peft reads 1. Try another one.",
+    )
 
 
 def full_stage(shelf):
     change(shelf / "tiny-llava--ask" / RECORD, kind="checkpoint")
-    return "tiny-llava--ask", (": is a full stage's checkpoint; the catalogue holds adapters only. Publish it as a model.")
+    return "tiny-llava--ask", (
+        ": is a full stage's checkpoint; the catalogue holds adapters only. Publish it as a model."
+    )
 
 
-DAMAGES = [rename, bare_folder, no_card, other_weights, not_json, not_an_object, lost_key, later_version, full_stage]
+DAMAGES = [
+    rename,
+    bare_folder,
+    no_card,
+    other_weights,
+    not_json,
+    not_an_object,
+    lost_key,
+    later_version,
+    full_stage,
+]
 
 
 @pytest.mark.parametrize("damage", DAMAGES, ids=lambda damage: damage.__name__)
@@ -188,7 +222,9 @@ def test_the_repository_s_adapters_load_and_name_no_path():
     for folder in sorted(path for path in PUBLISHED.iterdir() if path.is_dir()):
         entry = catalogue.Entry.read(folder)
         named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        assert named in (entry.record["base"]["id"], entry.record["base"]["name"]), f"{folder.name}/{CONFIG} names {named}"
+        assert named in (entry.record["base"]["id"], entry.record["base"]["name"]), (
+            f"{folder.name}/{CONFIG} names {named}"
+        )
         if entry.size is not None:
             adapter = StageAdapter.load(folder)
             assert f"{adapter.record['base']['name']}--{adapter.stage.name}" == folder.name

@@ -41,7 +41,9 @@ def copy(base: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(("kind", "language", "tower", "layers"), COMBINATIONS)
-def test_image_tokens_match_features(kind: str, language: str, tower: str, layers: int | list[int], tmp_path: Path) -> None:
+def test_image_tokens_match_features(
+    kind: str, language: str, tower: str, layers: int | list[int], tmp_path: Path
+) -> None:
     """The model itself checks that there are as many image tokens as features."""
     from PIL import Image
 
@@ -52,10 +54,14 @@ def test_image_tokens_match_features(kind: str, language: str, tower: str, layer
     for i, size in enumerate([(64, 64), (150, 40), (40, 150)]):
         Image.new("RGB", size).save(tmp_path / f"{i}.png")
     one = [
-        Conversation(str(i), (Turn("user", "<image> what?"), Turn("assistant", "no")), (str(tmp_path / f"{i}.png"),))
+        Conversation(
+            str(i), (Turn("user", "<image> what?"), Turn("assistant", "no")), (str(tmp_path / f"{i}.png"),)
+        )
         for i in range(3)
     ]
-    both = Conversation("both", (Turn("user", "<image><image> same?"), Turn("assistant", "no")), one[0].images + one[1].images)
+    both = Conversation(
+        "both", (Turn("user", "<image><image> same?"), Turn("assistant", "no")), one[0].images + one[1].images
+    )
     text = Conversation("text", (Turn("user", "why?"), Turn("assistant", "no")))
     with torch.no_grad():
         assert model(**PackedCollator(processor)([*one, both, text])).loss.isfinite()
@@ -78,12 +84,18 @@ def test_hub_processor_is_completed(base: Path) -> None:
 
 
 class TestNF4:
-    @pytest.mark.parametrize(("kind", "language", "tower", "layers"), [COMBINATIONS[0], COMBINATIONS[3], *COMBINATIONS[-4:-1]])
+    @pytest.mark.parametrize(
+        ("kind", "language", "tower", "layers"), [COMBINATIONS[0], COMBINATIONS[3], *COMBINATIONS[-4:-1]]
+    )
     def test_only_the_language_models_linears(
         self, kind: str, language: str, tower: str, layers: int | list[int], tmp_path: Path
     ) -> None:
-        model, _ = load_checkpoint(tiny.build(tmp_path / "base", kind, language, tower, layers), quantization="nf4")
-        kinds = {name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        model, _ = load_checkpoint(
+            tiny.build(tmp_path / "base", kind, language, tower, layers), quantization="nf4"
+        )
+        kinds = {
+            name: module for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)
+        }
         for name, module in kinds.items():
             assert isinstance(module, Linear4bit) == name.startswith("model.language_model."), name
         quantized = model.model.language_model.layers[0].self_attn.q_proj.weight
@@ -108,7 +120,9 @@ class TestNF4:
         config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
         config["text_config"]["intermediate_size"] = 96
         (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        with pytest.raises(CheckpointError, match="intermediate_size is 96; NF4 on a CPU needs a multiple of 64"):
+        with pytest.raises(
+            CheckpointError, match="intermediate_size is 96; NF4 on a CPU needs a multiple of 64"
+        ):
             load_checkpoint(copy, quantization="nf4")
 
 
@@ -152,15 +166,19 @@ class TestRefusals:
             load_checkpoint(copy)
 
     def test_text_only_model(self, tmp_path: Path) -> None:
-        LlamaForCausalLM(LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=8, num_hidden_layers=1)).save_pretrained(
-            tmp_path
-        )
-        with pytest.raises(CheckpointError, match="model_type is 'llama'; wanted one of llava, llava_next, vipllava"):
+        LlamaForCausalLM(
+            LlamaConfig(vocab_size=8, hidden_size=64, intermediate_size=8, num_hidden_layers=1)
+        ).save_pretrained(tmp_path)
+        with pytest.raises(
+            CheckpointError, match="model_type is 'llama'; wanted one of llava, llava_next, vipllava"
+        ):
             load_checkpoint(tmp_path)
 
     def test_another_tower(self, tmp_path: Path) -> None:
         LlavaConfig(vision_config=PixtralVisionConfig(), text_config=LlamaConfig()).save_pretrained(tmp_path)
-        with pytest.raises(CheckpointError, match="its vision tower is 'pixtral'; wanted one of clip_vision_model, siglip"):
+        with pytest.raises(
+            CheckpointError, match="its vision tower is 'pixtral'; wanted one of clip_vision_model, siglip"
+        ):
             load_checkpoint(tmp_path)
 
     def test_original_llava_format(self, copy: Path) -> None:
@@ -169,7 +187,9 @@ class TestRefusals:
             load_checkpoint(copy)
 
     def test_empty_folder(self, tmp_path: Path) -> None:
-        with pytest.raises(CheckpointError, match=r"has no config\.json; wanted a folder of a checkpoint or a Hub id"):
+        with pytest.raises(
+            CheckpointError, match=r"has no config\.json; wanted a folder of a checkpoint or a Hub id"
+        ):
             load_checkpoint(tmp_path)
 
     def test_no_image_processor(self, copy: Path) -> None:
@@ -187,13 +207,20 @@ class TestRefusals:
         config = json.loads((copy / "config.json").read_text(encoding="utf-8"))
         config["image_token_index"] = 7
         (copy / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        with pytest.raises(CheckpointError, match="image token '<image>' has id 3, the model's image_token_id is 7"):
+        with pytest.raises(
+            CheckpointError, match="image token '<image>' has id 3, the model's image_token_id is 7"
+        ):
             load_checkpoint(copy)
 
 
 def test_a_download_that_was_cut_off_has_no_hash_yet(tmp_path: Path) -> None:
     assert not _has_all_weights(tmp_path)
-    index = {"weight_map": {"a.weight": "model-00001-of-00002.safetensors", "b.weight": "model-00002-of-00002.safetensors"}}
+    index = {
+        "weight_map": {
+            "a.weight": "model-00001-of-00002.safetensors",
+            "b.weight": "model-00002-of-00002.safetensors",
+        }
+    }
     (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
     (tmp_path / "model-00001-of-00002.safetensors").touch()
     assert not _has_all_weights(tmp_path)

@@ -13,7 +13,16 @@ from PIL import Image
 from tiny import build
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from llavamed_peft import Curriculum, Question, Schedule, Stage, StageAdapter, __version__, curriculum_finetune, load_stage
+from llavamed_peft import (
+    Curriculum,
+    Question,
+    Schedule,
+    Stage,
+    StageAdapter,
+    __version__,
+    curriculum_finetune,
+    load_stage,
+)
 from llavamed_peft.evaluation.answer import answer_questions
 
 ROOT = Path(__file__).parents[1]
@@ -25,7 +34,12 @@ def run(*words, before=PROGRAM):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "PYTHONIOENCODING": "utf-8", "COLUMNS": "100"}
     environment.pop("DS_ACCELERATOR", None)  # which this process sets (conftest.py), and a user does not
     return subprocess.run(
-        [*before, *map(str, words)], capture_output=True, text=True, encoding="utf-8", env=environment, timeout=120
+        [*before, *map(str, words)],
+        capture_output=True,
+        text=True,
+        encoding="utf-8",
+        env=environment,
+        timeout=120,
     )
 
 
@@ -47,14 +61,19 @@ def test_ask_prints_the_answer_alone(asked):
     assert (done.returncode, done.stdout, done.stderr) == (0, "yes\n", "")
     question = Question("1", str(image), "what is in the image ?", "?", "open")
     expected = answer_questions(*load_stage(base, adapter), [question], max_new_tokens=2)
-    assert run("ask", base, adapter, image, question.question, "--max_new_tokens", 2).stdout == f"{expected[0]}\n"
+    assert (
+        run("ask", base, adapter, image, question.question, "--max_new_tokens", 2).stdout
+        == f"{expected[0]}\n"
+    )
 
 
 def test_catalogue_renews_the_index(asked, tmp_path):
     shutil.copytree(asked[1], tmp_path / "tiny-llava--vqa")
     done = run("catalogue", tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'README.md'}\n")
-    assert f"`{StageAdapter.load(asked[1]).record['sha256'][:12]}`" in (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert f"`{StageAdapter.load(asked[1]).record['sha256'][:12]}`" in (tmp_path / "README.md").read_text(
+        encoding="utf-8"
+    )
 
 
 def test_merge_leaves_a_stock_checkpoint(asked, tmp_path):
@@ -84,7 +103,10 @@ def test_inspect_needs_no_weights(asked, tmp_path):
     rows = [{"id": "1", "image": "chest.png", "conversations": said}, {"id": "2", "conversations": said}]
     (tmp_path / "train.json").write_text(json.dumps(rows), encoding="utf-8")
     curriculum = Curriculum(
-        (Stage("one", "projector", Schedule(1, 1e-3, global_batch=1)), Stage("two", "full", Schedule(3, 1e-3, global_batch=4)))
+        (
+            Stage("one", "projector", Schedule(1, 1e-3, global_batch=1)),
+            Stage("two", "full", Schedule(3, 1e-3, global_batch=4)),
+        )
     )
     curriculum.to_yaml(tmp_path / "stages.yaml")
     words = [
@@ -98,7 +120,9 @@ def test_inspect_needs_no_weights(asked, tmp_path):
     ]
     done = run(*words)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout.startswith(f"{base}: llava over llama and clip_vision_model\n  270,976 parameters, stored in float32\n")
+    assert done.stdout.startswith(
+        f"{base}: llava over llama and clip_vision_model\n  270,976 parameters, stored in float32\n"
+    )
     assert "\ndata of one, two (max_length 2,048)\n  train.json: 2 rows, 1 used, 1 rejected\n" in done.stdout
     assert "\n      USER: <image>×16\\nis it normal ? ASSISTANT:[[ yes →</s>]]\n" in done.stdout
     assert "training would refuse these data" in done.stdout
@@ -111,8 +135,14 @@ def test_inspect_needs_no_weights(asked, tmp_path):
         assert absent not in done.stdout.replace("tokens", "")
     done = run(*words, "--rows", 0, "--packing", tmp_path / "step.png", "--max_row_tokens", 60)
     assert (done.returncode, done.stderr) == (0, "")
-    assert "\npacking, in rows of at most 60 tokens\n  one, the first step: 1 conversations in 1 row(s)" in done.stdout
-    assert done.stdout.endswith(f"drawn: {tmp_path / 'step.png'}\n") and (tmp_path / "step.png").stat().st_size > 1000
+    assert (
+        "\npacking, in rows of at most 60 tokens\n  one, the first step: 1 conversations in 1 row(s)"
+        in done.stdout
+    )
+    assert (
+        done.stdout.endswith(f"drawn: {tmp_path / 'step.png'}\n")
+        and (tmp_path / "step.png").stat().st_size > 1000
+    )
     cookbook = {
         "model": str(base),
         "data": {stage.name: str(tmp_path / "train.json") for stage in curriculum.stages},
@@ -125,16 +155,19 @@ def test_inspect_needs_no_weights(asked, tmp_path):
         (tmp_path / f"{layout}.yaml").write_text(json.dumps(cookbook | {"layout": layout}), encoding="utf-8")
     done = run("inspect", "--config", tmp_path / "packed.yaml", "--rows", 0, "--packing")
     assert (done.returncode, done.stderr) == (0, "")
-    assert "\npacking, in rows of at most 70 tokens\n  one, the first step: 1 conversations in 1 row(s)" in done.stdout
-    (tmp_path / "misspelt.yaml").write_text(json.dumps(cookbook | {"image_folder": {"tow": "images"}}), encoding="utf-8")
+    assert (
+        "\npacking, in rows of at most 70 tokens\n  one, the first step: 1 conversations in 1 row(s)"
+        in done.stdout
+    )
+    (tmp_path / "misspelt.yaml").write_text(
+        json.dumps(cookbook | {"image_folder": {"tow": "images"}}), encoding="utf-8"
+    )
     for narrowed in ((), ("--stage", "two")):
         done = run("inspect", "--config", tmp_path / "misspelt.yaml", *narrowed)
         told = "image_folder has the key 'tow', which is no stage of the curriculum. Did you mean 'two'?"
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"llavamed-peft: {told}\n")
     done = run("inspect", "--config", tmp_path / "padded.yaml", "--packing")
-    told = (
-        f"llavamed-peft: {tmp_path / 'padded.yaml'}: layout is 'padded', so nothing is packed; wanted 'packed' for --packing.\n"
-    )
+    told = f"llavamed-peft: {tmp_path / 'padded.yaml'}: layout is 'padded', so nothing is packed; wanted 'packed' for --packing.\n"
     assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
     plain = run(*words, before=[sys.executable, "-X", "utf8=0", "-c", ASCII])
     assert (plain.returncode, plain.stderr) == (0, "")
@@ -196,9 +229,18 @@ REFUSED = {
         ["ask", "{base}-nope", ADAPTER, IMAGE, "normal?"],
         "{base}-nope: no configuration could be read; wanted a folder",
     ),
-    "no base to inspect": (["inspect", "{base}-nope", "{data}"], "{base}-nope: no configuration could be read; wanted a folder"),
-    "no model to inspect": (["inspect", "{run}", "{data}"], "{run}: has no config.json; wanted a folder of a checkpoint"),
-    "no processor": (["inspect", "{bare}", "{data}"], "{bare}: no processor could be loaded; wanted tokenizer files"),
+    "no base to inspect": (
+        ["inspect", "{base}-nope", "{data}"],
+        "{base}-nope: no configuration could be read; wanted a folder",
+    ),
+    "no model to inspect": (
+        ["inspect", "{run}", "{data}"],
+        "{run}: has no config.json; wanted a folder of a checkpoint",
+    ),
+    "no processor": (
+        ["inspect", "{bare}", "{data}"],
+        "{bare}: no processor could be loaded; wanted tokenizer files",
+    ),
     "no data": (["inspect", BASE, "{base}.json"], "{base}.json: no such file; wanted a LLaVA JSON file."),
     "data of no stage": (
         ["inspect", BASE, "vqaa={data}"],
@@ -221,19 +263,43 @@ REFUSED = {
         ["inspect", BASE, "{data}", "--packing", "{base}/no/step.png"],
         "The picture of the packed steps is to be {base}/no/step.png; {base}/no is no folder. Make it first.",
     ),
-    "nothing to show": (["show", BASE], "{base}: has no stage.json; wanted a folder that a finished stage left."),
-    "no such stage to show": (["show", "{adapter}-nope"], "{adapter}-nope: neither a folder nor a Hub repository"),
-    "nothing to merge": (["merge", BASE, BASE, "{base}-merged"], "{base}: has no stage.json; wanted a folder that a finished"),
-    "merged already": (["merge", BASE, ADAPTER, BASE], "{base}: is there already; wanted a new folder. Nothing was overwritten."),
-    "no such catalogue": (["catalogue", "{base}-nope"], "{base}-nope: no such folder; wanted the catalogue's."),
-    "not a catalogue": (["catalogue", "{run}"], "{run}/index: has no stage.json, adapter_config.json, README.md; wanted each of"),
+    "nothing to show": (
+        ["show", BASE],
+        "{base}: has no stage.json; wanted a folder that a finished stage left.",
+    ),
+    "no such stage to show": (
+        ["show", "{adapter}-nope"],
+        "{adapter}-nope: neither a folder nor a Hub repository",
+    ),
+    "nothing to merge": (
+        ["merge", BASE, BASE, "{base}-merged"],
+        "{base}: has no stage.json; wanted a folder that a finished",
+    ),
+    "merged already": (
+        ["merge", BASE, ADAPTER, BASE],
+        "{base}: is there already; wanted a new folder. Nothing was overwritten.",
+    ),
+    "no such catalogue": (
+        ["catalogue", "{base}-nope"],
+        "{base}-nope: no such folder; wanted the catalogue's.",
+    ),
+    "not a catalogue": (
+        ["catalogue", "{run}"],
+        "{run}/index: has no stage.json, adapter_config.json, README.md; wanted each of",
+    ),
 }
 
 
 @pytest.mark.parametrize("words, message", REFUSED.values(), ids=list(REFUSED))
 def test_what_the_package_refuses_is_one_line(asked, words, message):
     base, adapter, image = asked
-    names = {"base": base, "adapter": adapter, "image": image, "run": adapter.parent, "data": base / "config.json"}
+    names = {
+        "base": base,
+        "adapter": adapter,
+        "image": image,
+        "run": adapter.parent,
+        "data": base / "config.json",
+    }
     names["bare"] = base.parent / "bare"
     names["bare"].mkdir(exist_ok=True)
     shutil.copy(base / "config.json", names["bare"])
@@ -261,11 +327,20 @@ def test_what_the_package_refuses_is_one_line(asked, words, message):
         (["inspect", "base", "--rows", "1", "data", "--colour"], "unrecognized arguments: data --colour"),
         (["show", "a", "b"], "unrecognized arguments: b"),
         (["inspect", "a", "b", "--rows", "-1"], "argument --rows: '-1' is not a whole number of at least 0"),
-        (["inspect", "a", "b", "--max_rejected", "5%"], "argument --max_rejected: '5%' is not a share between 0 and 1"),
-        (["inspect", "a", "b", "--max_row_tokens", "512"], "--max_row_tokens bounds the rows that --packing shows; give both"),
+        (
+            ["inspect", "a", "b", "--max_rejected", "5%"],
+            "argument --max_rejected: '5%' is not a share between 0 and 1",
+        ),
+        (
+            ["inspect", "a", "b", "--max_row_tokens", "512"],
+            "--max_row_tokens bounds the rows that --packing shows; give both",
+        ),
         (["show"], "the following arguments are required: ADAPTER"),
         (["merge", "a", "b"], "the following arguments are required: OUT"),
-        (["merge", "a", "b", "c", "--dtype", "int8"], "argument --dtype: invalid choice: 'int8' (choose from"),
+        (
+            ["merge", "a", "b", "c", "--dtype", "int8"],
+            "argument --dtype: invalid choice: 'int8' (choose from",
+        ),
     ],
 )
 def test_a_wrong_command_line_shows_the_usage(words, message):

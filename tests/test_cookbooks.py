@@ -36,7 +36,9 @@ def name_of(path):
 
 def printed(start):
     """Every command that a cookbook or a launcher's configuration prints, each once."""
-    words = [words for path in (*COOKBOOKS, *LAUNCHERS) for words in commands(path.read_text(encoding="utf-8"))]
+    words = [
+        words for path in (*COOKBOOKS, *LAUNCHERS) for words in commands(path.read_text(encoding="utf-8"))
+    ]
     return [list(one) for one in dict.fromkeys(map(tuple, words)) if one[0] == start]
 
 
@@ -92,7 +94,9 @@ def check_run(left, processes, sharding=None):
     assert list((left / "logs").rglob("events.out.tfevents*"))
 
 
-@pytest.mark.parametrize("words", printed("python"), ids=lambda words: name_of(REPOSITORY / option(words, "config")))
+@pytest.mark.parametrize(
+    "words", printed("python"), ids=lambda words: name_of(REPOSITORY / option(words, "config"))
+)
 def test_a_command_runs(words, workspace):
     run_here([*words, "--workers", "0"], workspace)
     arguments, _ = options_of(workspace / option(words, "config"))
@@ -100,13 +104,22 @@ def test_a_command_runs(words, workspace):
 
 
 @pytest.mark.timeout(600)  # half a minute on two cores that do nothing else
-@pytest.mark.parametrize("words", printed("accelerate"), ids=lambda words: name_of(REPOSITORY / option(words, "config_file")))
+@pytest.mark.parametrize(
+    "words", printed("accelerate"), ids=lambda words: name_of(REPOSITORY / option(words, "config_file"))
+)
 def test_a_launched_command_runs(words, workspace):
     launcher = option(words, "config_file")
     processes = 1 if launcher.endswith("-1gpu.yaml") else 2
     machines = 2 if launcher.endswith("-2nodes.yaml") else 1
     script = words.index("recipes/curriculum.py")
-    launch = [sys.executable, "-m", "accelerate.commands.launch", *words[2:script], "--num_processes", str(processes)]
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        *words[2:script],
+        "--num_processes",
+        str(processes),
+    ]
     if machines == 2:
         launch[launch.index("--main_process_ip") + 1] = "127.0.0.1"
     with socket.socket() as free:
@@ -119,7 +132,9 @@ def test_a_launched_command_runs(words, workspace):
             launch[launch.index("--machine_rank") + 1] = str(machine)
         command = [*launch, *words[script:], "--workers", "0"]
         log = (workspace / f"machine-{machine}.log").open("w+", encoding="utf-8")
-        running.append((subprocess.Popen(command, cwd=workspace, env=environment, stdout=log, stderr=log), log))
+        running.append(
+            (subprocess.Popen(command, cwd=workspace, env=environment, stdout=log, stderr=log), log)
+        )
     tables = 0
     for process, log in running:
         code = process.wait(timeout=500)
@@ -135,7 +150,9 @@ def test_a_launched_command_runs(words, workspace):
     check_run(left, processes, None if sharding == "ddp" else sharding)
 
 
-@pytest.mark.parametrize("words", printed("llavamed-peft"), ids=lambda words: name_of(REPOSITORY / option(words, "config")))
+@pytest.mark.parametrize(
+    "words", printed("llavamed-peft"), ids=lambda words: name_of(REPOSITORY / option(words, "config"))
+)
 def test_an_inspecting_command_runs(words, workspace, monkeypatch, capsys):
     monkeypatch.chdir(workspace)
     assert cli.main(words[1:]) == 0

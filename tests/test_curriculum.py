@@ -83,15 +83,26 @@ def conversations(images: Path) -> list[Conversation]:
     """Twelve: of one turn and of two, with one image, two images, an image in the second turn, and none."""
     rows = []
     for i in range(8):
-        turns = [Turn("user", "<image>\nwhat is in the image?"), Turn("assistant", ["a heart", "a lung", "no"][i % 3])]
+        turns = [
+            Turn("user", "<image>\nwhat is in the image?"),
+            Turn("assistant", ["a heart", "a lung", "no"][i % 3]),
+        ]
         if i % 2:
             turns += [Turn("user", "is it normal?"), Turn("assistant", "yes")]
         rows.append(Conversation(str(i), tuple(turns), (str(images / f"{i % 6}.png"),)))
     two = (Turn("user", "<image><image>\nwhich is left?"), Turn("assistant", "the first"))
     rows.append(Conversation("two", two, (str(images / "0.png"), str(images / "1.png"))))
-    later = (Turn("user", "<image>\nand?"), Turn("assistant", "no"), Turn("user", "<image>\nthis?"), Turn("assistant", "yes"))
+    later = (
+        Turn("user", "<image>\nand?"),
+        Turn("assistant", "no"),
+        Turn("user", "<image>\nthis?"),
+        Turn("assistant", "yes"),
+    )
     rows.append(Conversation("later", later, (str(images / "2.png"), str(images / "3.png"))))
-    rows += [Conversation(f"text {i}", (Turn("user", "what is a lung?"), Turn("assistant", "an organ"))) for i in range(2)]
+    rows += [
+        Conversation(f"text {i}", (Turn("user", "what is a lung?"), Turn("assistant", "an organ")))
+        for i in range(2)
+    ]
     return rows
 
 
@@ -109,7 +120,9 @@ def runs(
     folder = tmp_path_factory.mktemp("runs")
     data = dict.fromkeys(("align", "instruct", "vqa"), conversations)
     return {
-        kind: curriculum_finetune(base, data, folder / kind, curriculum=THREE, eval_data={"vqa": conversations}, eval_steps=2)
+        kind: curriculum_finetune(
+            base, data, folder / kind, curriculum=THREE, eval_data={"vqa": conversations}, eval_steps=2
+        )
         for kind, base in bases.items()
     }
 
@@ -129,15 +142,27 @@ class TestEveryClass:
         assert metrics[2]["eval_loss_after"] < metrics[2]["eval_loss_before"]
 
     def test_stock_peft_and_load_stage_agree(
-        self, kind: str, bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation]
+        self,
+        kind: str,
+        bases: dict[str, Path],
+        runs: dict[str, dict[str, StageAdapter]],
+        conversations: list[Conversation],
     ) -> None:
         for adapter in runs[kind].values():
             ours, processor = load_stage(bases[kind], adapter)
-            stock = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(bases[kind]), adapter.path)
-            assert torch.equal(logits(ours, processor, conversations), logits(stock, processor, conversations))
+            stock = PeftModel.from_pretrained(
+                AutoModelForImageTextToText.from_pretrained(bases[kind]), adapter.path
+            )
+            assert torch.equal(
+                logits(ours, processor, conversations), logits(stock, processor, conversations)
+            )
 
     def test_held_out_loss_is_the_loaded_models(
-        self, kind: str, bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation]
+        self,
+        kind: str,
+        bases: dict[str, Path],
+        runs: dict[str, dict[str, StageAdapter]],
+        conversations: list[Conversation],
     ) -> None:
         model, processor = load_stage(bases[kind], runs[kind]["vqa"])
         with torch.no_grad():
@@ -145,7 +170,11 @@ class TestEveryClass:
         assert loss == pytest.approx(runs[kind]["vqa"].metrics["eval_loss_after"], abs=1e-5)
 
     def test_a_stage_begins_where_its_parent_ended(
-        self, kind: str, bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation]
+        self,
+        kind: str,
+        bases: dict[str, Path],
+        runs: dict[str, dict[str, StageAdapter]],
+        conversations: list[Conversation],
     ) -> None:
         model, processor = load_stage(bases[kind], runs[kind]["instruct"])
         with torch.no_grad():
@@ -164,7 +193,9 @@ class TestEveryClass:
         model, processor = load_stage(bases[kind], adapter)
         adapter.merge(bases[kind], tmp_path / "merged")
         merged = AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
-        torch.testing.assert_close(logits(merged, processor, conversations), logits(model, processor, conversations))
+        torch.testing.assert_close(
+            logits(merged, processor, conversations), logits(model, processor, conversations)
+        )
         with pytest.raises(AdapterError, match="is there already; wanted a new folder"):
             adapter.merge(bases[kind], tmp_path / "merged")
 
@@ -194,7 +225,11 @@ class TestEveryClass:
         load_stage(bases[kind], adapter)
 
     def test_only_the_scope_moved(
-        self, kind: str, bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation]
+        self,
+        kind: str,
+        bases: dict[str, Path],
+        runs: dict[str, dict[str, StageAdapter]],
+        conversations: list[Conversation],
     ) -> None:
         align = runs[kind]["align"].tensors()
         assert align and all(".multi_modal_projector." in name for name in align)
@@ -229,14 +264,18 @@ def test_no_local_path_is_published(bases: dict[str, Path], runs: dict[str, dict
         assert adapter.record["base"]["sha256"] in card
         assert "Trained over weights that were not quantized, computed in float32." in card
         metadata = yaml.safe_load(card.split("---")[1])
-        assert not {"base_model", "datasets"} & metadata.keys(), "the Hub knows neither the base nor the files"
+        assert not {"base_model", "datasets"} & metadata.keys(), (
+            "the Hub knows neither the base nor the files"
+        )
 
 
 def test_run_leaves_curve_table_and_metrics(runs: dict[str, dict[str, StageAdapter]]) -> None:
     folder = runs["llava"]["vqa"].path.parent
     assert Image.open(folder / "loss.png").size[0] > 300
     assert "| instruct | lora |" in (folder / "stages.md").read_text(encoding="utf-8")
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    records = [
+        json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     steps = [record for record in records if record["stage"] == "instruct" and "loss" in record]
     assert [record["step"] for record in steps] == [1, 2, 3]
     assert steps[2]["projector_learning_rate"] == pytest.approx(steps[2]["language_model_learning_rate"] / 10)
@@ -277,16 +316,31 @@ print(processor.batch_decode(model.generate(**inputs, max_new_tokens=3, do_sampl
 
 
 def test_full_stage_leaves_a_checkpoint_that_the_next_stage_builds_on(
-    bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation], tmp_path: Path
+    bases: dict[str, Path],
+    runs: dict[str, dict[str, StageAdapter]],
+    conversations: list[Conversation],
+    tmp_path: Path,
 ) -> None:
-    curriculum = Curriculum((Stage("all", "full", schedule(learning_rate=1e-3)), Stage("more", "lora", schedule(), LORA)))
+    curriculum = Curriculum(
+        (Stage("all", "full", schedule(learning_rate=1e-3)), Stage("more", "lora", schedule(), LORA))
+    )
     data = {"all": conversations, "more": conversations}
     adapters = curriculum_finetune(
-        bases["llava"], data, tmp_path / "run", curriculum=curriculum, eval_data=data, start_from=runs["llava"]["instruct"]
+        bases["llava"],
+        data,
+        tmp_path / "run",
+        curriculum=curriculum,
+        eval_data=data,
+        start_from=runs["llava"]["instruct"],
     )
     full, more = adapters["all"], adapters["more"]
-    assert full.is_checkpoint and full.parent == {"stage": "instruct", "sha256": runs["llava"]["instruct"].record["sha256"]}
-    assert full.metrics["eval_loss_before"] == pytest.approx(runs["llava"]["vqa"].metrics["eval_loss_before"], abs=1e-5)
+    assert full.is_checkpoint and full.parent == {
+        "stage": "instruct",
+        "sha256": runs["llava"]["instruct"].record["sha256"],
+    }
+    assert full.metrics["eval_loss_before"] == pytest.approx(
+        runs["llava"]["vqa"].metrics["eval_loss_before"], abs=1e-5
+    )
     model = AutoModelForImageTextToText.from_pretrained(full.path)
     loaded, processor = load_stage(bases["llava"], full)
     assert torch.equal(logits(model, processor, conversations), logits(loaded, processor, conversations))
@@ -329,9 +383,9 @@ def test_order_and_dropout_are_a_function_of_the_seed(
     def run(seed: int, name: str) -> dict[str, torch.Tensor]:
         stage = Stage("vqa", "lora", schedule(), LoraSpec(rank=4, alpha=8, dropout=0.2))
         curriculum = Curriculum((stage,), seed=seed)
-        return curriculum_finetune(bases["llava"], {"vqa": conversations}, tmp_path / name, curriculum=curriculum)[
-            "vqa"
-        ].tensors()
+        return curriculum_finetune(
+            bases["llava"], {"vqa": conversations}, tmp_path / name, curriculum=curriculum
+        )["vqa"].tensors()
 
     first, again, other = run(1, "first"), run(1, "again"), run(2, "other")
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -391,12 +445,16 @@ def test_undecodable_image_leaves_its_step_and_is_counted(
 ) -> None:
     Image.effect_noise((90, 60), 50).save(tmp_path / "cut.png")
     whole = (tmp_path / "cut.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])  # the header is fine, the pixels end too soon
+    (tmp_path / "cut.png").write_bytes(
+        whole[: len(whole) // 2]
+    )  # the header is fine, the pixels end too soon
     good = [Question(str(i), str(images / f"{i}.png"), "what?", "yes", "closed") for i in range(5)]
     bad = Question("bad", str(tmp_path / "cut.png"), "what?", "yes", "closed")
     curriculum = Curriculum((Stage("vqa", "projector", schedule(epochs=2, global_batch=3)),))
     call = {"data": {"vqa": [*good, bad]}, "max_rejected": 0.2}
-    adapter = curriculum_finetune(bases["llava"], output_dir=tmp_path / "run", curriculum=curriculum, **call)["vqa"]
+    adapter = curriculum_finetune(bases["llava"], output_dir=tmp_path / "run", curriculum=curriculum, **call)[
+        "vqa"
+    ]
     (entry,) = adapter.record["data"]
     assert (entry["rows"], entry["used"], entry["rejected"], entry["failed"]) == (6, 5, {}, 1)
     assert adapter.metrics["conversations"] == 10 and adapter.metrics["steps"] == 4
@@ -405,12 +463,18 @@ def test_undecodable_image_leaves_its_step_and_is_counted(
     told = f"vqa        1 of 6 training conversations could not be decoded and were left out, such as: {tmp_path / 'cut.png'}: "
     assert told in capsys.readouterr().err
     curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=1)),))
-    alone = curriculum_finetune(bases["llava"], output_dir=tmp_path / "alone", curriculum=curriculum, **call)["vqa"]
+    alone = curriculum_finetune(bases["llava"], output_dir=tmp_path / "alone", curriculum=curriculum, **call)[
+        "vqa"
+    ]
     losses = [record["loss"] for record in read_metrics(tmp_path / "alone") if "loss" in record]
-    assert alone.metrics["steps"] == 6 and len(losses) == 5 and min(losses) > 0, "a step that lost all it had has no loss"
+    assert alone.metrics["steps"] == 6 and len(losses) == 5 and min(losses) > 0, (
+        "a step that lost all it had has no loss"
+    )
 
 
-def test_workers_change_nothing(bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path) -> None:
+def test_workers_change_nothing(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
     def run(workers: int) -> dict[str, torch.Tensor]:
         return curriculum_finetune(
             bases["llava"],
@@ -439,16 +503,27 @@ def test_device_batches_change_nothing_but_rounding(
             eval_data={"vqa": conversations},
         )["vqa"]
 
-    whole, single, checkpointed, padded = (run(100_000, False), run(1, False), run(100, True), run(150, False, "padded"))
+    whole, single, checkpointed, padded = (
+        run(100_000, False),
+        run(1, False),
+        run(100, True),
+        run(150, False, "padded"),
+    )
     assert (whole.record["computing"]["layout"], padded.record["computing"]["layout"]) == ("packed", "padded")
     for other in (single, checkpointed, padded):
         assert other.metrics["loss_last"] == pytest.approx(whole.metrics["loss_last"], abs=1e-4)
         assert other.metrics["eval_loss_after"] == pytest.approx(whole.metrics["eval_loss_after"], abs=1e-4)
 
 
-def test_report_to_tensorboard_writes_events(bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path) -> None:
+def test_report_to_tensorboard_writes_events(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
     curriculum_finetune(
-        bases["llava"], {"align": conversations}, tmp_path, curriculum=Curriculum((THREE["align"],)), report_to="tensorboard"
+        bases["llava"],
+        {"align": conversations},
+        tmp_path,
+        curriculum=Curriculum((THREE["align"],)),
+        report_to="tensorboard",
     )
     events = list((tmp_path / "logs" / "align").rglob("events.out.tfevents.*"))
     assert events and events[0].stat().st_size > 100
@@ -502,7 +577,9 @@ class TestRefusals:
             ({"start_from": "/nowhere"}, AdapterError, "/nowhere: neither a folder nor a Hub repository that can be reached."),
         ],
     )  # fmt: skip
-    def test_arguments(self, call, changes: dict[str, object], error: type[Exception], message: str, tmp_path: Path) -> None:
+    def test_arguments(
+        self, call, changes: dict[str, object], error: type[Exception], message: str, tmp_path: Path
+    ) -> None:
         with pytest.raises(error) as raised:
             call(**changes)
         assert message in str(raised.value)
@@ -510,7 +587,9 @@ class TestRefusals:
         if error is ConfigError and "empty" not in message and "data['align']" not in message:
             assert not (tmp_path / "run").exists(), "nothing was done"
 
-    def test_a_sliding_window_that_packed_rows_would_not_heed(self, call, bases: dict[str, Path], tmp_path: Path) -> None:
+    def test_a_sliding_window_that_packed_rows_would_not_heed(
+        self, call, bases: dict[str, Path], tmp_path: Path
+    ) -> None:
         base = shutil.copytree(bases["llava_next"], tmp_path / "base")
         config = json.loads((base / "config.json").read_text(encoding="utf-8"))
         config["text_config"]["sliding_window"] = 40
@@ -523,36 +602,52 @@ class TestRefusals:
 
     def test_quantised_full(self, call, conversations: list[Conversation]) -> None:
         full = Curriculum((Stage("all", "full", schedule()),))
-        with pytest.raises(ConfigError, match="Stage 'all' trains 'full' and quantization is 'nf4'; wanted None"):
+        with pytest.raises(
+            ConfigError, match="Stage 'all' trains 'full' and quantization is 'nf4'; wanted None"
+        ):
             call(curriculum=full, data={"all": conversations}, quantization="nf4")
 
     def test_another_rank_behind_start_from(
         self, call, conversations: list[Conversation], runs: dict[str, dict[str, StageAdapter]]
     ) -> None:
         other = Curriculum((Stage("vqa", "lora", schedule(), LoraSpec(rank=8, alpha=8)),))
-        with pytest.raises(ConfigError, match="Stage 'vqa' has LoRA rank 8 and alpha 8, start_from rank 4 and alpha 8"):
+        with pytest.raises(
+            ConfigError, match="Stage 'vqa' has LoRA rank 8 and alpha 8, start_from rank 4 and alpha 8"
+        ):
             call(curriculum=other, data={"vqa": conversations}, start_from=runs["llava"]["instruct"])
 
-    @pytest.mark.parametrize("name", ["index", "logs", "checkpoints", "run.json", "metrics.jsonl", "loss.png"])
-    def test_a_stage_named_like_a_file_of_the_run(self, name: str, call, conversations: list[Conversation]) -> None:
+    @pytest.mark.parametrize(
+        "name", ["index", "logs", "checkpoints", "run.json", "metrics.jsonl", "loss.png"]
+    )
+    def test_a_stage_named_like_a_file_of_the_run(
+        self, name: str, call, conversations: list[Conversation]
+    ) -> None:
         curriculum = Curriculum((Stage(name, "projector", schedule()),))
         with pytest.raises(ConfigError, match=f"Stage.name is '{name}', which the run needs for itself"):
             call(curriculum=curriculum, data={name: conversations})
 
     def test_a_stage_of_nobody_knows_which_run(self, call, tmp_path: Path) -> None:
         (tmp_path / "run" / "align").mkdir(parents=True)
-        with pytest.raises(TrainingError, match=r"holds align already, but no run\.json that says of which run; wanted a folder"):
+        with pytest.raises(
+            TrainingError,
+            match=r"holds align already, but no run\.json that says of which run; wanted a folder",
+        ):
             call()
         assert [path.name for path in (tmp_path / "run").iterdir()] == ["align"], "nothing was done"
 
     def test_too_many_rejected_rows(self, call, images: Path, tmp_path: Path) -> None:
-        row = {"image": "0.png", "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "yes"}]}
+        row = {
+            "image": "0.png",
+            "conversations": [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": "yes"}],
+        }
         rows = [{**row, "id": str(i)} for i in range(8)]
         rows += [{**row, "id": "a", "image": "no.png"}, {**row, "id": "b", "conversations": []}]
         (tmp_path / "data.json").write_text(json.dumps(rows), encoding="utf-8")
         with pytest.raises(DataError) as raised:
             call(data={"align": tmp_path / "data.json"}, image_folder=images)
-        assert "data.json: 2 of 10 rows cannot be used (20.0%; max_rejected is 5.0%). Commonest: " in str(raised.value)
+        assert "data.json: 2 of 10 rows cannot be used (20.0%; max_rejected is 5.0%). Commonest: " in str(
+            raised.value
+        )
         adapter = call(data={"align": tmp_path / "data.json"}, image_folder=images, max_rejected=0.2)["align"]
         (entry,) = adapter.record["data"]
         assert (entry["rows"], entry["used"]) == (10, 8) and sum(entry["rejected"].values()) == 2
@@ -565,21 +660,34 @@ class TestRefusals:
             call(curriculum=short, max_rejected=0.0)
 
     def test_loss_that_is_not_a_number(self, call, tmp_path: Path) -> None:
-        wild = Curriculum((Stage("align", "projector", schedule(learning_rate=1e30, warmup_ratio=0, epochs=20)),))
+        wild = Curriculum(
+            (Stage("align", "projector", schedule(learning_rate=1e30, warmup_ratio=0, epochs=20)),)
+        )
         with pytest.raises(TrainingError, match=r"The loss of step \d+ is (nan|inf). Lower learning_rate"):
             call(curriculum=wild)
         assert not (tmp_path / "run" / "align").exists()
 
 
 def test_start_from_another_architecture_or_padding_is_refused_at_once(
-    bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]], conversations: list[Conversation], tmp_path: Path
+    bases: dict[str, Path],
+    runs: dict[str, dict[str, StageAdapter]],
+    conversations: list[Conversation],
+    tmp_path: Path,
 ) -> None:
     curriculum = Curriculum((THREE["vqa"],))
-    arguments = {"data": {"vqa": conversations}, "output_dir": tmp_path / "run", "start_from": runs["llava"]["align"]}
+    arguments = {
+        "data": {"vqa": conversations},
+        "output_dir": tmp_path / "run",
+        "start_from": runs["llava"]["align"],
+    }
     with pytest.raises(AdapterError, match="was trained on model_type 'llava', the base's is 'vipllava'"):
         curriculum_finetune(bases["vipllava"], curriculum=curriculum, **arguments)
-    with pytest.raises(ConfigError, match="image_aspect_ratio is 'checkpoint', start_from was trained with 'pad'"):
-        curriculum_finetune(bases["llava"], curriculum=replace(curriculum, image_aspect_ratio="checkpoint"), **arguments)
+    with pytest.raises(
+        ConfigError, match="image_aspect_ratio is 'checkpoint', start_from was trained with 'pad'"
+    ):
+        curriculum_finetune(
+            bases["llava"], curriculum=replace(curriculum, image_aspect_ratio="checkpoint"), **arguments
+        )
     assert not (tmp_path / "run").exists()
 
 
@@ -587,7 +695,9 @@ def test_held_out_evaluation_does_not_change_what_is_learnt(
     bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
 ) -> None:
     curriculum = Curriculum((Stage("vqa", "lora", schedule(), LoraSpec(rank=4, alpha=8, dropout=0.3)),))
-    plain = curriculum_finetune(bases["llava"], {"vqa": conversations}, tmp_path / "plain", curriculum=curriculum)["vqa"]
+    plain = curriculum_finetune(
+        bases["llava"], {"vqa": conversations}, tmp_path / "plain", curriculum=curriculum
+    )["vqa"]
     data = {"vqa": conversations}
     watched = curriculum_finetune(
         bases["llava"], data, tmp_path / "watched", curriculum=curriculum, eval_data=data, eval_steps=1
@@ -623,9 +733,19 @@ rows = [Question(str(i), {conversations[0].images[0]!r}, "what?", "yes", "closed
 stage = Stage("align", "projector", Schedule(epochs=2, learning_rate=1e-3, global_batch=2))
 curriculum_finetune("org/tiny", {{"align": rows}}, "run", curriculum=Curriculum((stage,)))
 """
-    environment = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    environment = {
+        **os.environ,
+        "HF_HUB_CACHE": str(tmp_path / "hub"),
+        "HF_HUB_OFFLINE": "1",
+        "PYTHONPATH": str(ROOT),
+    }
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert done.returncode == 0, done.stderr
     adapter = StageAdapter.load(tmp_path / "run" / "align")
@@ -633,7 +753,9 @@ curriculum_finetune("org/tiny", {{"align": rows}}, "run", curriculum=Curriculum(
     assert (base["id"], base["revision"]) == ("org/tiny", revision)
     assert base["sha256"] == file_sha256(bases["llava"] / "model.safetensors")
     assert adapter.peft_config().base_model_name_or_path == "org/tiny"
-    assert "\nbase_model: org/tiny\nbase_model_relation: adapter\n" in (adapter.path / "README.md").read_text(encoding="utf-8")
+    assert "\nbase_model: org/tiny\nbase_model_relation: adapter\n" in (adapter.path / "README.md").read_text(
+        encoding="utf-8"
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         load_stage(bases["llava"], adapter)  # a folder with the same weights is the same base
@@ -647,7 +769,13 @@ curriculum_finetune("org/tiny", {{"align": rows}}, "run", curriculum=Curriculum(
     ],
 )
 def test_images_that_all_vanish_leave_no_stage(
-    epochs: float, seen: int, told: str, bases: dict[str, Path], images: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    epochs: float,
+    seen: int,
+    told: str,
+    bases: dict[str, Path],
+    images: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     folder = Path(shutil.copytree(images, tmp_path / "images"))
     rows = [Question(str(i), str(folder / f"{i}.png"), "what?", "yes", "closed") for i in range(4)]
@@ -660,12 +788,18 @@ def test_images_that_all_vanish_leave_no_stage(
     monkeypatch.setattr(Run, "stage", vanish_first)
     curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=2, epochs=epochs)),))
     with pytest.raises(TrainingError, match=told):
-        curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum, max_rejected=1)
+        curriculum_finetune(
+            bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum, max_rejected=1
+        )
     assert not (tmp_path / "run" / "vqa").exists()
     assert len((tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == seen
     monkeypatch.undo()
-    shutil.copytree(images, folder)  # found again: the same call begins the stage, for nothing had been learnt
-    adapter = curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)["vqa"]
+    shutil.copytree(
+        images, folder
+    )  # found again: the same call begins the stage, for nothing had been learnt
+    adapter = curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)[
+        "vqa"
+    ]
     assert adapter.metrics["conversations"] == seen and adapter.record["data"][0]["failed"] == 0
     assert not (tmp_path / "run" / "rejected.jsonl").exists()
 
@@ -679,13 +813,19 @@ def test_rows_that_would_fill_the_memory_or_break_the_labels_are_rejected(
     stop = Question("stop", str(images / "0.png"), "what?", "yes </s> no", "closed")
     curriculum = Curriculum((Stage("vqa", "projector", schedule(global_batch=2)),))
     adapter = curriculum_finetune(
-        bases["llava"], {"vqa": [*good, strip, stop]}, tmp_path / "run", curriculum=curriculum, max_rejected=0.5
+        bases["llava"],
+        {"vqa": [*good, strip, stop]},
+        tmp_path / "run",
+        curriculum=curriculum,
+        max_rejected=0.5,
     )["vqa"]
     (entry,) = adapter.record["data"]
     assert entry["rejected"] == {"unreadable image": 1, "cannot be encoded": 1} and entry["used"] == 4
     lines = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert "60000 × 1 pixels" in json.loads(lines[0])["detail"]
-    assert "Turn 2 holds '</s>', which the tokenizer reads as a special token" in json.loads(lines[1])["detail"]
+    assert (
+        "Turn 2 holds '</s>', which the tokenizer reads as a special token" in json.loads(lines[1])["detail"]
+    )
 
 
 def test_waiting_for_images_is_counted(
@@ -698,13 +838,19 @@ def test_waiting_for_images_is_counted(
     monkeypatch.setattr(collator, "load_image", slow)
     shown = [conversation for conversation in conversations if conversation.images]
     curriculum = Curriculum((Stage("align", "projector", schedule(epochs=1, global_batch=1)),))
-    metrics = curriculum_finetune(bases["llava"], {"align": shown}, tmp_path / "run", curriculum=curriculum, feature_cache=False)[
-        "align"
-    ].metrics
+    metrics = curriculum_finetune(
+        bases["llava"], {"align": shown}, tmp_path / "run", curriculum=curriculum, feature_cache=False
+    )["align"].metrics
     assert 0.05 * len(shown) <= metrics["waiting_seconds"] < metrics["seconds"]
-    shares = [(record["waiting_share"], record["seconds"]) for record in read_metrics(tmp_path / "run") if "loss" in record]
+    shares = [
+        (record["waiting_share"], record["seconds"])
+        for record in read_metrics(tmp_path / "run")
+        if "loss" in record
+    ]
     waited = [share * seconds for share, seconds in shares]
-    assert all(later - earlier > 0.04 for earlier, later in pairwise([0.0, *waited])), "each step waits for an image of its own"
+    assert all(later - earlier > 0.04 for earlier, later in pairwise([0.0, *waited])), (
+        "each step waits for an image of its own"
+    )
 
 
 def test_a_stage_that_will_learn_nothing_is_warned_of(
@@ -712,8 +858,16 @@ def test_a_stage_that_will_learn_nothing_is_warned_of(
 ) -> None:
     texts = [conversation for conversation in conversations if not conversation.images]
     for name, how, why in (
-        ("text", {"epochs": 4, "global_batch": 1}, "it trains the projector alone, and not one of its conversations shows an"),
-        ("once", {"epochs": 1, "global_batch": 8}, "warm-up begins at rate 0, and there is one optimizer step"),
+        (
+            "text",
+            {"epochs": 4, "global_batch": 1},
+            "it trains the projector alone, and not one of its conversations shows an",
+        ),
+        (
+            "once",
+            {"epochs": 1, "global_batch": 8},
+            "warm-up begins at rate 0, and there is one optimizer step",
+        ),
     ):
         curriculum = Curriculum((Stage(name, "projector", schedule(**how)),))
         with pytest.warns(UserWarning, match=f"^Stage '{name}' will learn nothing: {why}"):
@@ -737,7 +891,8 @@ class TestWriting:
             raise OSError(28, "No space left on device")
 
         with pytest.raises(
-            AdapterError, match=r"cannot be written .*No space left on device.*; nothing was left under that name"
+            AdapterError,
+            match=r"cannot be written .*No space left on device.*; nothing was left under that name",
         ):
             write_folder(tmp_path / "align", fill)
         assert list(tmp_path.iterdir()) == []
@@ -762,7 +917,9 @@ def fill(folder):
 write_folder(Path({str(tmp_path / "align")!r}), fill)
 """
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, check=False)
+        done = subprocess.run(
+            [sys.executable, "-c", script], env=environment, capture_output=True, check=False
+        )
         assert done.returncode == -9
         assert [path.name for path in tmp_path.iterdir()] == [".align.partial"]
         write_folder(tmp_path / "align", lambda folder: (folder / "whole").write_text("whole"))
@@ -770,9 +927,13 @@ write_folder(Path({str(tmp_path / "align")!r}), fill)
         assert [path.name for path in tmp_path.iterdir()] == ["align"]
 
 
-def test_adapter_on_another_architecture_is_an_error(bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]]) -> None:
+def test_adapter_on_another_architecture_is_an_error(
+    bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]]
+) -> None:
     for kind in ("vipllava", "llava_next", "llava_onevision"):
-        with pytest.raises(AdapterError, match=r"align was trained on llava \+ llama \+ clip_vision_model, this base is"):
+        with pytest.raises(
+            AdapterError, match=r"align was trained on llava \+ llama \+ clip_vision_model, this base is"
+        ):
             load_stage(bases[kind], runs["llava"]["align"])
 
 
@@ -784,7 +945,9 @@ def test_adapter_on_another_base_of_its_shape_is_a_named_warning(
         load_stage(other, runs["llava"]["vqa"])
 
 
-def test_a_wider_model_of_the_same_architecture_is_an_error(runs: dict[str, dict[str, StageAdapter]], tmp_path: Path) -> None:
+def test_a_wider_model_of_the_same_architecture_is_an_error(
+    runs: dict[str, dict[str, StageAdapter]], tmp_path: Path
+) -> None:
     other = tiny.build(tmp_path / "other", feature_layers=[-2, -1])
     with pytest.raises(AdapterError, match=r"tensors do not fit the base \(llava over llama\)"):
         load_stage(other, runs["llava"]["align"])

@@ -28,7 +28,9 @@ def test_only_an_earlier_demo_is_removed(tmp_path):
 
 def test_six_different_questions_are_shown_open_and_closed_in_turn():
     asked = [
-        Question(str(i), "a.png", f"question {i % 7} of {kind}?", "yes", kind) for i in range(60) for kind in ("open", "closed")
+        Question(str(i), "a.png", f"question {i % 7} of {kind}?", "yes", kind)
+        for i in range(60)
+        for kind in ("open", "closed")
     ]
     shown = [asked[number] for number in demo.shown(asked)]
     assert [question.answer_type for question in shown] == ["open", "closed"] * 3

@@ -7,7 +7,17 @@ import tiny
 import torch
 from PIL import Image
 
-from llavamed_peft import Conversation, Curriculum, LoraSpec, Question, Schedule, Stage, Turn, curriculum_finetune, load_stage
+from llavamed_peft import (
+    Conversation,
+    Curriculum,
+    LoraSpec,
+    Question,
+    Schedule,
+    Stage,
+    Turn,
+    curriculum_finetune,
+    load_stage,
+)
 from llavamed_peft.errors import DataError
 from llavamed_peft.evaluation.answer import answer_questions, stop_token_ids
 from llavamed_peft.evaluation.exact_match import Score, majority_answers, normalise, score, score_table
@@ -47,13 +57,21 @@ def test_what_is_compared(text, wanted):
 def test_the_majority_answer_is_the_commonest_of_its_kind():
     train = [question(answer) for answer in ("Axial", "axial.", "MRI", "liver")]
     train += [question(answer, "closed") for answer in ("Yes", "no", "No.", "yes", "left")]
-    assert majority_answers(train) == {"open": "axial", "closed": "no"}  # no and yes are equally frequent: by the alphabet
+    assert majority_answers(train) == {
+        "open": "axial",
+        "closed": "no",
+    }  # no and yes are equally frequent: by the alphabet
     assert majority_answers(train[:4]) == {"open": "axial"}
     assert majority_answers([]) == {}
 
 
 def test_scores_of_each_kind_beside_the_majority():
-    questions = [question("Yes", "closed"), question("no", "closed"), question("Left lung"), question("no", "closed")]
+    questions = [
+        question("Yes", "closed"),
+        question("no", "closed"),
+        question("Left lung"),
+        question("no", "closed"),
+    ]
     answers = ["yes.", "yes", "left lung", "No"]
     scores = score(questions, answers, {"closed": "no"})
     assert scores == {"open": Score(1, 1, "", 0), "closed": Score(3, 2, "no", 2)}
@@ -67,12 +85,16 @@ def test_scores_of_each_kind_beside_the_majority():
 
 
 def test_a_kind_without_questions_is_left_out():
-    assert score([question("no", "closed")], ["no"], {"open": "axial", "closed": "no"}) == {"closed": Score(1, 1, "no", 1)}
+    assert score([question("no", "closed")], ["no"], {"open": "axial", "closed": "no"}) == {
+        "closed": Score(1, 1, "no", 1)
+    }
     assert score([], [], {}) == {}
 
 
 def test_as_many_answers_as_questions():
-    with pytest.raises(ValueError, match=r"2 questions and 1 answers; wanted equal numbers, in the same order\."):
+    with pytest.raises(
+        ValueError, match=r"2 questions and 1 answers; wanted equal numbers, in the same order\."
+    ):
         score([question("no"), question("yes")], ["no"], {})
 
 
@@ -111,7 +133,9 @@ def images(folder):
 
 def asked(images):
     """Questions of several lengths about images of several shapes, one without an image, one with two and an earlier turn."""
-    several = [question("yes", image=image, words=f"{'what ' * i}is in it?") for i, image in enumerate(images)]
+    several = [
+        question("yes", image=image, words=f"{'what ' * i}is in it?") for i, image in enumerate(images)
+    ]
     text_only = Conversation("text", (Turn("user", "the heart ?"), Turn("assistant", "normal")))
     turns = (
         Turn("user", "<image> the left lung, <image>"),
@@ -139,7 +163,9 @@ def test_the_model_is_asked_what_it_was_asked_in_training(checkpoint, images, mo
     for one, inputs in zip(questions, seen, strict=True):
         trained = collator([one.conversation() if isinstance(one, Question) else one])
         learnt = trained["labels"][0] != -100
-        answer = int((learnt[1:] & ~learnt[:-1]).nonzero()[-1]) + 1  # where the last stretch of supervised tokens begins
+        answer = (
+            int((learnt[1:] & ~learnt[:-1]).nonzero()[-1]) + 1
+        )  # where the last stretch of supervised tokens begins
         assert torch.equal(inputs["input_ids"], trained["input_ids"][:, :answer])
         assert inputs.keys() == trained.keys() - {"labels"}
         for name in inputs.keys() - {"input_ids", "attention_mask"}:
@@ -152,7 +178,9 @@ def test_batches_change_no_answer(checkpoint, images, model_type):
     questions = asked(images)
     alone = answer_questions(model, processor, questions, max_new_tokens=6, batch_size=1)
     assert len(alone) == len(questions)
-    assert len(set(alone)) > 1, "the checkpoint says the same whatever it is asked; the test would show nothing"
+    assert len(set(alone)) > 1, (
+        "the checkpoint says the same whatever it is asked; the test would show nothing"
+    )
     assert answer_questions(model, processor, questions, max_new_tokens=6, batch_size=4) == alone
 
 
@@ -172,12 +200,19 @@ def test_answers_are_greedy_whatever_the_checkpoint_says(checkpoint, images, mon
                 ids.append(int(model(input_ids=torch.tensor([ids]), **pixels).logits[0, -1].argmax()))
         wanted.append(processor.tokenizer.decode(ids[length:], skip_special_tokens=True).strip())
     own = model.generation_config
-    for name, value in (("do_sample", True), ("temperature", 9.0), ("repetition_penalty", 9.0), ("num_beams", 2)):
+    for name, value in (
+        ("do_sample", True),
+        ("temperature", 9.0),
+        ("repetition_penalty", 9.0),
+        ("num_beams", 2),
+    ):
         monkeypatch.setattr(own, name, value)
     assert answer_questions(model, processor, asked(images)[:3], max_new_tokens=5) == wanted
 
 
-@pytest.mark.parametrize(("model_type", "stops"), [("llava", ["</s>"]), ("llava_onevision", ["</s>", "<|im_end|>"])])
+@pytest.mark.parametrize(
+    ("model_type", "stops"), [("llava", ["</s>"]), ("llava_onevision", ["</s>", "<|im_end|>"])]
+)
 def test_answers_end_at_the_models_or_the_templates_stop(checkpoint, model_type, stops):
     model, processor = checkpoint(model_type)
     ids = stop_token_ids(model, Encoder(processor))
@@ -200,7 +235,10 @@ def test_an_unreadable_image_names_its_question(checkpoint, images, tmp_path):
     model, processor = checkpoint("llava")
     broken = tmp_path / "broken.png"
     broken.write_bytes(images[0].read_bytes()[:200])
-    questions = [*asked(images)[:1], Question("q17", str(broken), "what?", "yes", "closed", source="testset.json:17")]
+    questions = [
+        *asked(images)[:1],
+        Question("q17", str(broken), "what?", "yes", "closed", source="testset.json:17"),
+    ]
     with pytest.raises(DataError, match=r"^testset\.json:17 \(id q17\): .*broken\.png"):
         answer_questions(model, processor, questions)
 
@@ -220,7 +258,9 @@ def test_what_was_learnt_by_heart_is_answered(folder, checkpoint, images, model_
     ]
     schedule = Schedule(epochs=30, learning_rate=1e-2, global_batch=2, max_length=400)
     curriculum = Curriculum((Stage("vqa", "lora", schedule, LoraSpec(rank=16, alpha=32, dropout=0.0)),))
-    adapter = curriculum_finetune(base, {"vqa": questions}, folder / f"run-{model_type}", curriculum=curriculum)["vqa"]
+    adapter = curriculum_finetune(
+        base, {"vqa": questions}, folder / f"run-{model_type}", curriculum=curriculum
+    )["vqa"]
     model, processor = load_stage(base, adapter)
     before = answer_questions(*checkpoint(model_type), questions)
     after = answer_questions(model, processor, questions)

@@ -23,7 +23,16 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import kills
 
-from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, StageAdapter, Turn, curriculum_finetune
+from llavamed_peft import (
+    Conversation,
+    Curriculum,
+    LoraSpec,
+    Schedule,
+    Stage,
+    StageAdapter,
+    Turn,
+    curriculum_finetune,
+)
 from llavamed_peft.batches.checking import build_index
 from llavamed_peft.batches.decoding import DeviceBatches
 from llavamed_peft.datasets.rejects import RejectLog
@@ -73,7 +82,9 @@ def images(tmp_path: Path) -> list[str]:
 
 
 def asked(name: str, *images: str, answer: str = "a heart") -> Conversation:
-    return Conversation(name, (Turn("user", "<image>" * len(images) + "\nwhat is it?"), Turn("assistant", answer)), images)
+    return Conversation(
+        name, (Turn("user", "<image>" * len(images) + "\nwhat is it?"), Turn("assistant", answer)), images
+    )
 
 
 def conversations(images: list[str]) -> list[Conversation]:
@@ -122,7 +133,9 @@ def trainer(
     return made
 
 
-def stored(made: StageTrainer, folder: Path, asked_for: bool | str = True, dtype: torch.dtype = torch.float32) -> Features | None:
+def stored(
+    made: StageTrainer, folder: Path, asked_for: bool | str = True, dtype: torch.dtype = torch.float32
+) -> Features | None:
     return made.stored_features(asked_for, dtype, folder / "features")
 
 
@@ -135,7 +148,11 @@ def loss_and_gradients(model: torch.nn.Module, batch: dict[str, torch.Tensor]) -
     model.zero_grad()
     loss = model(**batch).loss
     loss.backward()
-    gradients = {name: parameter.grad.clone() for name, parameter in model.named_parameters() if parameter.grad is not None}
+    gradients = {
+        name: parameter.grad.clone()
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
     return {"loss": loss.detach(), **gradients}
 
 
@@ -167,13 +184,21 @@ def test_at_the_same_tower_batch_cached_is_fresh_to_the_bit(
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
     words = made.collator([rows[2]])  # a blank image's turn
-    assert torch.isfinite(made.model(**words).loss) and torch.isfinite(made.model(**made.collator([])).logits).all()
+    assert (
+        torch.isfinite(made.model(**words).loss)
+        and torch.isfinite(made.model(**made.collator([])).logits).all()
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_in_other_tower_batches_features_are_within_one_unit_of_the_last_place(
-    kind: str, dtype: torch.dtype, bases: dict[str, Path], images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    dtype: torch.dtype,
+    bases: dict[str, Path],
+    images: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     found = []
     for tiles in (32, 1):
@@ -183,11 +208,15 @@ def test_in_other_tower_batches_features_are_within_one_unit_of_the_last_place(
     assert found[0].keys() == found[1].keys()
     for key, tensor in found[0].items():
         assert tensor.dtype == dtype
-        other = found[1][key]  # the same or its neighbour; near zero, where last places are small, one of those at 1
+        other = found[1][
+            key
+        ]  # the same or its neighbour; near zero, where last places are small, one of those at 1
         assert ((tensor.nextafter(other) == other) | ((tensor - other).abs() <= torch.finfo(dtype).eps)).all()
 
 
-def test_a_worker_lays_features_down_in_shared_memory(bases: dict[str, Path], images: list[str], tmp_path: Path) -> None:
+def test_a_worker_lays_features_down_in_shared_memory(
+    bases: dict[str, Path], images: list[str], tmp_path: Path
+) -> None:
     class Shares(DeviceBatches):
         def __getitem__(self, rows: object) -> object:
             inputs = super().__getitem__(rows)
@@ -208,7 +237,10 @@ def test_what_is_stored_is_asked_for_by_content_tower_layers_processor_and_dtype
     made = trainer(bases["llava"], [asked("a", images[0]), asked("b", images[6])], tmp_path / "run")
     assert len(stored(made, tmp_path)) == 1, "equal files are one"
     encoder = made.collator.encoder
-    known = {fingerprint(made.model, encoder, torch.float32), fingerprint(made.model, encoder, torch.bfloat16)}
+    known = {
+        fingerprint(made.model, encoder, torch.float32),
+        fingerprint(made.model, encoder, torch.bfloat16),
+    }
     made.model.config.vision_feature_layer = -1
     known.add(fingerprint(made.model, encoder, torch.float32))
     encoder.processor.image_processor.image_mean = [0.1, 0.2, 0.3]
@@ -217,7 +249,9 @@ def test_what_is_stored_is_asked_for_by_content_tower_layers_processor_and_dtype
     assert len({*known, fingerprint(made.model, encoder, torch.float32)}) == 5
 
 
-def test_an_image_mended_since_is_left_out_until_the_next_call(bases: dict[str, Path], images: list[str], tmp_path: Path) -> None:
+def test_an_image_mended_since_is_left_out_until_the_next_call(
+    bases: dict[str, Path], images: list[str], tmp_path: Path
+) -> None:
     whole = Path(images[1]).read_bytes()
     made = trainer(bases["llava"], [asked("a", images[0]), asked("b", cut(images[1]))], tmp_path / "run")
     made.collator.features = stored(made, tmp_path)
@@ -225,7 +259,8 @@ def test_an_image_mended_since_is_left_out_until_the_next_call(bases: dict[str, 
         made.collator([asked("b", images[1])])
     Path(images[1]).write_bytes(whole)
     with pytest.raises(
-        DataError, match=r"1\.png: could not be decoded when the stage's features were stored, and can be now; it"
+        DataError,
+        match=r"1\.png: could not be decoded when the stage's features were stored, and can be now; it",
     ):
         made.collator([asked("b", images[1])])
     made.collator.features = stored(made, tmp_path)
@@ -281,15 +316,22 @@ def test_a_run_with_the_cache_learns_what_one_without_it_does(
     rows = conversations(images)
     if how.pop("eval", False):
         how["eval_data"] = {"vqa": [asked("held out", images[0])]}
-    cached, fresh = (run(bases[kind], rows, tmp_path / str(on), trains, feature_cache=on, **how) for on in (True, False))
+    cached, fresh = (
+        run(bases[kind], rows, tmp_path / str(on), trains, feature_cache=on, **how) for on in (True, False)
+    )
     said = capsys.readouterr().err
     for position, (stage, adapter) in enumerate(cached.items()):
         agree(fresh[stage], adapter, 2e-5)
         assert [one.record["computing"]["feature_cache"] for one in (adapter, fresh[stage])] == [True, False]
         assert [one.metrics["cached_images"] for one in (adapter, fresh[stage])] == [6, 0]
         assert adapter.metrics["loss_last"] == pytest.approx(fresh[stage].metrics["loss_last"], abs=1e-5)
-        new = 6 if position == 0 else 0  # the full stage's checkpoint has the tower that the stages before it saw
-        assert f"{stage:<10} feature cache on: 6 images, " in said and f"; {new} images pass the vision tower instead of " in said
+        new = (
+            6 if position == 0 else 0
+        )  # the full stage's checkpoint has the tower that the stages before it saw
+        assert (
+            f"{stage:<10} feature cache on: 6 images, " in said
+            and f"; {new} images pass the vision tower instead of " in said
+        )
     assert said.count("images stored") == 1
     assert not (tmp_path / "True" / "features").exists(), "of a finished run"
 
@@ -323,12 +365,15 @@ def test_images_that_vanish_while_features_are_stored_are_no_gaps(
 
     monkeypatch.setattr(store, "load_image", vanish)
     with pytest.raises(
-        TrainingError, match=r"^\S+\.png: no such file; wanted an image\. It could be read when the feature cache"
+        TrainingError,
+        match=r"^\S+\.png: no such file; wanted an image\. It could be read when the feature cache",
     ):
         run(bases["llava"], conversations(images), tmp_path / "run", feature_cache=True, workers=workers)
     monkeypatch.undo()
     away.rename(folder)
-    adapter = run(bases["llava"], conversations(images), tmp_path / "run", feature_cache=True, workers=workers)["vqa"]
+    adapter = run(
+        bases["llava"], conversations(images), tmp_path / "run", feature_cache=True, workers=workers
+    )["vqa"]
     assert adapter.record["data"][0]["failed"] == 0
     agree(StageAdapter.load(tmp_path / "whole" / "vqa"), adapter, 1e-6)
 
@@ -351,7 +396,9 @@ def test_a_worker_that_dies_while_filling_names_its_row(
 
 
 def test_the_forecast_decides_where_nobody_did(tmp_path: Path) -> None:
-    small = Forecast(images=4000, uncomputed=4000, passes=36_000, stored=0, missing=4_800_000_000, free=96 * 10**9)
+    small = Forecast(
+        images=4000, uncomputed=4000, passes=36_000, stored=0, missing=4_800_000_000, free=96 * 10**9
+    )
     assert decide(small, "auto", "vqa", tmp_path) == (
         True,
         "vqa        feature cache on: 4,000 images, 4.8 GB on disk, 4.8 GB of them to be added (96.0 GB free); 4,000 images pass "
@@ -360,7 +407,9 @@ def test_the_forecast_decides_where_nobody_did(tmp_path: Path) -> None:
     once = Forecast(500_000, 500_000, 500_000, 0, 600 * 10**9, 10**13)
     on, line = decide(once, "auto", "align", tmp_path)
     assert (
-        not on and line.startswith("align      feature cache off: 500,000 images, 600.0 GB") and line.endswith("; too few to pay")
+        not on
+        and line.startswith("align      feature cache off: 500,000 images, 600.0 GB")
+        and line.endswith("; too few to pay")
     )
     often = Forecast(500_000, 500_000, 1_500_000, 0, 600 * 10**9, 10**13)
     on, line = decide(often, "auto", "align", tmp_path)
@@ -370,30 +419,53 @@ def test_the_forecast_decides_where_nobody_did(tmp_path: Path) -> None:
     assert decide(Forecast(10, 10, 10, 0, 100, 10**9), True, "vqa", tmp_path)[0]
     with pytest.raises(TrainingError) as refused:
         decide(Forecast(10, 10, 1000, 0, 600_000, 10**6), True, "vqa", tmp_path)
-    assert "the features of stage 'vqa' do not fit into " in str(refused.value) and "(1.0 MB free)" in str(refused.value)
-    assert "Wanted at most 500.0 kB to be added: 50.0 GB in all and half of the free disk. Make room, " in str(refused.value)
+    assert "the features of stage 'vqa' do not fit into " in str(refused.value) and "(1.0 MB free)" in str(
+        refused.value
+    )
+    assert (
+        "Wanted at most 500.0 kB to be added: 50.0 GB in all and half of the free disk. Make room, "
+        in str(refused.value)
+    )
 
 
 def test_by_default_it_is_used_where_the_tower_would_see_images_twice(
-    bases: dict[str, Path], images: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    bases: dict[str, Path],
+    images: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    rows = [asked(str(number), images[number % 6], answer="a heart " * (1 + number // 6)) for number in range(12)]
+    rows = [
+        asked(str(number), images[number % 6], answer="a heart " * (1 + number // 6)) for number in range(12)
+    ]
     size = 6 * (tiny.GRID + 1) * 64 * 4
 
     def lines(name: str, epochs: float, **how: object) -> list[str]:
         run(bases["llava"], rows, tmp_path / name, schedule=schedule(epochs=epochs, global_batch=4), **how)
         return [line for line in capsys.readouterr().err.splitlines() if "feature cache o" in line]
 
-    assert lines("once", 1)[0].endswith("; 6 images pass the vision tower instead of 6; too few to pay"), "images are drawn whole"
+    assert lines("once", 1)[0].endswith("; 6 images pass the vision tower instead of 6; too few to pay"), (
+        "images are drawn whole"
+    )
     (padded,) = lines("padded", 1, layout="padded")
     assert padded.startswith(f"vqa        feature cache on: 6 images, {size / 1e3:.1f} kB on disk, ")
     assert padded.endswith("; 6 images pass the vision tower instead of 12")
-    assert lines("twice", 2, layout="packed")[0].endswith("instead of 12") and lines("never", 2, feature_cache=False) == []
+    assert (
+        lines("twice", 2, layout="packed")[0].endswith("instead of 12")
+        and lines("never", 2, feature_cache=False) == []
+    )
     held_out = {"vqa": [asked("held out", images[0])]}  # measured before, behind each of 3 steps
-    assert "; 6 images pass the vision tower instead of 10; too" in lines("eval", 1, eval_data=held_out, eval_steps=1)[0]
+    assert (
+        "; 6 images pass the vision tower instead of 10; too"
+        in lines("eval", 1, eval_data=held_out, eval_steps=1)[0]
+    )
     monkeypatch.setattr(forecasting, "MAX_BYTES", size - 1)
-    assert lines("full", 3)[0].endswith(f"instead of 18; more than the {(size - 1) / 1e3:.1f} kB that may be added")
-    with pytest.raises(TrainingError, match="feature_cache is True, and the features of stage 'vqa' do not fit into "):
+    assert lines("full", 3)[0].endswith(
+        f"instead of 18; more than the {(size - 1) / 1e3:.1f} kB that may be added"
+    )
+    with pytest.raises(
+        TrainingError, match="feature_cache is True, and the features of stage 'vqa' do not fit into "
+    ):
         lines("refused", 3, feature_cache=True)
 
 
@@ -435,7 +507,9 @@ def test_equal_files_are_forecast_once(
         assert "; 0 images pass the vision tower instead of " in line
 
 
-def test_a_stage_without_images_has_no_cache(bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_without_images_has_no_cache(
+    bases: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter = run(bases["llava"], [asked("0"), asked("1")], tmp_path / "run", feature_cache=True)["vqa"]
     assert adapter.metrics["cached_images"] == 0 and "feature cache" not in capsys.readouterr().err
 
@@ -454,11 +528,15 @@ def test_tiles_are_estimated_before_and_counted_before_filling(
     with pytest.raises(TrainingError, match="do not fit"):
         stored(made, tmp_path / "other")
     assert stored(made, tmp_path / "other", "auto") is None
-    assert [path.suffix for path in (tmp_path / "other").rglob("*.*")] == [".json"], "the estimate fitted, the count did not"
+    assert [path.suffix for path in (tmp_path / "other").rglob("*.*")] == [".json"], (
+        "the estimate fitted, the count did not"
+    )
 
 
 @pytest.mark.parametrize("wrong", ["on", 1, None])
-def test_other_values_are_refused(wrong: object, bases: dict[str, Path], images: list[str], tmp_path: Path) -> None:
+def test_other_values_are_refused(
+    wrong: object, bases: dict[str, Path], images: list[str], tmp_path: Path
+) -> None:
     with pytest.raises(ConfigError, match=rf"feature_cache is {wrong!r}; wanted 'auto', True or False\."):
         run(bases["llava"], conversations(images), tmp_path / "run", feature_cache=wrong)
 
@@ -469,7 +547,8 @@ def test_asked_for_with_a_sharded_model_it_is_refused(
     for variable, value in {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"}.items():
         monkeypatch.setenv(variable, value)
     with pytest.raises(
-        ConfigError, match=r"feature_cache is True and the launch configuration shards \(fsdp2\); wanted 'auto' or"
+        ConfigError,
+        match=r"feature_cache is True and the launch configuration shards \(fsdp2\); wanted 'auto' or",
     ):
         run(bases["llava"], conversations(images), tmp_path / "run", feature_cache=True)
 
@@ -478,7 +557,11 @@ def test_asked_for_with_a_sharded_model_it_is_refused(
 
 
 def test_a_damaged_file_is_dropped_and_its_images_come_out_as_before(
-    bases: dict[str, Path], images: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bases: dict[str, Path],
+    images: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.setattr(store, "IMAGES_PER_FILE", 2)
     made = trainer(bases["llava"], conversations(images), tmp_path / "run")
@@ -496,29 +579,39 @@ def test_a_damaged_file_is_dropped_and_its_images_come_out_as_before(
         (first.folder / name).write_bytes(damaged)
         before = {path: path.stat().st_mtime_ns for path in (first.folder / other, first.folder / third)}
         capsys.readouterr()
-        with pytest.warns(UserWarning, match=rf"{name}: {why}\. Removed; the features of its images are computed again\."):
+        with pytest.warns(
+            UserWarning, match=rf"{name}: {why}\. Removed; the features of its images are computed again\."
+        ):
             again = stored(made, tmp_path)
         assert "feature cache: 2 of 2 images stored" in capsys.readouterr().err
         assert all(path.stat().st_mtime_ns == time for path, time in before.items())
         found = tensors_of(again)
-        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+        assert found.keys() == expected.keys() and all(
+            torch.equal(found[key], expected[key]) for key in expected
+        )
     (plan,) = first.folder.glob("plan-*.json")
     text = plan.read_text()
     for damaged in (text[:-10], text.replace("50", "51"), "[[1, 2, 3, 4, 5]]"):
         assert damaged != text
         plan.write_text(damaged)
-        with pytest.warns(UserWarning, match=r"plan-.*\.json: is damaged\. Removed; what it planned is planned again\."):
+        with pytest.warns(
+            UserWarning, match=r"plan-.*\.json: is damaged\. Removed; what it planned is planned again\."
+        ):
             stored(made, tmp_path)
         assert plan.read_text() == text
     made.collator.features = stored(made, tmp_path)
     store._open.cache_clear()
     for path in first.folder.glob("*.safetensors"):
         path.unlink()
-    with pytest.raises(TrainingError, match=r"safetensors: cannot be read any more .* Make the same call again"):
+    with pytest.raises(
+        TrainingError, match=r"safetensors: cannot be read any more .* Make the same call again"
+    ):
         made.collator.inputs(conversations(images))
 
 
-def test_what_is_no_file_is_replaced_or_refused(bases: dict[str, Path], images: list[str], tmp_path: Path) -> None:
+def test_what_is_no_file_is_replaced_or_refused(
+    bases: dict[str, Path], images: list[str], tmp_path: Path
+) -> None:
     made = trainer(bases["llava"], conversations(images), tmp_path / "run")
     folder = stored(made, tmp_path).folder
     for path in sorted(folder.iterdir()):
@@ -528,7 +621,9 @@ def test_what_is_no_file_is_replaced_or_refused(bases: dict[str, Path], images: 
     for path in sorted(folder.iterdir()):
         path.unlink()
         path.mkdir()
-        with pytest.raises(TrainingError, match=r"cannot be written \(.*Is a directory.*Make room or mend the folder"):
+        with pytest.raises(
+            TrainingError, match=r"cannot be written \(.*Is a directory.*Make room or mend the folder"
+        ):
             stored(made, tmp_path)
         path.rmdir()
 
@@ -559,7 +654,10 @@ def test_two_processes_may_fill_at_once(bases: dict[str, Path], images: list[str
     forks = kills.context()
     started = forks.Barrier(2)
     rows = conversations(images)
-    together = [forks.Process(target=fill_at_once, args=(bases["llava"], rows, tmp_path, number, started)) for number in range(2)]
+    together = [
+        forks.Process(target=fill_at_once, args=(bases["llava"], rows, tmp_path, number, started))
+        for number in range(2)
+    ]
     for process in together:
         process.start()
     for process in together:
@@ -657,7 +755,9 @@ def test_killed_while_it_was_filled_and_while_it_was_used_nothing_changes(place:
     (whole,) = folder.glob("[!.]*.safetensors")
     written = whole.stat().st_mtime_ns
     said = call(place, out, kill_in_training, exit_code=-signal.SIGKILL)
-    assert "feature cache: 4 of 5 images stored" in said, "seven in four files, one of two whole, and one cannot be decoded"
+    assert "feature cache: 4 of 5 images stored" in said, (
+        "seven in four files, one of two whole, and one cannot be decoded"
+    )
     assert whole.stat().st_mtime_ns == written and not list(folder.glob(".*"))
     said = call(place, out, in_files_of_two)
     assert "images stored" not in said and "vqa        feature cache on: 7 images, " in said
@@ -686,10 +786,17 @@ def test_stopped_while_it_is_filled_it_says_what_stays(place: Path) -> None:
         ("fill", "3 of 4 files checked", "0 of 4 files that were missing are whole, and stay"),
     ],
 )
-def test_whatever_it_is_at_it_says_so_and_can_be_stopped(name: str, line: str | None, done: str, place: Path) -> None:
-    said = call(place, place / f"stopped at {name}", at_call, name, signal_myself, signal.SIGTERM, exit_code=1)
+def test_whatever_it_is_at_it_says_so_and_can_be_stopped(
+    name: str, line: str | None, done: str, place: Path
+) -> None:
+    said = call(
+        place, place / f"stopped at {name}", at_call, name, signal_myself, signal.SIGTERM, exit_code=1
+    )
     assert line is None or f"align      feature cache: {line}\n" in said
-    assert f"Stopped by SIGTERM while the feature cache of stage 'align' was filled; {done}. No checkpoint of this " in said
+    assert (
+        f"Stopped by SIGTERM while the feature cache of stage 'align' was filled; {done}. No checkpoint of this "
+        in said
+    )
 
 
 def test_a_full_disk_is_said_and_made_room_on_it_goes_on(place: Path) -> None:
@@ -699,7 +806,9 @@ def test_a_full_disk_is_said_and_made_room_on_it_goes_on(place: Path) -> None:
     assert last.endswith(
         "the same call goes on with the features that are stored; or give it feature_cache=False, which stores none."
     )
-    assert not list((out / "features").rglob("*.safetensors")) and not list((out / "features").rglob("*.partial"))
+    assert not list((out / "features").rglob("*.safetensors")) and not list(
+        (out / "features").rglob("*.partial")
+    )
     call(place, out, in_files_of_two)
     kills.check_same(place / "lora", out)
 
@@ -750,11 +859,17 @@ def test_two_processes_divide_the_images_and_learn_what_one_does(
     cut(images[6])
     os.rename(images[6], Path(images[6]).with_name("cut.png"))
     for processes in (1, 2):
-        torchrun = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        torchrun = (
+            [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+        )
         words = [script, bases["llava"], tmp_path / "images", tmp_path / str(processes), processes]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(
-            [sys.executable, *torchrun, *map(str, words)], env=environment, capture_output=True, text=True, check=False
+            [sys.executable, *torchrun, *map(str, words)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            check=False,
         )
         assert done.returncode == 0, done.stderr[-3000:]
     alone, *shares = ((tmp_path / name).read_text().split() for name in ("1.0", "2.0", "2.1"))

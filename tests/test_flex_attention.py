@@ -16,7 +16,15 @@ import flex_on_cpu
 import pytest
 import tiny
 import torch
-from packed import KINDS, assert_same, draw_conversations, draw_images, loss_and_gradients, random_ends, trainable
+from packed import (
+    KINDS,
+    assert_same,
+    draw_conversations,
+    draw_images,
+    loss_and_gradients,
+    random_ends,
+    trainable,
+)
 from torch._dynamo.utils import counters
 from torch.nn.attention.flex_attention import create_block_mask, create_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
@@ -27,7 +35,14 @@ from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.parts import bare
 from llavamed_peft.modeling.tensors import set_dtypes
 from llavamed_peft.packing import PackedCollator, masks
-from llavamed_peft.packing.masks import RECOMPILE_LIMIT, attention_inputs, block_mask, choose_attention, dense_mask, fill_tokens
+from llavamed_peft.packing.masks import (
+    RECOMPILE_LIMIT,
+    attention_inputs,
+    block_mask,
+    choose_attention,
+    dense_mask,
+    fill_tokens,
+)
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ON_GPU = torch.cuda.is_available()
@@ -99,13 +114,17 @@ def test_a_model_reads_a_packed_batch_through_the_cpu_kernel_as_through_sdpa(
 # Gradients
 
 
-def packed_inputs(model: torch.nn.Module, collator: PackedCollator, conversations: list[Conversation]) -> dict[str, object]:
+def packed_inputs(
+    model: torch.nn.Module, collator: PackedCollator, conversations: list[Conversation]
+) -> dict[str, object]:
     """A batch for FlexAttention, on the model's device."""
     batch = {name: tensor.to(model.device) for name, tensor in collator.inputs(conversations).items()}
     return {**batch, **attention_inputs(batch.pop("ends"), bare(model).config)}
 
 
-def padded_inputs(model: torch.nn.Module, processor: object, conversations: list[Conversation]) -> dict[str, object]:
+def padded_inputs(
+    model: torch.nn.Module, processor: object, conversations: list[Conversation]
+) -> dict[str, object]:
     batch = PackedCollator(processor, layout="padded")(conversations)
     return {name: tensor.to(model.device) for name, tensor in batch.items()}
 
@@ -208,16 +227,23 @@ def test_stages_of_every_class_train_in_one_process_as_padded_ones(
 # Where it cannot be had
 
 
-def test_each_device_has_one_attention_and_others_are_refused(bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_device_has_one_attention_and_others_are_refused(
+    bases: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, _ = load_checkpoint(bases["llava"])
     monkeypatch.setattr(masks, "has_triton", lambda: True)
-    assert [fill_tokens(choose_attention(model, device, torch.float32)) for device in (CPU, CUDA)] == [1024, None]
+    assert [fill_tokens(choose_attention(model, device, torch.float32)) for device in (CPU, CUDA)] == [
+        1024,
+        None,
+    ]
     assert model.config.text_config._attn_implementation == "flex_attention"
     assert model.model.vision_tower.config._attn_implementation == "sdpa"
     choose_attention(model, CPU, torch.float32)
     assert model.config.text_config._attn_implementation == "sdpa"
     model.set_attn_implementation({"text_config": "eager"})
-    with pytest.raises(ConfigError, match="The language model's attention is 'eager'; packed rows need one of sdpa, flex_att"):
+    with pytest.raises(
+        ConfigError, match="The language model's attention is 'eager'; packed rows need one of sdpa, flex_att"
+    ):
         attention_inputs(torch.tensor([[2, 2]]), model.config)
 
 

@@ -71,7 +71,8 @@ def run_interpreted(command: list[str]) -> list[object]:
         [sys.executable, *command],
         capture_output=True,
         text=True,
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}:{ROOT / 'tests'}", "TRITON_INTERPRET": "1"},
+        env=os.environ
+        | {"PYTHONPATH": f"{ROOT}:{ROOT / 'benchmarks'}:{ROOT / 'tests'}", "TRITON_INTERPRET": "1"},
         timeout=280,
     )
     assert done.returncode == 0, done.stderr

@@ -79,7 +79,9 @@ def test_orientation_behind_a_pngs_pixels_is_ignored_by_size_and_pixels_alike(tm
     np.testing.assert_array_equal(pixels(path), upright())
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])  # of WebP the decoder wants the whole file, even for the size
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpg", "tif"]
+)  # of WebP the decoder wants the whole file, even for the size
 def test_size_needs_no_pixels(tmp_path, suffix):
     """Of each file only the header is left; loading it fails, its size is still known."""
     path = tmp_path / f"noise.{suffix}"
@@ -153,12 +155,16 @@ def test_transparency_is_laid_on_white(tmp_path):
     palette.putpalette([10, 20, 30, 40, 50, 60, 70, 80, 90])
     palette.putdata([0, 1, 2])
     palette.save(tmp_path / "plain.png")
-    np.testing.assert_array_equal(pixels(tmp_path / "plain.png")[0], [[10, 20, 30], [40, 50, 60], [70, 80, 90]])
+    np.testing.assert_array_equal(
+        pixels(tmp_path / "plain.png")[0], [[10, 20, 30], [40, 50, 60], [70, 80, 90]]
+    )
     palette.save(tmp_path / "index.png", transparency=1)
     palette.save(tmp_path / "index.gif", transparency=1)
     palette.save(tmp_path / "table.png", transparency=bytes([255, 0, 255]))
     for name in ("index.png", "index.gif", "table.png"):
-        np.testing.assert_array_equal(pixels(tmp_path / name)[0], [[10, 20, 30], [255, 255, 255], [70, 80, 90]])
+        np.testing.assert_array_equal(
+            pixels(tmp_path / name)[0], [[10, 20, 30], [255, 255, 255], [70, 80, 90]]
+        )
 
     Image.new("RGB", (1, 1), (1, 2, 3)).save(tmp_path / "colour.png", transparency=(1, 2, 3))
     np.testing.assert_array_equal(pixels(tmp_path / "colour.png")[0, 0], [255, 255, 255])
@@ -211,7 +217,9 @@ def test_truncated_files_raise(tmp_path, suffix, share):
 
 
 def test_what_is_no_image(tmp_path):
-    text, empty, missing, eps = (tmp_path / name for name in ("text.jpg", "empty.png", "missing.png", "program.jpg"))
+    text, empty, missing, eps = (
+        tmp_path / name for name in ("text.jpg", "empty.png", "missing.png", "program.jpg")
+    )
     text.write_text("Not found")
     empty.touch()
     eps.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n")
@@ -243,14 +251,19 @@ def test_an_image_of_another_user(tmp_path):
         for read in (image_size, load_image, content_key):
             with pytest.raises(DataError) as caught:
                 read(path)
-            assert str(caught.value) == f"{path}: may not be read (Permission denied); wanted an image that this user can open."
+            assert (
+                str(caught.value)
+                == f"{path}: may not be read (Permission denied); wanted an image that this user can open."
+            )
     finally:
         os.seteuid(user)
 
 
 def huge_png(path, width, height):
     header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    path.write_bytes(b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b""))
+    path.write_bytes(
+        b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", b"") + png_chunk(b"IEND", b"")
+    )
 
 
 @pytest.mark.parametrize("read", [image_size, load_image])
@@ -284,7 +297,11 @@ def test_the_limit_is_ours_and_pillows_global_is_not_touched(tmp_path):
 def test_content_key_is_the_sha256_of_the_bytes(tmp_path):
     for name, data in {"a.png": b"same", "b.png": b"same", "c.png": b"other"}.items():
         (tmp_path / name).write_bytes(data)
-    assert content_key(tmp_path / "a.png") == content_key(str(tmp_path / "b.png")) == hashlib.sha256(b"same").hexdigest()
+    assert (
+        content_key(tmp_path / "a.png")
+        == content_key(str(tmp_path / "b.png"))
+        == hashlib.sha256(b"same").hexdigest()
+    )
     assert content_key(tmp_path / "a.png") != content_key(tmp_path / "c.png")
     with pytest.raises(DataError) as caught:
         content_key(tmp_path / "none.png")
@@ -321,10 +338,14 @@ def test_a_file_that_vanished_is_no_fault_of_one_that_looks_like_it(tmp_path):
         (tmp_path / name).write_bytes(b"same")
     first = name_of(str(tmp_path / "a"))
     (tmp_path / "a").unlink()
-    assert first != name_of(str(tmp_path / "b")) == name_of(str(tmp_path / "c")), "nobody knows whether it was the same"
+    assert first != name_of(str(tmp_path / "b")) == name_of(str(tmp_path / "c")), (
+        "nobody knows whether it was the same"
+    )
 
 
-@pytest.mark.parametrize("look", [image_size, load_image, content_key, lambda path: images.ContentNames()(str(path))])
+@pytest.mark.parametrize(
+    "look", [image_size, load_image, content_key, lambda path: images.ContentNames()(str(path))]
+)
 def test_pipes_and_loops_of_links_are_refused_at_once(look, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")
     (tmp_path / "loop.png").symlink_to(tmp_path / "loop.png")

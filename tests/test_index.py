@@ -17,7 +17,16 @@ import pytest
 import tiny
 from PIL import Image
 
-from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, StageAdapter, Turn, curriculum_finetune
+from llavamed_peft import (
+    Conversation,
+    Curriculum,
+    Question,
+    Schedule,
+    Stage,
+    StageAdapter,
+    Turn,
+    curriculum_finetune,
+)
 from llavamed_peft.batches import checking
 from llavamed_peft.batches.checking import build_index
 from llavamed_peft.batches.index import Index
@@ -73,8 +82,12 @@ def build(
     """The index in a folder, and what was logged as rejected."""
     log = folder / "rejected.jsonl"
     with RejectLog(log) as rejects:
-        found = build_index(open_sources(sources, None, "data"), collator, folder / "index.arrow", rejects, max_rejected, show)
-    return found, [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.is_file() else []
+        found = build_index(
+            open_sources(sources, None, "data"), collator, folder / "index.arrow", rejects, max_rejected, show
+        )
+    return found, [
+        json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()
+    ] if log.is_file() else []
 
 
 def which(folder: Path) -> tuple[int, int]:
@@ -83,7 +96,9 @@ def which(folder: Path) -> tuple[int, int]:
     return stat.st_ino, stat.st_mtime_ns
 
 
-def test_found_again_with_the_same_rows_counts_and_rejects(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_found_again_with_the_same_rows_counts_and_rejects(
+    bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
     built, rejected = build(data, collator_of(bases["llava"]), tmp_path)
     first = which(tmp_path)
     assert [reject["row"] for reject in rejected] == [2, 3, 5, 6], "in the file's order, whoever rejects"
@@ -96,11 +111,15 @@ def test_found_again_with_the_same_rows_counts_and_rejects(bases: dict[str, Path
     counts = {"missing image": 1, "unreadable image": 1, "cannot be encoded": 1, "empty answer": 1}
     assert (entry["rows"], entry["used"], entry["rejected"], entry["failed"]) == (7, 3, counts, 0)
     assert [found.conversation(i) for i in range(3)] == [built.conversation(i) for i in range(3)]
-    assert Index.open(tmp_path / "index.arrow").account() == built.account(), "for the processes that did not build it"
+    assert Index.open(tmp_path / "index.arrow").account() == built.account(), (
+        "for the processes that did not build it"
+    )
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_kept_is_what_the_conversation_encodes_to(kind: str, bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_what_is_kept_is_what_the_conversation_encodes_to(
+    kind: str, bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
     collator = collator_of(bases[kind])
     built, _ = build(data, collator, tmp_path)
     assert built.column("group").tolist() == [0, 0, 1]
@@ -114,7 +133,11 @@ def test_what_is_kept_is_what_the_conversation_encodes_to(kind: str, bases: dict
         again = collator.encoder.encode(kept, counts)
         assert (again.input_ids == encoded.input_ids).all() and (again.labels == encoded.labels).all()
         assert len(encoded.input_ids) == built.column("length")[i]
-        assert encoded.supervised_tokens == built.column("supervised_tokens")[i] == np.sum(kept.tokens.supervised)
+        assert (
+            encoded.supervised_tokens
+            == built.column("supervised_tokens")[i]
+            == np.sum(kept.tokens.supervised)
+        )
         batches = collator.inputs([read]), collator.inputs([kept])
         assert all((batches[0][name] == batches[1][name]).all() for name in batches[0])
 
@@ -123,7 +146,10 @@ def test_images_of_equal_content_begin_alike_and_are_shuffled_by_their_paths(
     bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
     os.symlink(tmp_path / "c.png", tmp_path / "link.png")
-    rows = [row(i, f"{name}.png", "<image>\nwhat is this?", "a heart") for i, name in enumerate(("a", "c", "b", "link"))]
+    rows = [
+        row(i, f"{name}.png", "<image>\nwhat is this?", "a heart")
+        for i, name in enumerate(("a", "c", "b", "link"))
+    ]
     data.write_text("\n".join(map(json.dumps, rows)), encoding="utf-8")
     built, _ = build(data, collator_of(bases["llava"]), tmp_path)
     a, c, equal, link = built.prefixes().keys
@@ -156,7 +182,9 @@ def test_a_row_that_fails_while_training_is_listed_with_its_files_path(
     with RejectLog(tmp_path / "failed.jsonl") as log:
         found.report_failures(log, "vqa")
     line = json.loads((tmp_path / "failed.jsonl").read_text(encoding="utf-8"))
-    assert (line["file"], line["row"], line["id"]) == (str(data), 7, "id-7") and line["file"] == rejected[0]["file"]
+    assert (line["file"], line["row"], line["id"]) == (str(data), 7, "id-7") and line["file"] == rejected[0][
+        "file"
+    ]
     assert line["reason"] == "failed while training vqa" and line["detail"] == "c.png: cannot be decoded"
 
 
@@ -166,7 +194,9 @@ def append_row(data: Path) -> None:
 
 
 def other_template(base: Path) -> None:
-    (base / "chat_template.jinja").write_text(tiny.VICUNA.replace("{{ '<image>\n' }}", "{{ '<image> ' }}"), encoding="utf-8")
+    (base / "chat_template.jinja").write_text(
+        tiny.VICUNA.replace("{{ '<image>\n' }}", "{{ '<image> ' }}"), encoding="utf-8"
+    )
 
 
 def other_size(base: Path) -> None:
@@ -240,7 +270,9 @@ def test_values_are_known_by_content_and_other_sources_only_if_they_say_so(
     assert which(tmp_path) != first
 
     (tmp_path / "trainset.json").write_text(
-        json.dumps([{"qid": 1, "image_name": "a.png", "question": "what?", "answer": "yes", "answer_type": "CLOSED"}])
+        json.dumps(
+            [{"qid": 1, "image_name": "a.png", "question": "what?", "answer": "yes", "answer_type": "CLOSED"}]
+        )
     )
     questions = [question_source(vqa_rad.read, tmp_path / "trainset.json", tmp_path, "train")]
     build(questions, collator, tmp_path)
@@ -301,8 +333,12 @@ def killed_in_the_middle(base: Path, data: Path, folder: Path) -> None:
     build([replace(source, read=read)], collator_of(base), folder)
 
 
-def test_a_kill_while_building_leaves_nothing_that_is_found(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
-    process = multiprocessing.get_context("spawn").Process(target=killed_in_the_middle, args=(bases["llava"], data, tmp_path))
+def test_a_kill_while_building_leaves_nothing_that_is_found(
+    bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
+    process = multiprocessing.get_context("spawn").Process(
+        target=killed_in_the_middle, args=(bases["llava"], data, tmp_path)
+    )
     process.start()
     process.join(timeout=120)
     assert process.exitcode == -signal.SIGKILL
@@ -317,7 +353,9 @@ def flipped(whole: bytes, place: int) -> bytes:
 
 
 @pytest.mark.parametrize("damage", ["a token", "a header", "cut", "no arrow", "not finished", "of another"])
-def test_a_damaged_index_is_built_anew(damage: str, bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_a_damaged_index_is_built_anew(
+    damage: str, bases: dict[str, Path], data: Path, tmp_path: Path
+) -> None:
     collator = collator_of(bases["llava"])
     built, rejected = build(data, collator, tmp_path)
     rows = built.rows.to_list()
@@ -337,9 +375,16 @@ def test_a_damaged_index_is_built_anew(damage: str, bases: dict[str, Path], data
     elif damage == "of another":
         digest.write_text("0" * 64)
     first = which(tmp_path)
-    with pytest.warns(UserWarning, match=r"index\.arrow: was damaged or not finished; its rows are checked again\."):
+    with pytest.warns(
+        UserWarning, match=r"index\.arrow: was damaged or not finished; its rows are checked again\."
+    ):
         found, again = build(data, collator, tmp_path)
-    assert which(tmp_path) != first and found.rows.to_list() == rows and again == rejected and found.account() == built.account()
+    assert (
+        which(tmp_path) != first
+        and found.rows.to_list() == rows
+        and again == rejected
+        and found.account() == built.account()
+    )
     second = which(tmp_path)
     build(data, collator, tmp_path)
     assert which(tmp_path) == second
@@ -355,7 +400,11 @@ def test_rows_are_counted_across_batches_and_shown_as_they_are_checked(
     shown: list[tuple[str, bool]] = []
     (tmp_path / "index.arrow").unlink()
     pieces, again = build(data, collator, tmp_path, show=lambda line, last: shown.append((line, last)))
-    assert pieces.rows.to_list() == whole.rows.to_list() and again == rejected and pieces.account() == whole.account()
+    assert (
+        pieces.rows.to_list() == whole.rows.to_list()
+        and again == rejected
+        and pieces.account() == whole.account()
+    )
     assert [(line.partition(", ")[0], last) for line, last in shown] == [
         *((f"index: {rows} rows checked", False) for rows in (2, 4, 6, 7)),
         ("index: 7 rows checked", True),
@@ -363,7 +412,11 @@ def test_rows_are_counted_across_batches_and_shown_as_they_are_checked(
     shown.clear()
     build(data, collator, tmp_path, show=lambda line, last: shown.append((line, last)))
     ((line, last),) = shown
-    assert line.startswith("index: 3 conversations, checked before") and "delete it if image files have changed" in line and last
+    assert (
+        line.startswith("index: 3 conversations, checked before")
+        and "delete it if image files have changed" in line
+        and last
+    )
 
 
 def test_a_log_that_is_kept_holds_each_row_once_and_counts_it_again(tmp_path: Path) -> None:
@@ -378,7 +431,11 @@ def test_a_log_that_is_kept_holds_each_row_once_and_counts_it_again(tmp_path: Pa
 
 
 def test_a_run_begun_again_finds_its_indexes(
-    bases: dict[str, Path], data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    bases: dict[str, Path],
+    data: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     schedule = Schedule(epochs=1, learning_rate=1e-3, global_batch=2)
     curriculum = Curriculum((Stage("align", "projector", schedule), Stage("vqa", "projector", schedule)))
@@ -393,8 +450,12 @@ def test_a_run_begun_again_finds_its_indexes(
         curriculum_finetune(bases["llava"], curriculum=curriculum, max_rejected=0.9, **call)
     built = {path.name: path.stat().st_ino for path in (tmp_path / "run" / "index").iterdir()}
     rejected = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8")
-    assert set(built) == {f"{name}.{kind}" for name in ("align-train", "vqa-train", "vqa-eval") for kind in ("arrow", "sha256")}
-    assert [json.loads(line)["row"] for line in rejected.splitlines()] == [2, 3, 5, 6], "of one file in three places, once"
+    assert set(built) == {
+        f"{name}.{kind}" for name in ("align-train", "vqa-train", "vqa-eval") for kind in ("arrow", "sha256")
+    }
+    assert [json.loads(line)["row"] for line in rejected.splitlines()] == [2, 3, 5, 6], (
+        "of one file in three places, once"
+    )
 
     monkeypatch.setattr(Run, "stage", stage)
     adapters = curriculum_finetune(bases["llava"], curriculum=curriculum, max_rejected=0.9, **call)
@@ -402,5 +463,10 @@ def test_a_run_begun_again_finds_its_indexes(
     assert (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8") == rejected
     for adapter in adapters.values():
         (entry,) = adapter.record["data"]
-        assert (entry["rows"], entry["used"], sum(entry["rejected"].values()), entry["failed"]) == (7, 3, 4, 0)
+        assert (entry["rows"], entry["used"], sum(entry["rejected"].values()), entry["failed"]) == (
+            7,
+            3,
+            4,
+            0,
+        )
     assert "vqa-eval: 3 conversations, checked before" in capsys.readouterr().err

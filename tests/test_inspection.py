@@ -37,7 +37,9 @@ CURRICULUM = Curriculum(
 
 
 def row(name, image, *said):
-    turns = [{"from": "gpt" if position % 2 else "human", "value": text} for position, text in enumerate(said)]
+    turns = [
+        {"from": "gpt" if position % 2 else "human", "value": text} for position, text in enumerate(said)
+    ]
     return {"id": name, "conversations": turns} | ({"image": image} if image else {})
 
 
@@ -141,8 +143,13 @@ def test_stages_that_differ_in_files_or_max_length_are_checked_apart(place):
 
 def test_what_is_given_for_no_stage_is_refused_as_in_training(place):
     data = {"align": [place / "train.json"]}
-    for argument, given in (("data", {"data": data | {"instrct": []}}), ("image_folder", {"image_folder": {"instrct": place}})):
-        told = f"{argument} has the key 'instrct', which is no stage of the curriculum. Did you mean 'instruct'?"
+    for argument, given in (
+        ("data", {"data": data | {"instrct": []}}),
+        ("image_folder", {"image_folder": {"instrct": place}}),
+    ):
+        told = (
+            f"{argument} has the key 'instrct', which is no stage of the curriculum. Did you mean 'instruct'?"
+        )
         with pytest.raises(ConfigError, match=re.escape(told)):
             said(place, **{"data": data, **given})
 
@@ -169,7 +176,9 @@ def test_colour_marks_the_same_characters_as_brackets(place):
     marked = coloured.replace("\033[4;32mlike this\033[0m", "in [[ ]]")
     assert marked.replace("\033[4;32m", "[[").replace("\033[0m", "]]") == plain
     # A line break ends the colour, and the next line begins it again.
-    assert "ASSISTANT:\033[4;32m the \033[0m\n      \033[4;32mlung is in" in said(place, width=45, colour=True)
+    assert "ASSISTANT:\033[4;32m the \033[0m\n      \033[4;32mlung is in" in said(
+        place, width=45, colour=True
+    )
 
 
 def test_no_line_is_wider_than_asked(place):
@@ -179,7 +188,11 @@ def test_no_line_is_wider_than_asked(place):
 
 @pytest.mark.parametrize(
     ("kind", "language", "lead", "stop"),
-    [("llava", "llama", " ", "</s>"), ("llava_next", "mistral", " ", "</s>"), ("llava_onevision", "qwen2", "", "<|im_end|>")],
+    [
+        ("llava", "llama", " ", "</s>"),
+        ("llava_next", "mistral", " ", "</s>"),
+        ("llava_onevision", "qwen2", "", "<|im_end|>"),
+    ],
 )
 def test_marked_are_exactly_the_answers_with_their_stop(place, tmp_path, kind, language, lead, stop):
     base = build(tmp_path / kind, kind, language)
@@ -203,7 +216,9 @@ def test_nothing_usable_is_a_finding_and_not_an_error(place, tmp_path):
     shutil.copy(place / "a.png", tmp_path)
     (tmp_path / "bad.json").write_text(json.dumps([ROWS[1], ROWS[4]]), encoding="utf-8")
     found = said(place, {"align": [tmp_path / "bad.json"]}, width=200)
-    assert "bad.json: 2 rows, 0 used, 2 rejected\n    missing image: 1\n      bad.json:1 (id q2): image" in found
+    assert (
+        "bad.json: 2 rows, 0 used, 2 rejected\n    missing image: 1\n      bad.json:1 (id q2): image" in found
+    )
     assert "training would refuse these data: bad.json: 2 of 2 rows cannot be used (100.0%" in found
     assert "lengths" not in found and "first rows" not in found
     assert found.splitlines()[-3].split()[:5] == ["align", "0", "0", "8", "0"]
@@ -229,7 +244,10 @@ def test_pixels_that_cannot_be_decoded_show_in_the_first_rows(place, tmp_path):
 
 
 def test_data_cannot_command_the_terminal(place, tmp_path):
-    rows = [row("\033[2Jq", None, "what ?\u202e", "yes\033[31m"), row("\033]0;q\a", "\033c.png", "<image>\nwhat ?", "no")]
+    rows = [
+        row("\033[2Jq", None, "what ?\u202e", "yes\033[31m"),
+        row("\033]0;q\a", "\033c.png", "<image>\nwhat ?", "no"),
+    ]
     (tmp_path / "rows.json").write_text(json.dumps(rows), encoding="utf-8")
     found = said(place, {"align": [tmp_path / "rows.json"]}, width=400)
     assert "(id \\x1b[2Jq)" in found and "[[ yes\\x1b[31m</s>]]" in found and "what ?\\u202e" in found
@@ -238,7 +256,13 @@ def test_data_cannot_command_the_terminal(place, tmp_path):
 
 def test_what_cannot_be_opened_raises_before_the_first_line(place, tmp_path):
     with pytest.raises(DataError, match=r"gone\.json: no such file; wanted a LLaVA JSON file\."):
-        next(inspect(place / "tiny-llava", {"align": [place / "train.json"], "vqa": ["gone.json"]}, curriculum=CURRICULUM))
+        next(
+            inspect(
+                place / "tiny-llava",
+                {"align": [place / "train.json"], "vqa": ["gone.json"]},
+                curriculum=CURRICULUM,
+            )
+        )
     with pytest.raises(CheckpointError, match=r"has no config\.json"):
         next(inspect(tmp_path, {}))
 
@@ -257,19 +281,26 @@ def test_training_does_what_was_said(place, tmp_path):
         assert f", {adapter.metrics['trainable_parameters']:,} parameters in " in trains
         (steps,) = [line.split() for line in lines if line.startswith(f"  {stage.name} ")]
         assert steps[6] == str(adapter.metrics["steps"])
-        assert [f"    {reason}: {number}" for reason, number in adapter.record["data"][0]["rejected"].items()] == [
-            line for line in lines if line.startswith("    ") and line.endswith(": 1")
-        ]
+        assert [
+            f"    {reason}: {number}" for reason, number in adapter.record["data"][0]["rejected"].items()
+        ] == [line for line in lines if line.startswith("    ") and line.endswith(": 1")]
         names = set(trainable_parameters(read_config(base), stage.trains, stage.lora))
         if not adapter.is_checkpoint:
             assert names == {name.removeprefix("base_model.model.") for name in adapter.tensors()}
     assert "  full: full, 131,520 parameters in 25 tensors, float32; 48.54% of the checkpoint" in lines
-    assert "    model.language_model.layers.0-1.mlp.down_proj             ×2  weight 64×128          16,384" in lines
+    assert (
+        "    model.language_model.layers.0-1.mlp.down_proj             ×2  weight 64×128          16,384"
+        in lines
+    )
 
 
 def test_packing_shows_what_the_first_step_would_be(place, tmp_path):
     base = shutil.copytree(place / "tiny-llava", tmp_path / "tiny-llava")
-    asked = [row(f"{image}{i}", f"{image}.png", f"<image>\nwhat is {'left ' * i}?", "yes") for i in range(4) for image in "ab"]
+    asked = [
+        row(f"{image}{i}", f"{image}.png", f"<image>\nwhat is {'left ' * i}?", "yes")
+        for i in range(4)
+        for image in "ab"
+    ]
     (tmp_path / "asked.json").write_text(json.dumps([*asked, ROWS[3]]), encoding="utf-8")
     data, curriculum = (
         {"align": [tmp_path / "asked.json"]},
@@ -288,7 +319,10 @@ def test_packing_shows_what_the_first_step_would_be(place, tmp_path):
     (share,) = share_of_step(range(9), lengths, 100, world_size=1)
     padded = sum(alone([conversations[i] for i in batch])["input_ids"].numel() for batch in share)
     assert len(share) > 1 and padded < lengths.max() * 9
-    found = re.search(r"9 conversations in (\d+) row\(s\), (\d+) tokens, ([\d.]+)% of them useful; padded ([\d.]+) times", text)
+    found = re.search(
+        r"9 conversations in (\d+) row\(s\), (\d+) tokens, ([\d.]+)% of them useful; padded ([\d.]+) times",
+        text,
+    )
     rows, tokens, useful, times = map(float, found.groups())
     assert rows > 1 and once.numel() < tokens <= 100 * rows
     assert useful == pytest.approx(100 * once.numel() / tokens, abs=0.06)
@@ -297,19 +331,26 @@ def test_packing_shows_what_the_first_step_would_be(place, tmp_path):
     assert Image.open(picture).format == "PNG" and Image.open(picture).width > 1000
     picture.unlink()
     picture.mkdir()
-    with pytest.raises(ConfigError, match=r"step\.png: cannot be written \(.*\); choose another place for the picture\."):
+    with pytest.raises(
+        ConfigError, match=r"step\.png: cannot be written \(.*\); choose another place for the picture\."
+    ):
         list(inspect(base, data, place, curriculum, packing=picture))
 
 
 def test_a_picture_that_cannot_be_is_refused(place, tmp_path):
     for picture, told in (
-        (tmp_path / "no" / "step.png", rf"is to be {tmp_path}/no/step\.png; {tmp_path}/no is no folder\. Make it first\."),
+        (
+            tmp_path / "no" / "step.png",
+            rf"is to be {tmp_path}/no/step\.png; {tmp_path}/no is no folder\. Make it first\.",
+        ),
         (Path("step.pdf"), r"is to be 'step\.pdf'; wanted a name that ends in \.png\."),
     ):
         with pytest.raises(ConfigError, match=told):
             next(inspect(place / "tiny-llava", {"align": [place / "train.json"]}, packing=picture))
     (tmp_path / "bad.json").write_text(json.dumps([ROWS[1]]), encoding="utf-8")
-    with pytest.raises(ConfigError, match=r"step\.png: not drawn, since no stage has conversations that could be packed\."):
+    with pytest.raises(
+        ConfigError, match=r"step\.png: not drawn, since no stage has conversations that could be packed\."
+    ):
         said(place, {"align": [tmp_path / "bad.json"]}, packing=tmp_path / "step.png")
     assert not (tmp_path / "step.png").exists()
 
@@ -320,11 +361,16 @@ def test_packing_says_where_training_would_refuse_a_sliding_window(place, tmp_pa
     config["text_config"]["sliding_window"] = 40
     (base / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (tmp_path / "short.json").write_text(json.dumps([ROWS[3]]), encoding="utf-8")
-    curriculum = Curriculum((Stage("long", "projector", replace(SHORT, max_length=256)), Stage("short", "projector", SHORT)))
+    curriculum = Curriculum(
+        (Stage("long", "projector", replace(SHORT, max_length=256)), Stage("short", "projector", SHORT))
+    )
     data = {"long": [place / "train.json"], "short": [tmp_path / "short.json"]}
     shown = list(inspect(base, data, curriculum=curriculum, packing=True, width=1000))
     shown = shown[shown.index("\npacking, in rows of at most 8,192 tokens") + 1 :]
-    assert re.match(r"  long: training would refuse this: The language model's sliding_window is 40, the longest con", shown[0])
+    assert re.match(
+        r"  long: training would refuse this: The language model's sliding_window is 40, the longest con",
+        shown[0],
+    )
     assert shown[1].startswith("  short, the first step: 1 conversations in 1 row(s)")
 
 
@@ -339,7 +385,10 @@ def test_files_by_stage(tmp_path, monkeypatch):
     assert files_by_stage(["x=y.json"], CURRICULUM)["align"] == ["x=y.json"]
     with pytest.raises(ConfigError) as refusal:
         files_by_stage(["algn=a.json"], CURRICULUM)
-    assert str(refusal.value) == "'algn=a.json' is no file, and 'algn' no stage of the curriculum. Did you mean 'align'?"
+    assert (
+        str(refusal.value)
+        == "'algn=a.json' is no file, and 'algn' no stage of the curriculum. Did you mean 'align'?"
+    )
 
 
 @pytest.mark.parametrize(
@@ -347,7 +396,10 @@ def test_files_by_stage(tmp_path, monkeypatch):
     [
         ([7], ["7  1  " + "#" * 14]),
         ([1, 1, 1, 3], ["1  3  " + "#" * 14, "2  0", "3  1  #####"]),
-        ([995, 1999, 2010], ["    800-999  1  ####", "1,000-1,199  0", "1,200-1,399  0", "1,400-1,599  0", "1,600-1,799  0"]),
+        (
+            [995, 1999, 2010],
+            ["    800-999  1  ####", "1,000-1,199  0", "1,200-1,399  0", "1,400-1,599  0", "1,600-1,799  0"],
+        ),
     ],
 )
 def test_histogram(values, expected):
@@ -379,22 +431,37 @@ def catalogue(tmp_path):
     parent = None
     for stage, sha, rejected in (
         (Stage("align", "projector", schedule), "c0cca0bced5d", {}),
-        (Stage("instruct", "lora", schedule, lora), "8523372bce04", {"missing image": 1200, "empty answer": 3}),
+        (
+            Stage("instruct", "lora", schedule, lora),
+            "8523372bce04",
+            {"missing image": 1200, "empty answer": 3},
+        ),
         (Stage("vqa", "lora", schedule, lora), "5a9f8116dd9b", {}),
     ):
         account = {"file": f"{stage.name}.json", "sha256": "ea05693d63b4ffff", "rows": 1500, "failed": 0}
         account |= {"used": 1500 - sum(rejected.values()), "rejected": rejected}
-        held_out = account | {"file": f"{stage.name}_heldout.json", "sha256": "af27a48331b7", "rows": 250, "used": 250}
+        held_out = account | {
+            "file": f"{stage.name}_heldout.json",
+            "sha256": "af27a48331b7",
+            "rows": 250,
+            "used": 250,
+        }
         base = {"id": None, "revision": None, "name": "tiny-llava", "sha256": "4e0cbfadd35bffff"}
         record = {
             "schema_version": 1,
             "stage": stage.to_dict(),
             "kind": "adapter",
-            "base": base | {"model_type": "llava", "language_model": "llama", "vision_tower": "clip_vision_model"},
+            "base": base
+            | {"model_type": "llava", "language_model": "llama", "vision_tower": "clip_vision_model"},
             "parent": parent,
             "data": [account],
             "eval_data": [held_out | {"rejected": {}}] if stage.name == "align" else [],
-            "metrics": {"steps": 188, "conversations": 3000, "loss_last": 0.10039781, "eval_loss_after": None},
+            "metrics": {
+                "steps": 188,
+                "conversations": 3000,
+                "loss_last": 0.10039781,
+                "eval_loss_after": None,
+            },
             "versions": {"llavamed-peft": "0.1.0", "torch": "2.13.0", "bitsandbytes": None},
             "device": "CPU (x86_64)",
             "sha256": sha + "f" * 52,
@@ -408,7 +475,9 @@ def catalogue(tmp_path):
 
 def test_show_is_a_tree_from_the_base_to_the_stage(catalogue):
     (catalogue / "other").mkdir()
-    (catalogue / "other" / "stage.json").write_text("{", encoding="utf-8")  # damage beside it is not what was asked about
+    (catalogue / "other" / "stage.json").write_text(
+        "{", encoding="utf-8"
+    )  # damage beside it is not what was asked about
     lines = show(catalogue / "tiny-llava--vqa")
     assert "\n".join(lines).startswith(TREE)
     assert "   │  ├─ loss_last: 0.1004" in lines and "   │  └─ eval_loss_after: –" in lines
@@ -434,12 +503,25 @@ def test_show_of_a_stage_that_training_left(place, tmp_path):
     shutil.copy(place / "weights.safetensors", base / "model.safetensors")
     data = {stage.name: [place / "train.json"] for stage in CURRICULUM.stages[:2]}
     curriculum = Curriculum(CURRICULUM.stages[:2])
-    curriculum_finetune(base, data, tmp_path / "run", curriculum=curriculum, eval_data={"align": data["align"]}, max_rejected=0.5)
+    curriculum_finetune(
+        base,
+        data,
+        tmp_path / "run",
+        curriculum=curriculum,
+        eval_data={"align": data["align"]},
+        max_rejected=0.5,
+    )
     lines = show(tmp_path / "run" / "instruct", width=200)
     record = StageAdapter.load(tmp_path / "run" / "instruct").record
     assert f"   └─ instruct: lora (adapter), sha256 {record['sha256'][:12]}, in instruct" in lines
     assert "      │  └─ eval_loss_after: –" in lines
-    assert sum("7 rows = 4 used + 1 missing image + 1 empty answer + 1 longer than max_length" in line for line in lines) == 3
+    assert (
+        sum(
+            "7 rows = 4 used + 1 missing image + 1 empty answer + 1 longer than max_length" in line
+            for line in lines
+        )
+        == 3
+    )
 
 
 def test_show_refuses_what_is_no_stage(tmp_path):
@@ -451,7 +533,10 @@ def test_show_refuses_what_is_no_stage(tmp_path):
     ("changes", "fault"),
     [
         ({"stage": "x"}, "stage is 'x'"),
-        ({"stage": {"name": "a", "trains": "projector"}}, "stage lacks schedule; Stage has no default there."),
+        (
+            {"stage": {"name": "a", "trains": "projector"}},
+            "stage lacks schedule; Stage has no default there.",
+        ),
         ({"kind": "x"}, "kind is 'x'"),
         ({"data": 5}, "data is 5"),
         ({"data": [{"file": "a.json"}]}, "data[0] lacks sha256, rows, used, rejected, failed"),
@@ -470,4 +555,7 @@ def test_a_damaged_record_is_an_error(changes: dict[str, object], fault: str, tm
     (tmp_path / RECORD).write_text(json.dumps(record | changes), encoding="utf-8")
     with pytest.raises(AdapterError) as caught:
         show(tmp_path)
-    assert str(caught.value) == f"{tmp_path / RECORD}: {fault}; the folder is damaged. Copy or download it again."
+    assert (
+        str(caught.value)
+        == f"{tmp_path / RECORD}: {fault}; the folder is damaged. Copy or download it again."
+    )

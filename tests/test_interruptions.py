@@ -118,7 +118,9 @@ def say_and_wait(marker: Path) -> None:
 
 
 def run_out_of_memory() -> None:
-    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB")
+    raise torch.OutOfMemoryError(
+        "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 23.69 GiB"
+    )
 
 
 def lose_the_images() -> None:
@@ -140,7 +142,9 @@ def spoil_images(stage: str, steps: int) -> None:
 
     def spoiled(self: StageTrainer, model: torch.nn.Module, batch: DeviceInputs) -> torch.Tensor:
         if self.stage.name == stage and self.state.global_step == steps and model.training:
-            batch = replace(batch, inputs={**batch.inputs, "pixel_values": batch.inputs["pixel_values"] * math.nan})
+            batch = replace(
+                batch, inputs={**batch.inputs, "pixel_values": batch.inputs["pixel_values"] * math.nan}
+            )
         return compute(self, model, batch)
 
     StageTrainer._summed_loss = spoiled
@@ -150,7 +154,11 @@ def kill_before(event: str, name: str) -> None:
     """Die just before a file operation on something of that name."""
 
     def watch(happening: str, arguments: tuple[object, ...]) -> None:
-        if happening == event and isinstance(arguments[0], (str, os.PathLike)) and Path(arguments[0]).name == name:
+        if (
+            happening == event
+            and isinstance(arguments[0], (str, os.PathLike))
+            and Path(arguments[0]).name == name
+        ):
             kill_myself()
 
     sys.addaudithook(watch)
@@ -166,7 +174,9 @@ def killed(place: Path, out: Path, before: Callable[..., object], *how: object, 
     kills.check_whole(out)
 
 
-def failed(place: Path, out: Path, before: Callable[..., object] | None = None, *how: object, **changes: object) -> str:
+def failed(
+    place: Path, out: Path, before: Callable[..., object] | None = None, *how: object, **changes: object
+) -> str:
     """The last line of a call that ended with an exception."""
     process = kills.start(place, out, "lora", before, *how, **changes)
     process.join(280)
@@ -186,7 +196,9 @@ def said(out: Path) -> str:
 
 
 def steps_saved(out: Path, stage: str) -> list[int]:
-    return sorted(int(path.name.removeprefix("step-")) for path in (out / "checkpoints" / stage).glob("step-*"))
+    return sorted(
+        int(path.name.removeprefix("step-")) for path in (out / "checkpoints" / stage).glob("step-*")
+    )
 
 
 # Kills
@@ -200,7 +212,9 @@ def test_an_undisturbed_run_is_whole(undisturbed: dict[str, tuple[float, int]], 
 
 
 @pytest.mark.parametrize("seed", [1, 2])
-def test_random_kills_change_nothing(seed: int, undisturbed: dict[str, tuple[float, int]], place: Path) -> None:
+def test_random_kills_change_nothing(
+    seed: int, undisturbed: dict[str, tuple[float, int]], place: Path
+) -> None:
     hit, _, _ = kills.kill_often(place, undisturbed, kills=5, seed=seed)
     assert hit.total() == 5
 
@@ -226,11 +240,15 @@ def test_kills_where_something_is_half_done_change_nothing(place: Path, out: Pat
 
 def test_a_finished_run_is_only_read(undisturbed: dict[str, tuple[float, int]], place: Path) -> None:
     def listing() -> list[tuple[str, int, int]]:
-        return [(str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in sorted((place / "lora").rglob("*"))]
+        return [
+            (str(path), path.stat().st_mtime_ns, path.stat().st_size)
+            for path in sorted((place / "lora").rglob("*"))
+        ]
 
     before = listing()
     kills.finish(
-        kills.start(place, place / "lora", "lora", eval_steps=3, save_steps=1, workers=1, max_row_tokens=99), place / "lora"
+        kills.start(place, place / "lora", "lora", eval_steps=3, save_steps=1, workers=1, max_row_tokens=99),
+        place / "lora",
     )
     assert listing() == before
 
@@ -259,13 +277,18 @@ def terminate_myself() -> None:
 
 def test_before_the_first_step_there_is_nothing_to_save(place: Path, out: Path) -> None:
     last = failed(place, out, during, "align", 0, True, terminate_myself)
-    assert "Stopped by SIGTERM behind step 0 of 6 of stage 'align'. No checkpoint of this stage is there; the same call" in last
+    assert (
+        "Stopped by SIGTERM behind step 0 of 6 of stage 'align'. No checkpoint of this stage is there; the same call"
+        in last
+    )
     goes_on(place, out)
 
 
 class TestStopSignals:
     def test_the_first_is_noted_and_a_second_ctrl_c_stops(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)  # pytest may run in the background
+        monkeypatch.setattr(
+            signal, "getsignal", lambda number: signal.default_int_handler
+        )  # pytest may run in the background
         handlers = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
             with pytest.raises(KeyboardInterrupt), StopSignals() as stop:
@@ -323,7 +346,9 @@ def test_a_second_run_is_refused_and_a_call_right_after_a_kill_goes_on(place: Pa
         time.sleep(0.05)
     with pytest.raises(TrainingError) as refused:
         kills.finetune(place, out, "lora")
-    assert f"process {first.pid} on {os.uname().nodename} is at work in it; wanted one run at a time." in str(refused.value)
+    assert f"process {first.pid} on {os.uname().nodename} is at work in it; wanted one run at a time." in str(
+        refused.value
+    )
     assert first.exitcode is None
     first.kill()
     first.join()
@@ -351,7 +376,9 @@ def test_another_curriculum_base_or_data_is_refused_field_by_field(
     data = {"align": tmp_path / "data.json", "more": place / "data.json"}
     before = sorted(place.glob("lora/**/*"))
     with pytest.raises(ConfigError) as refused:
-        kills.finetune(place, place / "lora", "lora", curriculum=curriculum, data=data, eval_data=None, dtype="bfloat16")
+        kills.finetune(
+            place, place / "lora", "lora", curriculum=curriculum, data=data, eval_data=None, dtype="bfloat16"
+        )
     lines = str(refused.value).splitlines()
     assert lines[0] == f"{place / 'lora'}: holds another run, which differs from this call in"
     assert lines[1:6] == [
@@ -362,7 +389,9 @@ def test_another_curriculum_base_or_data_is_refused_field_by_field(
         lines[5],
     ]
     assert lines[5].startswith("  data.align[1].sha256: ") and lines[5].count("…") == 2
-    assert lines[6].startswith("To go on with it, make the call as it was. Otherwise choose another output_dir;")
+    assert lines[6].startswith(
+        "To go on with it, make the call as it was. Otherwise choose another output_dir;"
+    )
     assert sorted(place.glob("lora/**/*")) == before
 
 
@@ -376,7 +405,9 @@ def test_a_base_is_compared_as_far_as_both_sides_know_it() -> None:
     assert differences(run(id="org/x", revision="1"), run(id="org/x", revision="2", sha256="a")) == [
         'base.revision: "1" there, "2" now'
     ]
-    assert differences(run(sha256="a" * 64), run(sha256="b" * 64)) == [f"base.sha256: {'a' * 12}… there, {'b' * 12}… now"]
+    assert differences(run(sha256="a" * 64), run(sha256="b" * 64)) == [
+        f"base.sha256: {'a' * 12}… there, {'b' * 12}… now"
+    ]
 
 
 def test_data_that_were_refused_can_be_mended_in_the_same_folder(place: Path, tmp_path: Path) -> None:
@@ -386,8 +417,12 @@ def test_data_that_were_refused_can_be_mended_in_the_same_folder(place: Path, tm
     rows = json.loads((place / "data.json").read_text())
     (place / "mended.json").write_text(json.dumps(rows[:-2]))
     data = {"align": place / "mended.json", "vqa": place / "mended.json"}
-    killed(place, out, kill_before, "os.rename", ".step-2.partial", max_rejected=0.0, data=data, eval_data=None)
-    assert [entry["file"] for entry in json.loads((out / "run.json").read_text())["data"]["align"]] == ["mended.json"]
+    killed(
+        place, out, kill_before, "os.rename", ".step-2.partial", max_rejected=0.0, data=data, eval_data=None
+    )
+    assert [entry["file"] for entry in json.loads((out / "run.json").read_text())["data"]["align"]] == [
+        "mended.json"
+    ]
 
 
 # Faults
@@ -403,20 +438,40 @@ def test_a_worker_that_dies_is_an_error_and_the_checkpoint_stands(place: Path, o
 
 def test_an_image_that_is_not_a_number_is_an_error_and_the_checkpoint_stands(place: Path, out: Path) -> None:
     last = failed(place, out, spoil_images, "vqa", 5)
-    assert "llavamed_peft.errors.TrainingError: The loss of step 6 is nan. Lower learning_rate, or look for odd data" in last
-    assert "The checkpoint of step 4 stands, and the same call goes on from it. It would meet this again." in last
+    assert (
+        "llavamed_peft.errors.TrainingError: The loss of step 6 is nan. Lower learning_rate, or look for odd data"
+        in last
+    )
+    assert (
+        "The checkpoint of step 4 stands, and the same call goes on from it. It would meet this again."
+        in last
+    )
     assert steps_saved(out, "vqa") == [2, 4] and not (out / "vqa").exists()
     goes_on(place, out)
 
 
-def test_a_gpu_whose_memory_does_not_suffice_is_an_error_that_says_what_takes_less(place: Path, out: Path) -> None:
+def test_a_gpu_whose_memory_does_not_suffice_is_an_error_that_says_what_takes_less(
+    place: Path, out: Path
+) -> None:
     last = failed(place, out, during, "vqa", 5, True, run_out_of_memory)
-    assert "TrainingError: Stage 'vqa', behind step 5 of 8: CUDA out of memory. Tried to allocate 2.00 GiB. Make the same" in last
-    assert "with max_row_tokens=89 (now 100) or gradient_checkpointing=True; what is learnt stays the same. The check" in last
+    assert (
+        "TrainingError: Stage 'vqa', behind step 5 of 8: CUDA out of memory. Tried to allocate 2.00 GiB. Make the same"
+        in last
+    )
+    assert (
+        "with max_row_tokens=89 (now 100) or gradient_checkpointing=True; what is learnt stays the same. The check"
+        in last
+    )
     less = {"max_row_tokens": 89, "gradient_checkpointing": True}
     last = failed(place, out, during, "vqa", 8, False, run_out_of_memory, **less)
-    assert "behind step 8 of 8: CUDA out of memory. Tried to allocate 2.00 GiB. The same call would meet this again; want" in last
-    assert "a Schedule.max_length below the longest row's 89 tokens, a base in 4 bits (quantization='nf4'; not for f" in last
+    assert (
+        "behind step 8 of 8: CUDA out of memory. Tried to allocate 2.00 GiB. The same call would meet this again; want"
+        in last
+    )
+    assert (
+        "a Schedule.max_length below the longest row's 89 tokens, a base in 4 bits (quantization='nf4'; not for f"
+        in last
+    )
     assert last.endswith("The checkpoint of step 8 stands, and the same call goes on from it.")
     kills.finish(kills.start(place, out, "lora", **less), out)
 
@@ -427,7 +482,10 @@ def fit_no_model() -> None:
 
 def test_a_model_that_does_not_fit_is_an_error(place: Path, out: Path) -> None:
     last = failed(place, out, fit_no_model)
-    assert "TrainingError: Stage 'align', before its first step: CUDA out of memory. Tried to allocate 2.00 GiB. The mod" in last
+    assert (
+        "TrainingError: Stage 'align', before its first step: CUDA out of memory. Tried to allocate 2.00 GiB. The mod"
+        in last
+    )
     assert last.endswith("or a model spread over more GPUs (docs/scaling.md).")
 
 
@@ -457,7 +515,9 @@ def test_too_little_memory_to_store_features_is_an_error_and_whole_files_stay(pl
 
 def test_a_file_that_gets_too_large_is_an_error_and_nothing_is_half_written(place: Path, out: Path) -> None:
     last = failed(place, out, limit_file_size, 600_000)
-    assert "llavamed_peft.errors.TrainingError" in last and "checkpoints/vqa/step-2: cannot be written" in last
+    assert (
+        "llavamed_peft.errors.TrainingError" in last and "checkpoints/vqa/step-2: cannot be written" in last
+    )
     assert "File too large" in last and last.endswith(
         "No checkpoint of this stage is there; the same call begins it again, behind the stages that are finished."
     )
@@ -478,12 +538,16 @@ def test_a_stage_whose_images_vanish_ends_and_goes_on_once_they_are_back(place: 
     kills.finish(kills.start(place, whole, "lora", **decoded), whole)
     last = failed(place, out, during, "vqa", 3, True, lose_the_images, **decoded)
     assert re.search(
-        r"data\.json: (9|10) of 14 rows cannot be used \(\S+%; max_rejected is 50\.0%\)\. Commonest: an image", last
+        r"data\.json: (9|10) of 14 rows cannot be used \(\S+%; max_rejected is 50\.0%\)\. Commonest: an image",
+        last,
     ), last
     assert f"Of the training data of stage 'vqa', met while it trained: {place}/" in last
     assert ".png: no such file; wanted an image. Each row is listed in rejected.jsonl." in last
     assert last.endswith("The checkpoint of step 4 stands, and the same call goes on from it.")
-    reasons = [json.loads(line)["reason"] for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()]
+    reasons = [
+        json.loads(line)["reason"]
+        for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
+    ]
     assert reasons.count("failed while training vqa") in (8, 9)
     kills.finish(kills.start(place, out, "lora", **decoded), out)
     kills.check_same(whole, out)
@@ -493,7 +557,10 @@ def on_a_small_disk(place: Path, out: Path) -> None:
     """In a process that may mount, since what it mounts ends with it."""
     out.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(out)], check=True)
-    with pytest.raises(TrainingError, match=r"cannot be written .*No space left.* The checkpoint of step 2 stands, and the same"):
+    with pytest.raises(
+        TrainingError,
+        match=r"cannot be written .*No space left.* The checkpoint of step 2 stands, and the same",
+    ):
         kills.finetune(place, out, "lora")
     kills.check_whole(out)
     assert steps_saved(out, "vqa") == [2] and list(out.rglob(".*.partial")) == []
@@ -507,8 +574,12 @@ def on_a_small_disk(place: Path, out: Path) -> None:
     kills.check_same(place / "lora", out)
 
 
-def test_a_full_disk_is_an_error_and_goes_on_when_there_is_room(place: Path, out: Path, tmp_path: Path) -> None:
-    allowed = subprocess.run(["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True, check=False)
+def test_a_full_disk_is_an_error_and_goes_on_when_there_is_room(
+    place: Path, out: Path, tmp_path: Path
+) -> None:
+    allowed = subprocess.run(
+        ["unshare", "-rm", "mount", "-t", "tmpfs", "tmpfs", str(tmp_path)], capture_output=True, check=False
+    )
     if allowed.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {allowed.stderr!r}")
     script = "import pathlib, sys, test_interruptions; test_interruptions.on_a_small_disk(*map(pathlib.Path, sys.argv[1:]))"
@@ -525,7 +596,9 @@ def test_a_full_disk_is_an_error_and_goes_on_when_there_is_room(place: Path, out
 
 def test_a_folder_that_cannot_be_made_is_an_error(place: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(TrainingError, match=r"file/run: cannot be written .*Not a directory.*; wanted a folder to write to"):
+    with pytest.raises(
+        TrainingError, match=r"file/run: cannot be written .*Not a directory.*; wanted a folder to write to"
+    ):
         kills.finetune(place, tmp_path / "file" / "run", "lora")
 
 
@@ -540,11 +613,16 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(place: Path
     assert said(out).count(told) == 1
 
 
-def test_what_saving_costs_is_said_once_a_stage(undisturbed: dict[str, tuple[float, int]], place: Path) -> None:
+def test_what_saving_costs_is_said_once_a_stage(
+    undisturbed: dict[str, tuple[float, int]], place: Path
+) -> None:
     lines = [line for line in said(place / "lora").splitlines() if "a checkpoint every" in line]
     assert [line.split()[0] for line in lines] == ["align", "vqa"]
     for line in lines:
-        assert "a checkpoint every 2 steps (save_steps) costs 0." in line and " % of the time, and " in line.replace("%", " %")
+        assert (
+            "a checkpoint every 2 steps (save_steps) costs 0." in line
+            and " % of the time, and " in line.replace("%", " %")
+        )
 
 
 # Checkpoints
@@ -560,18 +638,27 @@ def network() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
     return model, optimizer
 
 
-def test_optimizer_state_finds_its_parameters_by_name(network: tuple[torch.nn.Module, torch.optim.Optimizer]) -> None:
+def test_optimizer_state_finds_its_parameters_by_name(
+    network: tuple[torch.nn.Module, torch.optim.Optimizer],
+) -> None:
     model, optimizer = network
     tensors = optimizer_tensors(model, optimizer)
     assert set(tensors) == {
-        f"{layer}.{part}/{entry}" for layer in "01" for part in ("weight", "bias") for entry in ("step", "exp_avg", "exp_avg_sq")
+        f"{layer}.{part}/{entry}"
+        for layer in "01"
+        for part in ("weight", "bias")
+        for entry in ("step", "exp_avg", "exp_avg_sq")
     }
-    other = torch.optim.AdamW([{"params": [parameter]} for parameter in reversed(list(model.parameters()))], lr=0.1)
+    other = torch.optim.AdamW(
+        [{"params": [parameter]} for parameter in reversed(list(model.parameters()))], lr=0.1
+    )
     load_optimizer_tensors(model, other, tensors)
     assert other.state.keys() == optimizer.state.keys()
     for parameter, state in optimizer.state.items():
         assert all(torch.equal(state[entry], other.state[parameter][entry]) for entry in state)
-    with pytest.raises(TrainingError, match=r"holds optimizer state of 1 parameter\(s\) that do not train \(2.weight\)"):
+    with pytest.raises(
+        TrainingError, match=r"holds optimizer state of 1 parameter\(s\) that do not train \(2.weight\)"
+    ):
         load_optimizer_tensors(model, other, {"2.weight/exp_avg": torch.zeros(1)})
 
 
@@ -589,19 +676,28 @@ def test_random_numbers_go_on_where_they_stood() -> None:
 def test_two_checkpoints_are_kept_and_the_newest_whole_one_is_found(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     for step in (9, 10, 11):
-        size = save_checkpoint(tmp_path, step, {"a": torch.ones(step)}, {"a/exp_avg": torch.zeros(2)}, {"history": [step]})
+        size = save_checkpoint(
+            tmp_path, step, {"a": torch.ones(step)}, {"a/exp_avg": torch.zeros(2)}, {"history": [step]}
+        )
     assert KEPT == 2 and sorted(path.name for path in tmp_path.iterdir()) == ["step-10", "step-11"]
     assert size == sum(path.stat().st_size for path in (tmp_path / "step-11").iterdir())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found = newest_checkpoint(tmp_path)
     assert found is not None and found.step == 11 and found.state == {"history": [11]}
-    assert torch.equal(found.tensors()["a"], torch.ones(11)) and torch.equal(found.optimizer()["a/exp_avg"], torch.zeros(2))
+    assert torch.equal(found.tensors()["a"], torch.ones(11)) and torch.equal(
+        found.optimizer()["a/exp_avg"], torch.zeros(2)
+    )
     state = tmp_path / "step-11" / "state.json"
     state.write_text(state.read_text().replace("11", "12"))
-    with pytest.warns(UserWarning, match=r"state\.json: has another content than was written\. Removed, since damaged\. The "):
+    with pytest.warns(
+        UserWarning,
+        match=r"state\.json: has another content than was written\. Removed, since damaged\. The ",
+    ):
         assert newest_checkpoint(tmp_path).step == 10
     (tmp_path / "step-10" / "checkpoint.json").write_text("{")
-    with pytest.warns(UserWarning, match=r"checkpoint\.json: cannot be read \(.*No checkpoint of this stage is there"):
+    with pytest.warns(
+        UserWarning, match=r"checkpoint\.json: cannot be read \(.*No checkpoint of this stage is there"
+    ):
         assert newest_checkpoint(tmp_path) is None
     assert list(tmp_path.iterdir()) == []

@@ -34,7 +34,8 @@ class Layer(NamedTuple):
 def read_layers(text: str) -> dict[str, Layer]:
     """Unit of the package (a folder, or a module at its top) -> its row of the table."""
     rows = [
-        [cell.strip() for cell in line.strip("|").split("|")] for line in re.findall(r"^\| *\d+ *\|.*\|$", text, re.MULTILINE)
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in re.findall(r"^\| *\d+ *\|.*\|$", text, re.MULTILINE)
     ]
     names = {tuple(re.findall(r"`(\w+)`", unit)): (number, unit, may) for number, unit, may in rows}
     values = next(units for units, (number, *_) in names.items() if number == "0")
@@ -45,13 +46,26 @@ def read_layers(text: str) -> dict[str, Layer]:
         if "values" in may or "each other" in may:
             allowed |= set(values)
         torch = "no torch" not in may
-        layers |= {name: Layer(int(number), frozenset(allowed), torch) for name in (units if number == "0" else units[:1])}
+        layers |= {
+            name: Layer(int(number), frozenset(allowed), torch)
+            for name in (units if number == "0" else units[:1])
+        }
     return layers
 
 
 LAYERS = read_layers(CONTRIBUTING)
 NO_TORCH = {unit for unit, layer in LAYERS.items() if not layer.may_use_torch}
-HEAVY = {"accelerate", "bitsandbytes", "datasets", "peft", "torch", "torchvision", "transformers", "triton", "trl"}
+HEAVY = {
+    "accelerate",
+    "bitsandbytes",
+    "datasets",
+    "peft",
+    "torch",
+    "torchvision",
+    "transformers",
+    "triton",
+    "trl",
+}
 # Where a folder may use these packages and nothing else that has to be installed.
 THIRD_PARTY = {"storage": {"PIL", "numpy", "safetensors"}}
 
@@ -120,7 +134,9 @@ def package_imports() -> list[Import]:
 
 def test_the_table_is_read_whole() -> None:
     assert len(LAYERS) == 20
-    assert LAYERS["batches"] == Layer(5, LAYERS["storage"].may_import | {"storage", "reporting", "datasets", "packing"}, True)
+    assert LAYERS["batches"] == Layer(
+        5, LAYERS["storage"].may_import | {"storage", "reporting", "datasets", "packing"}, True
+    )
     assert {unit for unit in LAYERS if LAYERS[unit].number == 0} == LAYERS["errors"].may_import
     for unit, layer in LAYERS.items():
         assert layer.may_import <= set(LAYERS)
@@ -144,15 +160,22 @@ def test_imports_point_downwards() -> None:
         if target == "":
             wrong.append(f"{found.place} imports {found.name or found.target} from the package's top")
         elif target in LAYERS and target not in LAYERS[found.unit].may_import:
-            wrong.append(f"{found.place}: {found.unit} may not import {target}; see the table in CONTRIBUTING.md")
+            wrong.append(
+                f"{found.place}: {found.unit} may not import {target}; see the table in CONTRIBUTING.md"
+            )
     assert not wrong, "\n".join(wrong)
 
 
 def test_no_two_units_import_each_other() -> None:
-    left = {unit: {found.imported_unit for found in package_imports() if found.unit == unit} - {unit} for unit in LAYERS}
+    left = {
+        unit: {found.imported_unit for found in package_imports() if found.unit == unit} - {unit}
+        for unit in LAYERS
+    }
     # Take away what imports nothing that is left, and what nothing left imports, until only circles remain.
     while outside := [
-        unit for unit in left if left[unit].isdisjoint(left) or not any(unit in targets for targets in left.values())
+        unit
+        for unit in left
+        if left[unit].isdisjoint(left) or not any(unit in targets for targets in left.values())
     ]:
         for unit in outside:
             del left[unit]
@@ -174,13 +197,17 @@ def test_modules_with_few_dependencies_keep_them_few() -> None:
         top = found.target.partition(".")[0]
         installed = top not in sys.stdlib_module_names and top != "llavamed_peft"
         if installed and top not in THIRD_PARTY.get(found.unit, {top}):
-            wrong.append(f"{found.place} imports {top}; {found.unit} may use {sorted(THIRD_PARTY[found.unit])} only")
+            wrong.append(
+                f"{found.place} imports {top}; {found.unit} may use {sorted(THIRD_PARTY[found.unit])} only"
+            )
     assert not wrong, "\n".join(wrong)
 
 
 def test_the_package_itself_imports_values_only() -> None:
     """`__init__` reaches upwards under `TYPE_CHECKING` and in `__getattr__` alone."""
-    at_import = [node for node in tree_of("__init__.py").body if isinstance(node, (ast.Import, ast.ImportFrom))]
+    at_import = [
+        node for node in tree_of("__init__.py").body if isinstance(node, (ast.Import, ast.ImportFrom))
+    ]
     units = {found.imported_unit for node in at_import for found in imports_in("__init__.py", node)} - {None}
     assert {LAYERS[unit].number for unit in units} == {0}
 
@@ -205,7 +232,9 @@ def run_fresh(code: str) -> subprocess.CompletedProcess[str]:
     """Run code in a new process with few environment variables: an import in this one may already have set some."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
     command = [sys.executable, "-c", code]
-    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent, env=environment)
+    return subprocess.run(
+        command, capture_output=True, text=True, check=True, cwd=PACKAGE.parent, env=environment
+    )
 
 
 def test_importing_the_package_has_no_effect() -> None:
@@ -232,9 +261,7 @@ def test_value_layers_run_without_torch() -> None:
         for file in files()
         if unit_of(file) in NO_TORCH
     )
-    code = (
-        f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\nprint(*({HEAVY!r} & set(sys.modules)))"
-    )
+    code = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\nprint(*({HEAVY!r} & set(sys.modules)))"
     done = run_fresh(code)
     assert done.stdout.strip() == "", f"importing {', '.join(modules)} also imports {done.stdout.strip()}"
 
@@ -245,7 +272,10 @@ def test_no_broad_except() -> None:
         for node in ast.walk(tree_of(file)):
             if isinstance(node, ast.ExceptHandler):
                 caught = node.type.elts if isinstance(node.type, ast.Tuple) else [node.type]
-                if any(kind is None or ast.unparse(kind).split(".")[-1] in ("Exception", "BaseException") for kind in caught):
+                if any(
+                    kind is None or ast.unparse(kind).split(".")[-1] in ("Exception", "BaseException")
+                    for kind in caught
+                ):
                     wrong.append(f"llavamed_peft/{file}:{node.lineno}")
     assert not wrong, f"name the errors that are expected, at {', '.join(wrong)}"
 

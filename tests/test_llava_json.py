@@ -25,7 +25,11 @@ def gpt(value):
 
 def row(**changes):
     """A good row about `a.jpg`, with keys changed, or removed by `...`."""
-    whole = {"id": "r", "image": "a.jpg", "conversations": [human("What?\n<image>"), gpt("A chest.")]} | changes
+    whole = {
+        "id": "r",
+        "image": "a.jpg",
+        "conversations": [human("What?\n<image>"), gpt("A chest.")],
+    } | changes
     return {key: value for key, value in whole.items() if value is not ...}
 
 
@@ -54,8 +58,16 @@ def test_a_row_becomes_a_conversation(folder, layout):
 
 
 ODD_BUT_GOOD = {
-    "misspelled key": (row(conversations=..., conversatons=[human("<image>\nq"), gpt("a")]), [("<image>\nq", "a")], ["a.jpg"]),
-    "whole number": (row(conversations=[human("<image> how many?"), gpt(3)]), [("<image> how many?", "3")], ["a.jpg"]),
+    "misspelled key": (
+        row(conversations=..., conversatons=[human("<image>\nq"), gpt("a")]),
+        [("<image>\nq", "a")],
+        ["a.jpg"],
+    ),
+    "whole number": (
+        row(conversations=[human("<image> how many?"), gpt(3)]),
+        [("<image> how many?", "3")],
+        ["a.jpg"],
+    ),
     "decimal number": (row(conversations=[human("<image>"), gpt(2.5)]), [("<image>", "2.5")], ["a.jpg"]),
     "truth value": (row(conversations=[human("<image>"), gpt(True)]), [("<image>", "true")], ["a.jpg"]),
     "no image key": (row(image=..., conversations=[human("q"), gpt("a")]), [("q", "a")], []),
@@ -72,7 +84,11 @@ ODD_BUT_GOOD = {
         [("<image><image>", "a")],
         ["b.jpg", "a.jpg"],
     ),
-    "images": (row(image=..., images=["a.jpg"], conversations=[human("<image>"), gpt("a")]), [("<image>", "a")], ["a.jpg"]),
+    "images": (
+        row(image=..., images=["a.jpg"], conversations=[human("<image>"), gpt("a")]),
+        [("<image>", "a")],
+        ["a.jpg"],
+    ),
     "same image twice": (
         row(image=["a.jpg"] * 2, conversations=[human("<image><image>"), gpt("a")]),
         [("<image><image>", "a")],
@@ -93,7 +109,11 @@ ODD_BUT_GOOD = {
         [("<image>", "a")],
         ["a.jpg"],
     ),
-    "beyond ASCII": (row(conversations=[human("<image> 位置?"), gpt("β 😀")]), [("<image> 位置?", "β 😀")], ["a.jpg"]),
+    "beyond ASCII": (
+        row(conversations=[human("<image> 位置?"), gpt("β 😀")]),
+        [("<image> 位置?", "β 😀")],
+        ["a.jpg"],
+    ),
 }
 
 
@@ -108,7 +128,8 @@ def test_odd_rows_of_published_files_are_read(folder, case, layout):
 
 
 @pytest.mark.parametrize(
-    ("given", "wanted"), [(3, "3"), (1.5, "1.5"), ("x", "x"), ("", "row 2"), (None, "row 2"), (..., "row 2"), ([1], "row 2")]
+    ("given", "wanted"),
+    [(3, "3"), (1.5, "1.5"), ("x", "x"), ("", "row 2"), (None, "row 2"), (..., "row 2"), ([1], "row 2")],
 )
 def test_ids(folder, given, wanted):
     path = write(folder, [row(id="x"), row(id=given)])
@@ -118,16 +139,32 @@ def test_ids(folder, given, wanted):
 BAD = {
     "not an object": (["x"], "malformed row", "the row is a list; wanted an object with 'conversations'."),
     "null": (None, "malformed row", "the row is null; wanted an object with 'conversations'."),
-    "no turns key": (row(conversations=...), "malformed row", "the row has no 'conversations'; wanted a list of turns."),
+    "no turns key": (
+        row(conversations=...),
+        "malformed row",
+        "the row has no 'conversations'; wanted a list of turns.",
+    ),
     "a question of another format": (
         row(conversations=..., question="what?", answer="yes"),
         "malformed row",
         "the row has no 'conversations'; wanted a list of turns. VQA-RAD's own files, and no other set's, are read by "
         "recipes/vqa.py --dataset vqa_rad.",
     ),
-    "turns as text": (row(conversations="hi"), "malformed row", "'conversations' is a string; wanted a list of turns."),
-    "turns empty": (row(conversations=[]), "malformed row", "'conversations' is an empty list; wanted a list of turns."),
-    "turn as text": (row(conversations=["hi"]), "malformed row", "turn 1 is a string; wanted an object with 'from' and 'value'."),
+    "turns as text": (
+        row(conversations="hi"),
+        "malformed row",
+        "'conversations' is a string; wanted a list of turns.",
+    ),
+    "turns empty": (
+        row(conversations=[]),
+        "malformed row",
+        "'conversations' is an empty list; wanted a list of turns.",
+    ),
+    "turn as text": (
+        row(conversations=["hi"]),
+        "malformed row",
+        "turn 1 is a string; wanted an object with 'from' and 'value'.",
+    ),
     "turn without value": (
         row(conversations=[human("<image>"), {"from": "gpt", "text": "a"}]),
         "malformed row",
@@ -138,7 +175,11 @@ BAD = {
         "malformed row",
         "the value of turn 2 is null; wanted text.",
     ),
-    "value list": (row(conversations=[human(["q"]), gpt("a")]), "malformed row", "the value of turn 1 is a list; wanted text."),
+    "value list": (
+        row(conversations=[human(["q"]), gpt("a")]),
+        "malformed row",
+        "the value of turn 1 is a list; wanted text.",
+    ),
     "speaker": (
         row(conversations=[{"from": "system", "value": "Be kind."}, human("<image>"), gpt("a")]),
         "unknown speaker",
@@ -169,7 +210,11 @@ BAD = {
         "empty question",
         "turn 3 is an empty question; wanted words, or <image> at least.",
     ),
-    "empty answer": (row(conversations=[human("<image>"), gpt(" ")]), "empty answer", "turn 2 is an empty answer; wanted words."),
+    "empty answer": (
+        row(conversations=[human("<image>"), gpt(" ")]),
+        "empty answer",
+        "turn 2 is an empty answer; wanted words.",
+    ),
     "marker in answer": (
         row(conversations=[human("q"), gpt("<image> a")]),
         "marker in an answer",
@@ -190,13 +235,21 @@ BAD = {
         "image count differs from marker count",
         "the turns hold 1 <image> marker(s) and the row has 2 image(s); wanted equal numbers.",
     ),
-    "image a number": (row(image=0), "malformed row", "the row's image is 0; wanted a path or a list of paths."),
+    "image a number": (
+        row(image=0),
+        "malformed row",
+        "the row's image is 0; wanted a path or a list of paths.",
+    ),
     "image a list with null": (
         row(image=["a.jpg", None]),
         "malformed row",
         "the row's image is ['a.jpg', None]; wanted a path or a list of paths.",
     ),
-    "image and images": (row(images=["a.jpg"]), "malformed row", "the row has both 'image' and 'images'; wanted one of them."),
+    "image and images": (
+        row(images=["a.jpg"]),
+        "malformed row",
+        "the row has both 'image' and 'images'; wanted one of them.",
+    ),
     "absolute": (
         row(image="/etc/passwd"),
         "absolute image path",
@@ -207,7 +260,11 @@ BAD = {
         "absolute image path",
         "image path 'FOLDER/a.jpg' is absolute; wanted one relative to FOLDER.",
     ),
-    "drive": (row(image="C:/a.jpg"), "absolute image path", "image path 'C:/a.jpg' is absolute; wanted one relative to FOLDER."),
+    "drive": (
+        row(image="C:/a.jpg"),
+        "absolute image path",
+        "image path 'C:/a.jpg' is absolute; wanted one relative to FOLDER.",
+    ),
     "leaves": (
         row(image="../a.jpg"),
         "image outside image folder",
@@ -218,15 +275,31 @@ BAD = {
         "image outside image folder",
         "image path 'PMC1/../../a.jpg' leads out of FOLDER; wanted one inside.",
     ),
-    "parent": (row(image=".."), "image outside image folder", "image path '..' leads out of FOLDER; wanted one inside."),
+    "parent": (
+        row(image=".."),
+        "image outside image folder",
+        "image path '..' leads out of FOLDER; wanted one inside.",
+    ),
     "backslash": (
         row(image="PMC1\\fig 1.jpg"),
         "malformed image path",
         "image path 'PMC1\\\\fig 1.jpg' holds a backslash; wanted forward slashes.",
     ),
-    "NUL": (row(image="a.jpg\0"), "malformed image path", "image path 'a.jpg\\x00' holds a NUL byte; wanted a file name."),
-    "missing": (row(image="c.jpg"), "missing image", "image 'c.jpg' is not a file in FOLDER; wanted an image there."),
-    "a folder": (row(image="PMC1"), "missing image", "image 'PMC1' is not a file in FOLDER; wanted an image there."),
+    "NUL": (
+        row(image="a.jpg\0"),
+        "malformed image path",
+        "image path 'a.jpg\\x00' holds a NUL byte; wanted a file name.",
+    ),
+    "missing": (
+        row(image="c.jpg"),
+        "missing image",
+        "image 'c.jpg' is not a file in FOLDER; wanted an image there.",
+    ),
+    "a folder": (
+        row(image="PMC1"),
+        "missing image",
+        "image 'PMC1' is not a file in FOLDER; wanted an image there.",
+    ),
 }
 
 
@@ -298,7 +371,10 @@ def test_byte_order_mark_blank_lines_and_line_numbers(folder):
     for name, text in {"array": f"\ufeff \n[{good}]", "lines": f"\ufeff{good}\r\n\n  \n{good}"}.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")
     assert [conversation.id for conversation in llava_json.read(folder / "array")] == ["row 1"]
-    assert [conversation.source for conversation in llava_json.read(folder / "lines")] == ["lines:1", "lines:4"]
+    assert [conversation.source for conversation in llava_json.read(folder / "lines")] == [
+        "lines:1",
+        "lines:4",
+    ]
 
 
 def test_an_empty_array_has_no_rows(folder):
@@ -307,11 +383,23 @@ def test_an_empty_array_has_no_rows(folder):
 
 GOOD = json.dumps({"id": 1, "conversations": [human("q"), gpt("a")]}).encode()
 BROKEN_LINES = {
-    "cut": (b'{"id": 2', "the line is not JSON (Expecting ',' delimiter: line 2 column 1 (char 9)); wanted one whole object."),
-    "words": (b"oops", "the line is not JSON (Expecting value: line 1 column 1 (char 0)); wanted one whole object."),
-    "two": (b"{} {}", "the line is not JSON (Extra data: line 1 column 4 (char 3)); wanted one whole object."),
+    "cut": (
+        b'{"id": 2',
+        "the line is not JSON (Expecting ',' delimiter: line 2 column 1 (char 9)); wanted one whole object.",
+    ),
+    "words": (
+        b"oops",
+        "the line is not JSON (Expecting value: line 1 column 1 (char 0)); wanted one whole object.",
+    ),
+    "two": (
+        b"{} {}",
+        "the line is not JSON (Extra data: line 1 column 4 (char 3)); wanted one whole object.",
+    ),
     "nan": (b'{"id": NaN}', "the line is not JSON (NaN is not JSON, write null); wanted one whole object."),
-    "infinity": (b'{"id": -Infinity}', "the line is not JSON (-Infinity is not JSON, write null); wanted one whole object."),
+    "infinity": (
+        b'{"id": -Infinity}',
+        "the line is not JSON (-Infinity is not JSON, write null); wanted one whole object.",
+    ),
 }
 
 
@@ -346,7 +434,10 @@ BROKEN_FILES = {
     "empty": (b"", "the file is empty"),
     "blank": (b" \n\t", "the file is empty"),
     "latin-1": (b'[{"id": "caf\xe9"}]', "not UTF-8 at byte 14 (line 1, behind row 0)"),
-    "latin-1 far behind": (MANY + b',\n{"id": "\xe9!"}]', f"not UTF-8 at byte {END + 12} (line 2001, behind row 2000)"),
+    "latin-1 far behind": (
+        MANY + b',\n{"id": "\xe9!"}]',
+        f"not UTF-8 at byte {END + 12} (line 2001, behind row 2000)",
+    ),
     "latin-1 lines": (GOOD + b'\n{"id": "\xe9"}', f"not UTF-8 at byte {len(GOOD) + 10} (line 2)"),
     "encoded surrogate": (b'[{"id": "\xed\xa0\x80"}]', "not UTF-8 at byte 13 (line 1, behind row 0)"),
     "table": (b"id,image\n1,a.jpg\n", "not JSON, it begins with b'id,image\\n1,a.jpg'"),
@@ -362,7 +453,10 @@ BROKEN_FILES = {
         json.dumps({"mri": [{"pmid": 1, "pair_id": "x"}]}, indent=1).encode(),
         "one JSON object, {'mri': [...]}: it looks like figure captions by domain",
     ),
-    "cut": (MANY + b",\n{", f"broken JSON: the file ends too early, at byte {END + 3} (line 2001, behind row 2000)"),
+    "cut": (
+        MANY + b",\n{",
+        f"broken JSON: the file ends too early, at byte {END + 3} (line 2001, behind row 2000)",
+    ),
     "comma": (
         b"[" + GOOD + b",\n]",
         f"broken JSON at byte {len(GOOD) + 4} (line 2, behind row 1): parse error: unallowed token at this point in JSON text",
@@ -442,7 +536,10 @@ print(rows, turns, peak)
 def test_500_000_rows_need_less_than_300_mb(folder, layout):
     """The size of the released alignment file: about 190 MB of JSON; held in memory as Python objects it is above 1 GB."""
     one = json.dumps(
-        row(domain={"mri": True, "ct_scan": False}, conversations=[human("<image>\nDescribe it."), gpt("A chest. " * 20)])
+        row(
+            domain={"mri": True, "ct_scan": False},
+            conversations=[human("<image>\nDescribe it."), gpt("A chest. " * 20)],
+        )
     )
     separator, ends = (",\n", "[]") if layout == "array" else ("\n", ("", ""))
     thousand = separator.join([one] * 1000)

@@ -18,7 +18,13 @@ from llavamed_peft import Conversation
 from llavamed_peft.errors import ConfigError
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.packing import PackedCollator
-from llavamed_peft.packing.masks import DenseMask, attention_inputs, check_window, choose_attention, dense_mask
+from llavamed_peft.packing.masks import (
+    DenseMask,
+    attention_inputs,
+    check_window,
+    choose_attention,
+    dense_mask,
+)
 
 
 def test_only_rows_of_one_sequence_go_without_a_mask(bases: dict[str, Path]) -> None:
@@ -51,13 +57,17 @@ def test_attention_that_would_misread_a_dense_mask_is_refused(
     model, processor = load_checkpoint(bases["llava"])
     batch = PackedCollator(processor, layout="packed")(conversations[:3])
     model.set_attn_implementation({"text_config": implementation})
-    with pytest.raises(ConfigError, match=r"other than scaled_dot_product_attention, .*set_attn_implementation\('sdpa'\)"):
+    with pytest.raises(
+        ConfigError, match=r"other than scaled_dot_product_attention, .*set_attn_implementation\('sdpa'\)"
+    ):
         model(**batch)
     model.set_attn_implementation("sdpa")
     assert model(**batch).loss.isfinite()
 
 
-def test_a_compiled_model_reads_a_packed_batch_as_it_is(bases: dict[str, Path], conversations: list[Conversation]) -> None:
+def test_a_compiled_model_reads_a_packed_batch_as_it_is(
+    bases: dict[str, Path], conversations: list[Conversation]
+) -> None:
     model, processor = trainable(bases["llava"])
     batch = PackedCollator(processor, layout="packed")(conversations[:3])
     plain = loss_and_gradients(model, batch)
@@ -75,8 +85,19 @@ SMALL = {
 }
 OTHERS = {
     "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_n_groups": 1, "mamba_d_state": 16, "attn_layer_indices": [1]},
-    "llama4_text": {"head_dim": 16, "attention_chunk_size": 32, "num_local_experts": 2, "intermediate_size_mlp": 64},
+    "bamba": {
+        "mamba_n_heads": 8,
+        "mamba_d_head": 16,
+        "mamba_n_groups": 1,
+        "mamba_d_state": 16,
+        "attn_layer_indices": [1],
+    },
+    "llama4_text": {
+        "head_dim": 16,
+        "attention_chunk_size": 32,
+        "num_local_experts": 2,
+        "intermediate_size_mlp": 64,
+    },
 }
 
 
@@ -85,8 +106,12 @@ def test_a_language_model_that_is_not_attention_alone_is_refused(language: str) 
     """Packed, it would train to the end and learn something else; the first two let a branch see its sibling."""
     text_config = CONFIG_MAPPING[language](**SMALL, **OTHERS[language])
     with torch.device("meta"):
-        model = LlavaForConditionalGeneration(LlavaConfig(vision_config=tiny.vision_config("clip"), text_config=text_config))
-    with pytest.raises(ConfigError, match=rf"\({language}\) has layers that do not heed .* Take layout='padded'"):
+        model = LlavaForConditionalGeneration(
+            LlavaConfig(vision_config=tiny.vision_config("clip"), text_config=text_config)
+        )
+    with pytest.raises(
+        ConfigError, match=rf"\({language}\) has layers that do not heed .* Take layout='padded'"
+    ):
         choose_attention(model, torch.device("cpu"), torch.float32)
 
 
@@ -104,7 +129,9 @@ def test_a_sliding_window_is_refused_only_where_a_conversation_is_longer(
             losses = [model(**batch).loss.item() for batch in (packed, padded)]
         assert (losses[0] == pytest.approx(losses[1], rel=1e-6)) == (window == longest), "why it is refused"
     check_window(model.config, window)
-    with pytest.raises(ConfigError, match=rf"sliding_window is {window}, the longest conversation has {window + 1} tokens"):
+    with pytest.raises(
+        ConfigError, match=rf"sliding_window is {window}, the longest conversation has {window + 1} tokens"
+    ):
         check_window(model.config, window + 1)
     model.config.text_config.layer_types = ["full_attention"]
     check_window(model.config, longest)
@@ -122,10 +149,14 @@ def test_a_mask_can_be_moved_and_looked_into_and_survives_a_worker(
     whole = collator(conversations[:4])["attention_mask"].plain()
     assert type(whole) is type(mask[0, 0]) is torch.Tensor and torch.equal(mask, whole)
     assert mask[0, 0].tolist() == mask.numpy()[0, 0].tolist() == whole[0, 0].tolist()
-    assert torch.equal((~mask).to(torch.float32), (~whole).float()) and torch.equal(mask[:, :, :, 0], whole[:, :, :, 0])
+    assert torch.equal((~mask).to(torch.float32), (~whole).float()) and torch.equal(
+        mask[:, :, :, 0], whole[:, :, :, 0]
+    )
     assert torch.equal(mask.sum(-1, dtype=torch.long), whole.sum(-1)) and mask.sum() == whole.sum()
     assert mask.plain().float().mean() == whole.float().mean() and (mask & ~whole).sum() == 0
-    assert torch.equal(mask[:, :, :5, :5], whole[:, :, :5, :5]) and torch.equal(copy.deepcopy(batch)["attention_mask"], whole)
+    assert torch.equal(mask[:, :, :5, :5], whole[:, :, :5, :5]) and torch.equal(
+        copy.deepcopy(batch)["attention_mask"], whole
+    )
     torch.save(batch, tmp_path / "batch.pt")
     assert torch.equal(torch.load(tmp_path / "batch.pt")["attention_mask"], whole)
     assert torch.equal(torch.zeros(whole.shape).masked_fill(~mask, -1), whole.float() - 1)
@@ -151,5 +182,7 @@ MISREADINGS: dict[str, Callable[[torch.Tensor, torch.Tensor], object]] = {
 @pytest.mark.parametrize("how", MISREADINGS)
 def test_what_attention_that_misreads_a_mask_does_with_it_is_refused(how: str) -> None:
     mask = dense_mask(torch.tensor([[4, 4, 3, 4]]))
-    with pytest.raises(ConfigError, match=r"which reads it wrongly.* To compute with the mask, call its plain\(\)"):
+    with pytest.raises(
+        ConfigError, match=r"which reads it wrongly.* To compute with the mask, call its plain\(\)"
+    ):
         MISREADINGS[how](mask, torch.zeros(1, 2, 4, 4))

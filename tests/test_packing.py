@@ -70,7 +70,9 @@ def content_at(sequence: TokenSequence, token: int) -> tuple[object, ...]:
 
 @untimed
 @given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
-def test_rows_hold_every_sequence_whole_and_share_all_they_may(given: list[TokenSequence], bound: int | None) -> None:
+def test_rows_hold_every_sequence_whole_and_share_all_they_may(
+    given: list[TokenSequence], bound: int | None
+) -> None:
     rows = lay_rows(given, bound)
     assert sorted(number for row in rows for number in row.last) == list(range(len(given)))
     assert bound is not None or len(rows) == 1
@@ -91,7 +93,9 @@ def test_rows_hold_every_sequence_whole_and_share_all_they_may(given: list[Token
             assert row.labels[path].tolist() == wanted.tolist()
         assert covered == set(range(len(row))), "every token belongs to a sequence"
     learnt = sum(int((row.labels != IGNORED).sum()) for row in rows)
-    assert learnt == sum(int((one.labels[1:] != IGNORED).sum()) for one in given), "supervised tokens count once each"
+    assert learnt == sum(int((one.labels[1:] != IGNORED).sum()) for one in given), (
+        "supervised tokens count once each"
+    )
 
 
 @untimed
@@ -109,7 +113,9 @@ def test_one_row_holds_each_shareable_prefix_once(given: list[TokenSequence]) ->
 
 @untimed
 @given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
-def test_images_of_a_row_are_listed_as_their_placeholders_stand(given: list[TokenSequence], bound: int | None) -> None:
+def test_images_of_a_row_are_listed_as_their_placeholders_stand(
+    given: list[TokenSequence], bound: int | None
+) -> None:
     for row in lay_rows(given, bound):
         listed = [given[number].images[image] for number, image in row.images]
         contents = [(span.content, place) for span in listed for place in range(span.end - span.begin)]
@@ -133,7 +139,10 @@ def test_masks_are_what_is_visible_by_definition(given: list[TokenSequence], bou
                 wanted[token, path[: place + 1]] = True
         ends = torch.from_numpy(row.ends)[None]
         assert (dense_mask(ends)[0, 0].numpy() == wanted).all()
-        assert torch.equal(create_mask(block_mask(ends).mask_mod, 1, 1, len(row), len(row), "cpu")[0, 0], torch.tensor(wanted))
+        assert torch.equal(
+            create_mask(block_mask(ends).mask_mod, 1, 1, len(row), len(row), "cpu")[0, 0],
+            torch.tensor(wanted),
+        )
 
 
 def test_a_tree_reads_as_written() -> None:
@@ -166,7 +175,9 @@ def test_a_tree_longer_than_a_row_is_split_by_repeating_its_prefix() -> None:
     rows = lay_rows(given, 8)
     assert [len(row) for row in rows] == [8, 8, 6]
     assert all(row.input_ids[:4].tolist() == [1, 2, 3, 4] for row in rows)
-    assert [len(row) for row in lay_rows(given, 5)] == [6] * 5, "a sequence longer than the bound stands alone"
+    assert [len(row) for row in lay_rows(given, 5)] == [6] * 5, (
+        "a sequence longer than the bound stands alone"
+    )
 
 
 def test_a_path_of_many_segments_is_cut_short() -> None:
@@ -250,7 +261,9 @@ def test_random_trees_have_the_padded_batchs_gradient(
     """Few words and images, so that conversations have much in common: beginnings, questions, whole dialogues, everything."""
     model, processor = models[kind]
     given = [
-        asked(number, tuple(images[name] for name in names), *(word for exchange in said for word in exchange))
+        asked(
+            number, tuple(images[name] for name in names), *(word for exchange in said for word in exchange)
+        )
         for number, (names, said) in enumerate(rows)
     ]
     packed = PackedCollator(processor, 2048, bound, "packed", 1024 if apart else None).inputs(given)
@@ -282,7 +295,9 @@ def test_rows_of_their_own_have_the_padded_batchs_loss_and_gradients(
 
 def test_equal_images_are_one_whatever_their_paths(bases: dict[str, Path], images: dict[str, str]) -> None:
     processor = load_checkpoint(bases["llava"])[1]
-    given = [asked(i, (images[name],), "what is it ?", "a heart") for i, name in enumerate(("a", "again", "b"))]
+    given = [
+        asked(i, (images[name],), "what is it ?", "a heart") for i, name in enumerate(("a", "again", "b"))
+    ]
     batch = PackedCollator(processor, layout="packed")(given)
     assert len(batch["pixel_values"]) == 2
     assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * tiny.GRID
@@ -300,7 +315,10 @@ def test_image_inputs_stand_in_the_rows_order(bases: dict[str, Path], images: di
     batch = PackedCollator(processor, max_row_tokens=1, layout="packed")(given)
     tokens = (batch["input_ids"] == processor.image_token_id).sum(-1)
     alone = [PackedCollator(processor, layout="packed")([one]) for one in given]
-    order = [next(i for i, one in enumerate(alone) if (one["input_ids"] == processor.image_token_id).sum() == n) for n in tokens]
+    order = [
+        next(i for i, one in enumerate(alone) if (one["input_ids"] == processor.image_token_id).sum() == n)
+        for n in tokens
+    ]
     assert sorted(order) == [0, 1, 2] and order != [0, 1, 2]
     assert batch["image_sizes"].tolist() == [size for i in order for size in alone[i]["image_sizes"].tolist()]
     assert batch["batch_num_images"].tolist() == [[1, 2, 1][i] for i in order]
@@ -313,18 +331,28 @@ def test_no_conversations_are_one_row_without_a_label(bases: dict[str, Path]) ->
     assert model(**{**batch, "labels": None}).logits.isfinite().all()
 
 
-def test_a_conversation_that_is_too_long_or_an_image_that_is_missing_is_named(bases: dict[str, Path], tmp_path: Path) -> None:
+def test_a_conversation_that_is_too_long_or_an_image_that_is_missing_is_named(
+    bases: dict[str, Path], tmp_path: Path
+) -> None:
     processor = load_checkpoint(bases["llava"])[1]
     given = [asked(7, (), "what is it ?", "a heart " * 20)]
-    with pytest.raises(DataError, match=r"d\.json:7 \(id 7\): \d+ tokens, 0 of them image tokens; max_length is 20"):
+    with pytest.raises(
+        DataError, match=r"d\.json:7 \(id 7\): \d+ tokens, 0 of them image tokens; max_length is 20"
+    ):
         PackedCollator(processor, max_length=20, layout="packed")(given)
     with pytest.raises(DataError, match="no such file"):
-        PackedCollator(processor, layout="packed")([asked(8, (str(tmp_path / "none.png"),), "what is it ?", "a heart")])
+        PackedCollator(processor, layout="packed")(
+            [asked(8, (str(tmp_path / "none.png"),), "what is it ?", "a heart")]
+        )
 
 
-def laid_rows(collator: PackedCollator, conversations: list[Conversation]) -> tuple[list[TokenSequence], list[Row]]:
+def laid_rows(
+    collator: PackedCollator, conversations: list[Conversation]
+) -> tuple[list[TokenSequence], list[Row]]:
     sequences = [
-        collator.sequence(one, [content_key(image) for image in one.images], [image_size(image) for image in one.images])
+        collator.sequence(
+            one, [content_key(image) for image in one.images], [image_size(image) for image in one.images]
+        )
         for one in conversations
     ]
     return sequences, collator.rows(sequences)
@@ -356,7 +384,9 @@ def test_a_changed_branch_or_image_leaves_every_other_one_as_it_was_to_the_last_
     batch = {**collator(conversations), "labels": None}
     sequences, (row,) = laid_rows(collator, conversations)
     paths = paths_of(row)
-    assert all(row.input_ids[path].tolist() == sequences[number].input_ids.tolist() for number, path in paths.items())
+    assert all(
+        row.input_ids[path].tolist() == sequences[number].input_ids.tolist() for number, path in paths.items()
+    )
     assert len(paths) == len(conversations) and batch["input_ids"][0].tolist() == row.input_ids.tolist()
 
     def logits(**changed: torch.Tensor) -> dict[int, torch.Tensor]:
@@ -367,7 +397,11 @@ def test_a_changed_branch_or_image_leaves_every_other_one_as_it_was_to_the_last_
     before = logits()
     for changed, path in paths.items():
         others = {token for other in paths if other != changed for token in paths[other]}
-        own = [token for token in path if token not in others and row.input_ids[token] != processor.image_token_id]
+        own = [
+            token
+            for token in path
+            if token not in others and row.input_ids[token] != processor.image_token_id
+        ]
         input_ids = batch["input_ids"].clone()
         input_ids[0, own] = 10 + (input_ids[0, own] + 7) % 200
         after = logits(input_ids=input_ids)
@@ -402,10 +436,15 @@ def test_twenty_optimizer_steps_have_the_padded_batchs_losses(
     losses: dict[str, list[float]] = {}
     for layout in ("packed", "padded"):
         model, processor = trainable(bases[kind], "lora")
-        collator = PackedCollator(processor, max_row_tokens=200 if layout == "packed" else None, layout=layout)
+        collator = PackedCollator(
+            processor, max_row_tokens=200 if layout == "packed" else None, layout=layout
+        )
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=2e-3)
         for step in range(20):
-            chosen = [conversations[i] for i in np.random.default_rng(step).choice(len(conversations), 6, replace=False)]
+            chosen = [
+                conversations[i]
+                for i in np.random.default_rng(step).choice(len(conversations), 6, replace=False)
+            ]
             optimizer.zero_grad()
             loss = model(**collator(chosen)).loss
             loss.backward()
@@ -427,7 +466,9 @@ def test_gradients_are_the_padded_ones_over_nf4_and_under_checkpointing(
     bare(model).enable_input_require_grads()
     checkpointed = loss_and_gradients(model, packed)
     assert_same(checkpointed, plain)
-    assert_same(checkpointed, loss_and_gradients(model, PackedCollator(processor, layout="padded")(conversations)))
+    assert_same(
+        checkpointed, loss_and_gradients(model, PackedCollator(processor, layout="padded")(conversations))
+    )
 
 
 def test_bf16_and_lora_dropout_train(bases: dict[str, Path], conversations: list[Conversation]) -> None:
@@ -447,8 +488,16 @@ def test_bf16_and_lora_dropout_train(bases: dict[str, Path], conversations: list
     ("wrong", "error", "said"),
     [
         ({"layout": "dense"}, ConfigError, "layout is 'dense'; wanted one of packed, padded."),
-        ({"max_row_tokens": 0}, ConfigError, "max_row_tokens is 0; wanted None or a whole number of at least 1."),
-        ({"fill_tokens": "some"}, ConfigError, "fill_tokens is 'some'; wanted None or a whole number of at least 1."),
+        (
+            {"max_row_tokens": 0},
+            ConfigError,
+            "max_row_tokens is 0; wanted None or a whole number of at least 1.",
+        ),
+        (
+            {"fill_tokens": "some"},
+            ConfigError,
+            "fill_tokens is 'some'; wanted None or a whole number of at least 1.",
+        ),
         ({"max_length": None}, ConfigError, "max_length is None; wanted a whole number of at least 1."),
         (
             {"processor": "stock"},
@@ -476,16 +525,22 @@ def test_a_collator_takes_any_iterable_of_conversations_and_names_what_it_cannot
     layout: str, bases: dict[str, Path], images: dict[str, str]
 ) -> None:
     collator = PackedCollator(load_checkpoint(bases["llava"])[1], layout=layout)
-    questions = [Question(str(number), images["a"], f"is it {number} ?", "no", "closed") for number in range(3)]
+    questions = [
+        Question(str(number), images["a"], f"is it {number} ?", "no", "closed") for number in range(3)
+    ]
     asked_for = [question.conversation() for question in questions]
     one, other = (collator(asked_for), collator(question.conversation() for question in questions))
     assert one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
     with pytest.raises(
-        ConfigError, match=r"conversations\[1\] is a Question; wanted a Conversation; call its conversation\(\)\."
+        ConfigError,
+        match=r"conversations\[1\] is a Question; wanted a Conversation; call its conversation\(\)\.",
     ):
         collator([asked_for[0], questions[1]])
     with pytest.raises(ConfigError, match=r"conversations\[0\] is a str; wanted a Conversation\."):
         collator("abc")
-    for words, said in (("a </s> b", "Turn 1 holds '</s>', which"), ("a \ud800 b", r"Turn 1 holds '\\ud800', half of a char")):
+    for words, said in (
+        ("a </s> b", "Turn 1 holds '</s>', which"),
+        ("a \ud800 b", r"Turn 1 holds '\\ud800', half of a char"),
+    ):
         with pytest.raises(DataError, match=rf"d\.json:7 \(id 7\): {said}"):
             collator([asked(7, (), words, "a heart")])

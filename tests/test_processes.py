@@ -99,14 +99,20 @@ LAUNCH = {
             "fsdp_cpu_ram_efficient_loading": True,
         },
     },
-    "zero2": {"distributed_type": "DEEPSPEED", "deepspeed_config": {"zero_stage": 2, "gradient_clipping": 1.0}},
+    "zero2": {
+        "distributed_type": "DEEPSPEED",
+        "deepspeed_config": {"zero_stage": 2, "gradient_clipping": 1.0},
+    },
     "zero3": {
         "distributed_type": "DEEPSPEED",
         "deepspeed_config": {"deepspeed_config_file": "zero3.json", "zero3_init_flag": True},
     },
 }
 # Without the threshold DeepSpeed keeps weights as small as the tiny model's whole.
-ZERO3 = {"zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0}, "gradient_clipping": "auto"}
+ZERO3 = {
+    "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    "gradient_clipping": "auto",
+}
 FAILS = """
 import os, time
 from dataclasses import dataclass
@@ -144,7 +150,9 @@ def main(words):
 start(main, Words)
 """
 STAGES = ("align", "vqa", "more")
-WITHOUT_DEEPSPEED = pytest.mark.skipif(find_spec("deepspeed") is None, reason="deepspeed is not installed (extra distributed)")
+WITHOUT_DEEPSPEED = pytest.mark.skipif(
+    find_spec("deepspeed") is None, reason="deepspeed is not installed (extra distributed)"
+)
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +167,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "cut.png").write_bytes(whole[: len(whole) // 2])
     (folder / "zero3.json").write_text(json.dumps(ZERO3), encoding="utf-8")
     for how, settings in LAUNCH.items():
-        (folder / f"{how}.yaml").write_text(yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", **settings}), "utf-8")
+        (folder / f"{how}.yaml").write_text(
+            yaml.safe_dump({"compute_environment": "LOCAL_MACHINE", **settings}), "utf-8"
+        )
     return folder
 
 
@@ -174,16 +184,40 @@ def launch(
 ) -> Path:
     out = place / f"run-{how}-{processes}-{dtype}" if out is None else out
     port = ["--main_process_port", "0"]  # any free one
-    accelerate = ["accelerate.commands.launch", "--config_file", str(place / f"{how}.yaml"), "--num_machines", "1", *port]
+    accelerate = [
+        "accelerate.commands.launch",
+        "--config_file",
+        str(place / f"{how}.yaml"),
+        "--num_machines",
+        "1",
+        *port,
+    ]
     torchrun = ["torch.distributed.run", "--standalone"]
-    launcher = [*(accelerate if how in LAUNCH else torchrun), "--num_processes" if how in LAUNCH else "--nproc_per_node"]
+    launcher = [
+        *(accelerate if how in LAUNCH else torchrun),
+        "--num_processes" if how in LAUNCH else "--nproc_per_node",
+    ]
     program = [sys.executable] if processes == 1 else [sys.executable, "-m", *launcher, str(processes)]
     paths = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")])
     environment = {**os.environ, "PYTHONPATH": paths, "OMP_NUM_THREADS": "1"}
-    words = [str(place / "script.py"), str(place / "base"), str(place), str(out), str(processes), how, dtype, stopped, attention]
-    done = subprocess.run([*program, *words], env=environment, cwd=place, capture_output=True, text=True, check=False)
+    words = [
+        str(place / "script.py"),
+        str(place / "base"),
+        str(place),
+        str(out),
+        str(processes),
+        how,
+        dtype,
+        stopped,
+        attention,
+    ]
+    done = subprocess.run(
+        [*program, *words], env=environment, cwd=place, capture_output=True, text=True, check=False
+    )
     assert (done.returncode != 0) == bool(stopped), done.stderr[-3000:]
-    assert not stopped or f"Stopped by SIGTERM behind step 4 of 6 of stage '{stopped}'" in done.stderr, done.stderr[-3000:]
+    assert not stopped or f"Stopped by SIGTERM behind step 4 of 6 of stage '{stopped}'" in done.stderr, (
+        done.stderr[-3000:]
+    )
     return out
 
 
@@ -192,7 +226,11 @@ def alone(place: Path) -> Path:
     return launch(place, 1, "alone")
 
 
-SHARDED = ["fsdp2", pytest.param("zero2", marks=WITHOUT_DEEPSPEED), pytest.param("zero3", marks=WITHOUT_DEEPSPEED)]
+SHARDED = [
+    "fsdp2",
+    pytest.param("zero2", marks=WITHOUT_DEEPSPEED),
+    pytest.param("zero3", marks=WITHOUT_DEEPSPEED),
+]
 
 
 def agree(one: Path, other: Path, bound: float) -> None:
@@ -200,14 +238,18 @@ def agree(one: Path, other: Path, bound: float) -> None:
     for stage in STAGES:
         (weights,) = (path.name for path in (one / stage).glob("*.safetensors"))
         tensors, expected = (load_file(other / stage / weights), load_file(one / stage / weights))
-        assert {name: tensor.dtype for name, tensor in tensors.items()} == {name: t.dtype for name, t in expected.items()}
+        assert {name: tensor.dtype for name, tensor in tensors.items()} == {
+            name: t.dtype for name, t in expected.items()
+        }
         for name, tensor in expected.items():
             torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=bound)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "stage"), [("ddp", "vqa"), ("fsdp2", "more")])
-def test_processes_stop_together_and_go_on_as_many_or_fewer(how: str, stage: str, place: Path, alone: Path) -> None:
+def test_processes_stop_together_and_go_on_as_many_or_fewer(
+    how: str, stage: str, place: Path, alone: Path
+) -> None:
     stopped = launch(place, 2, how, out=place / f"stopped-{how}", stopped=stage)
     assert sorted(path.name for path in (stopped / "checkpoints" / stage).iterdir()) == ["step-3", "step-4"]
     fewer = Path(shutil.copytree(stopped, place / f"fewer-{how}"))
@@ -216,7 +258,9 @@ def test_processes_stop_together_and_go_on_as_many_or_fewer(how: str, stage: str
     for run in (stopped, fewer):
         assert (run / "rejected.jsonl").read_text() == (alone / "rejected.jsonl").read_text()
         steps = [(record["stage"], record["step"], "loss" in record) for record in read_metrics(run)]
-        assert steps == [(record["stage"], record["step"], "loss" in record) for record in read_metrics(alone)]
+        assert steps == [
+            (record["stage"], record["step"], "loss" in record) for record in read_metrics(alone)
+        ]
 
 
 @WITHOUT_DEEPSPEED
@@ -228,9 +272,14 @@ def test_under_deepspeed_a_stage_that_was_stopped_begins_again(place: Path, alon
 
 @pytest.mark.parametrize("processes", [2, 4])
 @pytest.mark.parametrize("how", ["ddp", *SHARDED])
-def test_losses_tensors_and_counts_are_one_processes(how: str, processes: int, place: Path, alone: Path) -> None:
+def test_losses_tensors_and_counts_are_one_processes(
+    how: str, processes: int, place: Path, alone: Path
+) -> None:
     together = launch(place, processes, how)
-    logs = [[json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()] for run in (alone, together)]
+    logs = [
+        [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        for run in (alone, together)
+    ]
     assert len(logs[0]) == len(logs[1])
     for one, several in zip(*logs, strict=True):
         for key in ("loss", "eval_loss", "grad_norm"):
@@ -243,7 +292,9 @@ def test_losses_tensors_and_counts_are_one_processes(how: str, processes: int, p
         assert one.record["data"] == several.record["data"] and one.record["data"][0]["failed"] == 1
         for key in ("steps", "conversations", "supervised_tokens", "trainable_parameters"):
             assert one.metrics[key] == several.metrics[key]
-        assert sorted(path.name for path in one.path.iterdir()) == sorted(path.name for path in several.path.iterdir())
+        assert sorted(path.name for path in one.path.iterdir()) == sorted(
+            path.name for path in several.path.iterdir()
+        )
     agree(alone, together, 1e-5)
     _, info = AutoModelForImageTextToText.from_pretrained(together / "more", output_loading_info=True)
     assert not any(info.values()), info
@@ -267,15 +318,23 @@ def test_trained_in_bf16_the_tensors_are_kept_in_fp32(how: str, place: Path, alo
     together = launch(place, 2, how, "bfloat16")
     for stage in STAGES:
         (weights,) = (path.name for path in (alone_in_bf16 / stage).glob("*.safetensors"))
-        tensors, expected = (load_file(together / stage / weights), load_file(alone_in_bf16 / stage / weights))
+        tensors, expected = (
+            load_file(together / stage / weights),
+            load_file(alone_in_bf16 / stage / weights),
+        )
         for name, tensor in expected.items():
             torch.testing.assert_close(tensors[name], tensor, rtol=0, atol=2e-4)
-    before, carried = (StageAdapter.load(together / "vqa").tensors(), StageAdapter.load(together / "align").tensors())
+    before, carried = (
+        StageAdapter.load(together / "vqa").tensors(),
+        StageAdapter.load(together / "align").tensors(),
+    )
     frozen = [name for name in carried if ".lora_" in name]
     assert frozen and all(torch.equal(carried[name], before[name]) for name in frozen)
 
 
-@pytest.mark.parametrize(("fault", "how"), [("said", {}), ("odd", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})])
+@pytest.mark.parametrize(
+    ("fault", "how"), [("said", {}), ("odd", {"ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2"})]
+)
 def test_one_process_that_fails_ends_all_of_them_and_is_named(
     fault: str, how: dict[str, str], place: Path, tmp_path: Path
 ) -> None:
@@ -306,7 +365,16 @@ def fails(fault: str, how: dict[str, str], place: Path, folder: Path) -> subproc
     script.write_text(FAILS, encoding="utf-8")
     words = ["--base", place / "base", "--image", place / "0.png", "--out", folder / "out", "--fault", fault]
     return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script), *map(str, words)],
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc_per_node",
+            "2",
+            str(script),
+            *map(str, words),
+        ],
         env={**os.environ, **how, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -336,6 +404,11 @@ def test_others_wait_for_an_index_longer_than_the_training_groups_barrier_would(
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*torchrun, str(tmp_path / "waiting.py")], env=environment, capture_output=True, text=True, timeout=200, check=False
+        [*torchrun, str(tmp_path / "waiting.py")],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
     )
     assert done.returncode == 0, done.stderr[-3000:]

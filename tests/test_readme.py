@@ -77,11 +77,21 @@ def test_snippets_and_recipe_command_run(workplace: Path) -> None:
     whole, stock, yaml, packed = blocks("python")
     assert 'quantization="nf4"' in whole
     script = re.sub(r"import LLAVA_MED, ", "import ", whole)
-    run([sys.executable, "-c", SMALL + script + "\nassert list(adapters) == ['align', 'instruct', 'vqa']"], workplace)
+    run(
+        [sys.executable, "-c", SMALL + script + "\nassert list(adapters) == ['align', 'instruct', 'vqa']"],
+        workplace,
+    )
     run([sys.executable, "-c", stock + "\nassert model.active_adapter == 'vqa'"], workplace)
     run([sys.executable, "-c", yaml.replace("from llavamed_peft import LLAVA_MED\n", SMALL)], workplace)
     alone = "one = PackedCollator(processor)([questions[0].conversation()])['input_ids'].shape[1]"
-    run([sys.executable, "-c", f"{packed}\n{alone}\nassert one < batch['input_ids'].shape[1] < 2 * one and loss > 0"], workplace)
+    run(
+        [
+            sys.executable,
+            "-c",
+            f"{packed}\n{alone}\nassert one < batch['input_ids'].shape[1] < 2 * one and loss > 0",
+        ],
+        workplace,
+    )
     (command,) = [block for block in blocks("bash") if "recipes/curriculum.py" in block]
     words = shlex.split(command.replace("\\\n", " ").replace("runs/llava-med", "runs/again"))
     assert words[0] == ".venv/bin/python"
@@ -94,12 +104,18 @@ def test_shipped_stage_answers_the_question(tmp_path: Path) -> None:
     (command,) = [block for block in blocks("bash") if " ask " in block]
     program, *words = shlex.split(command)
     assert program == ".venv/bin/llavamed-peft"
-    draw = "from scenes import FIRST_SEED, clinic_scene; clinic_scene(FIRST_SEED['heldout']).image.save('a.png')"
+    draw = (
+        "from scenes import FIRST_SEED, clinic_scene; clinic_scene(FIRST_SEED['heldout']).image.save('a.png')"
+    )
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "recipes" / "demo")}
     subprocess.run([sys.executable, "-c", draw], cwd=tmp_path, env=environment, check=True)
     words = [str(tmp_path / "a.png") if word.startswith("runs/") else word for word in words]
     answer = run([sys.executable, "-m", "llavamed_peft.cli.main", *words], ROOT).stdout.strip()
-    (modality,) = [name for name in ("chest X-ray", "CT scan", "MRI scan", "histology slide", "gross specimen") if name == answer]
+    (modality,) = [
+        name
+        for name in ("chest X-ray", "CT scan", "MRI scan", "histology slide", "gross specimen")
+        if name == answer
+    ]
     assert modality
 
 
@@ -122,7 +138,9 @@ def test_tree_names_the_folders_on_disk() -> None:
     shown = [line.split()[0] for line in tree.splitlines()]
     assert all((ROOT / name).is_dir() for name in shown)
     listed = run(["git", "ls-files"], ROOT).stdout.splitlines()
-    assert {name.split("/")[0] for name in listed if "/" in name and not name.startswith(".")} == {name[:-1] for name in shown}
+    assert {name.split("/")[0] for name in listed if "/" in name and not name.startswith(".")} == {
+        name[:-1] for name in shown
+    }
 
 
 def test_links_lead_somewhere() -> None:

@@ -12,7 +12,17 @@ from pathlib import Path
 from typing import Literal
 
 import pytest
-from miniature import HELD_OUT_ROWS, TRAIN_ROWS, account, build, commands, link, option, run_here, run_in_a_process
+from miniature import (
+    HELD_OUT_ROWS,
+    TRAIN_ROWS,
+    account,
+    build,
+    commands,
+    link,
+    option,
+    run_here,
+    run_in_a_process,
+)
 from PIL import Image
 
 from llavamed_peft import LLAVA_MED
@@ -76,7 +86,9 @@ def test_instruct(workspace):
     assert json.loads((first / "instruct" / "stage.json").read_text())["parent"]["stage"] == "align"
     second = commands_of("instruct")[1]
     run_here(second, workspace)
-    config = json.loads((workspace / option(second, "output_dir") / "instruct" / "adapter_config.json").read_text())
+    config = json.loads(
+        (workspace / option(second, "output_dir") / "instruct" / "adapter_config.json").read_text()
+    )
     assert (config["r"], config["lora_alpha"]) == (64, 128)
 
 
@@ -89,7 +101,9 @@ def test_vqa(workspace):
     run_here(third, workspace)
     for left in (first, workspace / option(second, "output_dir")):
         assert account(left / "vqa") == (TRAIN_ROWS, TRAIN_ROWS, TRAIN_ROWS)
-        answers = [json.loads(line) for line in (left / "answers.jsonl").read_text(encoding="utf-8").splitlines()]
+        answers = [
+            json.loads(line) for line in (left / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+        ]
         assert [list(answer) for answer in answers] == [
             ["question_id", "prompt", "text", "truth", "answer_type"] for _ in range(HELD_OUT_ROWS)
         ]
@@ -159,7 +173,9 @@ def test_the_base_is_built_by_its_command(workspace, tmp_path):
 
 def test_curriculum_from_a_file_of_options(workspace, tmp_path):
     """A mapping of stage to file, and a curriculum of one stage."""
-    (tmp_path / "one.yaml").write_text("stages: [{name: again, trains: projector, schedule: {epochs: 1, learning_rate: 2e-3}}]\n")
+    (tmp_path / "one.yaml").write_text(
+        "stages: [{name: again, trains: projector, schedule: {epochs: 1, learning_rate: 2e-3}}]\n"
+    )
     config = tmp_path / "options.yaml"
     config.write_text(
         "model: llava-hf/llava-1.5-7b-hf\ndata: {again: [pmc_align.json, pmc_align_heldout.json]}\nimage_folder: {again: pmc}\n"
@@ -170,9 +186,19 @@ def test_curriculum_from_a_file_of_options(workspace, tmp_path):
 
 
 def test_data_without_a_stage_is_an_error(workspace, tmp_path):
-    words = ["python", "recipes/curriculum.py", "--model", "x", "--data", "pmc_align.json", "--output_dir", str(tmp_path / "run")]
+    words = [
+        "python",
+        "recipes/curriculum.py",
+        "--model",
+        "x",
+        "--data",
+        "pmc_align.json",
+        "--output_dir",
+        str(tmp_path / "run"),
+    ]
     with pytest.raises(
-        SystemExit, match=r"ConfigError: data is given 'pmc_align\.json'; wanted stage=path, such as align=pmc_align\.json\."
+        SystemExit,
+        match=r"ConfigError: data is given 'pmc_align\.json'; wanted stage=path, such as align=pmc_align\.json\.",
     ):
         run_here(words, workspace)
 
@@ -190,7 +216,10 @@ def check_run(left, train_rows, held_out_rows):
     assert used > 0.95 * rows
     answers = (left / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     assert len(answers) == held_out_rows
-    assert sum(int(line.split("|")[2]) for line in (left / "scores.md").read_text().splitlines()[2:]) == held_out_rows
+    assert (
+        sum(int(line.split("|")[2]) for line in (left / "scores.md").read_text().splitlines()[2:])
+        == held_out_rows
+    )
 
 
 def test_tiny_vqa_rad_on_the_miniature(workspace):
@@ -199,9 +228,12 @@ def test_tiny_vqa_rad_on_the_miniature(workspace):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # two minutes on two busy cores, a third of them for decoding and shrinking radiographs
+@pytest.mark.timeout(
+    900
+)  # two minutes on two busy cores, a third of them for decoding and shrinking radiographs
 @pytest.mark.skipif(
-    not PUBLISHED.is_dir(), reason=f"VQA-RAD is not at {PUBLISHED.relative_to(REPOSITORY.parent)} beside the clone"
+    not PUBLISHED.is_dir(),
+    reason=f"VQA-RAD is not at {PUBLISHED.relative_to(REPOSITORY.parent)} beside the clone",
 )
 def test_tiny_vqa_rad_on_the_published_data(tmp_path):
     """All 1,797 training rows of the official split pass through, and all 451 held-out questions are answered."""
@@ -209,7 +241,9 @@ def test_tiny_vqa_rad_on_the_published_data(tmp_path):
     link(tmp_path / "recipes", REPOSITORY / "recipes")
     run_here([*config_command(), "--max_new_tokens", "8"], tmp_path)
     check_run(tmp_path / "runs" / "tiny-vqa-rad", 1797, 451)
-    open_row, closed_row = (tmp_path / "runs" / "tiny-vqa-rad" / "scores.md").read_text(encoding="utf-8").splitlines()[2:]
+    open_row, closed_row = (
+        (tmp_path / "runs" / "tiny-vqa-rad" / "scores.md").read_text(encoding="utf-8").splitlines()[2:]
+    )
     # The majority answers, counted once by hand in vqa_rad_public.json
     assert open_row.endswith("| axial | 6.1% |") and closed_row.endswith("| no | 48.9% |")
 
@@ -224,7 +258,9 @@ def test_help_explains_every_option(recipe, workspace, capsys):
     shown = capsys.readouterr().out
     assert stopped.value.code == 0
     for entry in re.split(r"\n  (?=-)", shown.partition("options:")[2])[1:]:
-        assert "--help" in entry or (len(entry.split()) > 3 and "(default:" in entry), f"not explained: {entry}"
+        assert "--help" in entry or (len(entry.split()) > 3 and "(default:" in entry), (
+            f"not explained: {entry}"
+        )
 
 
 @dataclass(kw_only=True)
@@ -246,7 +282,9 @@ def test_options_come_from_both_sides_and_the_command_line_counts(tmp_path):
     assert run == RunArguments(quantization="nf4", report_to=["tensorboard", "trackio"])
 
 
-@pytest.mark.parametrize(("word", "value"), {"auto": "auto", "true": True, "True": True, "false": False, "False": False}.items())
+@pytest.mark.parametrize(
+    ("word", "value"), {"auto": "auto", "true": True, "True": True, "false": False, "False": False}.items()
+)
 def test_true_and_false_may_be_written_as_in_yaml(word, value, tmp_path):
     (tmp_path / "options.yaml").write_text(f"feature_cache: {word}\n")
     for words in (("--feature_cache", word), ("--config", str(tmp_path / "options.yaml"))):
@@ -256,9 +294,21 @@ def test_true_and_false_may_be_written_as_in_yaml(word, value, tmp_path):
 @pytest.mark.parametrize(
     ("words", "yaml", "reason"),
     [
-        (["--model", "a", "--learnin_rate", "1"], None, "unknown option 'learnin_rate'. Did you mean 'learning_rate'?"),
-        (["--model", "a", "--learning-rat=1"], None, "unknown option 'learning-rat'. Did you mean 'learning_rate'?"),
-        (["--model", "a", "--learning", "1"], None, "unknown option 'learning'. Did you mean 'learning_rate'?"),
+        (
+            ["--model", "a", "--learnin_rate", "1"],
+            None,
+            "unknown option 'learnin_rate'. Did you mean 'learning_rate'?",
+        ),
+        (
+            ["--model", "a", "--learning-rat=1"],
+            None,
+            "unknown option 'learning-rat'. Did you mean 'learning_rate'?",
+        ),
+        (
+            ["--model", "a", "--learning", "1"],
+            None,
+            "unknown option 'learning'. Did you mean 'learning_rate'?",
+        ),
         (
             ["--config=nowhere.yaml"],
             None,
@@ -269,7 +319,11 @@ def test_true_and_false_may_be_written_as_in_yaml(word, value, tmp_path):
         (["--model", "a", "--shuffle", "rows"], None, "argument --shuffle: invalid choice: 'rows'"),
         ([], "model: a\nlearnin_rate: 1", "unknown option 'learnin_rate'. Did you mean 'learning_rate'?"),
         ([], "model: a\nshuffle: rows", "shuffle is 'rows'; wanted one of images, conversations."),
-        ([], "model: a\nlearning_rate: fast", "argument --learning_rate/--learning-rate: invalid float value: 'fast'"),
+        (
+            [],
+            "model: a\nlearning_rate: fast",
+            "argument --learning_rate/--learning-rate: invalid float value: 'fast'",
+        ),
         ([], "model: a\nlearning_rate: [1]", "learning_rate is [1]; wanted a number. (Options are from "),
         ([], "model: a\nfeature_cache: 3", "feature_cache is 3; wanted one of auto, True, False."),
         ([], "model: 3", "model is 3; wanted a word."),

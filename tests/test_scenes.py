@@ -112,12 +112,19 @@ def test_general_shapes_stand_where_the_caption_says():
     for seed in range(300):
         scene = general_scene(seed)
         for shape in scene.shapes:
-            assert f"a {shape.size} {shape.color} {shape.name} in the {shape.place}" in scene.caption.replace("A ", "a ", 1)
-            assert shape.radius < shape.x < IMAGE_SIZE - shape.radius and shape.radius < shape.y < IMAGE_SIZE - shape.radius
+            assert f"a {shape.size} {shape.color} {shape.name} in the {shape.place}" in scene.caption.replace(
+                "A ", "a ", 1
+            )
+            assert (
+                shape.radius < shape.x < IMAGE_SIZE - shape.radius
+                and shape.radius < shape.y < IMAGE_SIZE - shape.radius
+            )
 
 
 def test_every_modality_is_drawn():
-    seen = Counter(name for seed in range(500) for name in MODALITIES if f" {name} " in clinic_scene(seed).caption)
+    seen = Counter(
+        name for seed in range(500) for name in MODALITIES if f" {name} " in clinic_scene(seed).caption
+    )
     assert seen.total() == 500 and min(seen[name] for name in MODALITIES) > 60
 
 
@@ -129,7 +136,12 @@ def test_dataset_on_disk(tmp_path):
     rows = {name: json.loads(file.read_text(encoding="utf-8")) for name, file in files.items()}
     count = {name: len(content) for name, content in rows.items()}
     scenes = [clinic_scene(FIRST_SEED["vqa"] + number) for number in range(2)]
-    assert (count["align"], count["instruct"], count["align_heldout"], count["instruct_heldout"]) == (4, 3, 2, 2)
+    assert (count["align"], count["instruct"], count["align_heldout"], count["instruct_heldout"]) == (
+        4,
+        3,
+        2,
+        2,
+    )
     assert count["vqa"] == sum(len(scene.questions) for scene in scenes)
 
     for name, content in rows.items():
@@ -137,7 +149,9 @@ def test_dataset_on_disk(tmp_path):
         for row in content:
             speakers = [turn["from"] for turn in row["conversations"]]
             assert speakers == ["human", "gpt"] * (2 if name.startswith("instruct") else 1)
-            assert [turn["value"].count("<image>") for turn in row["conversations"]] == [1] + [0] * (len(speakers) - 1)
+            assert [turn["value"].count("<image>") for turn in row["conversations"]] == [1] + [0] * (
+                len(speakers) - 1
+            )
             assert row["conversations"][0]["value"].startswith("<image>\n")
             answer_types = ("open", "closed") if name in ("vqa_heldout", "general_heldout") else (None,)
             assert row.get("answer_type") in answer_types
@@ -165,8 +179,12 @@ def test_texts_survive_the_tokenizer(processor):
                 assert tokenizer.decode(tokenizer.encode(text)) == text
     foreign = "Where is the 3.5 cm hæmatoma — frontal, μ-shaped?\n\tIs it ¿midline? 脳"
     assert tokenizer.decode(tokenizer.encode(foreign)) == foreign
-    assert [len(tokenizer.encode(f" {word}")) for word in ("yes", "no", "nodule", "mitoses", "left")] == [1] * 5
-    assert tokenizer.encode("Is there a nodule?")[0] != tokenizer.bos_token_id, "the chat template says <s>, nobody else"
+    assert [len(tokenizer.encode(f" {word}")) for word in ("yes", "no", "nodule", "mitoses", "left")] == [
+        1
+    ] * 5
+    assert tokenizer.encode("Is there a nodule?")[0] != tokenizer.bos_token_id, (
+        "the chat template says <s>, nobody else"
+    )
 
 
 def test_chat_template(processor):
@@ -176,9 +194,18 @@ def test_chat_template(processor):
         {"role": "user", "content": "Which side is it on?"},
     ]
     asked = processor.apply_chat_template(turns, add_generation_prompt=True)
-    assert asked == "<s>USER: <image>\nIs there a nodule? ASSISTANT: yes</s>USER: Which side is it on? ASSISTANT:"
-    tokens = processor.tokenizer.apply_chat_template(turns[:2], return_dict=True, return_assistant_tokens_mask=True)
-    answer = [token for token, supervised in zip(tokens["input_ids"], tokens["assistant_masks"], strict=True) if supervised]
+    assert (
+        asked
+        == "<s>USER: <image>\nIs there a nodule? ASSISTANT: yes</s>USER: Which side is it on? ASSISTANT:"
+    )
+    tokens = processor.tokenizer.apply_chat_template(
+        turns[:2], return_dict=True, return_assistant_tokens_mask=True
+    )
+    answer = [
+        token
+        for token, supervised in zip(tokens["input_ids"], tokens["assistant_masks"], strict=True)
+        if supervised
+    ]
     assert processor.tokenizer.convert_ids_to_tokens(answer) == ["Ġyes", "</s>"]
 
 
@@ -188,7 +215,11 @@ def test_image_preparation(processor):
 
     image = clinic_scene(3).image
     prepared = processor.image_processor(image, return_tensors="pt")["pixel_values"][0]
-    values = torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).view(IMAGE_SIZE, IMAGE_SIZE, 3).permute(2, 0, 1)
+    values = (
+        torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8)
+        .view(IMAGE_SIZE, IMAGE_SIZE, 3)
+        .permute(2, 0, 1)
+    )
     torch.testing.assert_close(prepared, values / 127.5 - 1, atol=1e-6, rtol=0)
 
 
@@ -205,9 +236,19 @@ def test_shipped_base_answers(processor):
     right = asked = 0
     for seed in range(4):
         scene = general_scene(FIRST_SEED["general_heldout"] + seed)
-        questions = [question for question in scene.questions if question.kind in ("background", "place", "object")]
+        questions = [
+            question for question in scene.questions if question.kind in ("background", "place", "object")
+        ]
         chats = [
-            [{"role": "user", "content": [{"type": "image", "image": scene.image}, {"type": "text", "text": question.question}]}]
+            [
+                {
+                    "role": "user",
+                    "content": [
+                        {"type": "image", "image": scene.image},
+                        {"type": "text", "text": question.question},
+                    ],
+                }
+            ]
             for question in questions
         ]
         inputs = processor.apply_chat_template(
@@ -218,8 +259,12 @@ def test_shipped_base_answers(processor):
             return_tensors="pt",
             processor_kwargs={"padding": True},
         )
-        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[:, inputs["input_ids"].shape[1] :]
-        for question, answer in zip(questions, processor.batch_decode(output, skip_special_tokens=True), strict=True):
+        output = model.generate(**inputs, max_new_tokens=8, do_sample=False)[
+            :, inputs["input_ids"].shape[1] :
+        ]
+        for question, answer in zip(
+            questions, processor.batch_decode(output, skip_special_tokens=True), strict=True
+        ):
             right += answer.strip() == question.answer
             asked += 1
     assert right / asked > 0.6

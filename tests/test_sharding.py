@@ -75,18 +75,28 @@ def no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def asked(monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], dtype: torch.dtype = torch.float32) -> Sharding | None:
+def asked(
+    monkeypatch: pytest.MonkeyPatch, variables: dict[str, str], dtype: torch.dtype = torch.float32
+) -> Sharding | None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(sharding, "find_spec", lambda name: object())  # as if deepspeed were installed: it is not called here
+    monkeypatch.setattr(
+        sharding, "find_spec", lambda name: object()
+    )  # as if deepspeed were installed: it is not called here
     return asked_sharding(dtype, 1.0)
 
 
 def test_fsdp2_as_the_launcher_says(monkeypatch: pytest.MonkeyPatch) -> None:
     assert asked(monkeypatch, {}) is None
     assert asked(monkeypatch, FSDP2) == Sharding("fsdp2")
-    more = {"FSDP_RESHARD_AFTER_FORWARD": "false", "FSDP_ACTIVATION_CHECKPOINTING": "true", "FSDP_OFFLOAD_PARAMS": "false"}
-    assert asked(monkeypatch, more) == Sharding("fsdp2", reshard_after_forward=False, gradient_checkpointing=True)
+    more = {
+        "FSDP_RESHARD_AFTER_FORWARD": "false",
+        "FSDP_ACTIVATION_CHECKPOINTING": "true",
+        "FSDP_OFFLOAD_PARAMS": "false",
+    }
+    assert asked(monkeypatch, more) == Sharding(
+        "fsdp2", reshard_after_forward=False, gradient_checkpointing=True
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -114,7 +124,10 @@ def test_deepspeed_gets_the_packages_own_clipping_precision_and_steps(
             "The launch configuration has fsdp_offload_params (FSDP_OFFLOAD_PARAMS is set); this is not supported. Shard over "
             "more GPUs, or train LoRA.",
         ),
-        (ZERO3 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"}, "DeepSpeed's zero_optimization.stage is 1; wanted 2 or 3."),
+        (
+            ZERO3 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
+            "DeepSpeed's zero_optimization.stage is 1; wanted 2 or 3.",
+        ),
         (
             ZERO3 | {"ACCELERATE_GRADIENT_ACCUMULATION_STEPS": "4"},
             "DeepSpeed's gradient_accumulation_steps is 4; wanted 1 or 'auto': the package decides it.",
@@ -125,7 +138,9 @@ def test_deepspeed_gets_the_packages_own_clipping_precision_and_steps(
         ),
     ],
 )
-def test_what_is_not_supported_is_refused(variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_is_not_supported_is_refused(
+    variables: dict[str, str], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     with pytest.raises(ConfigError) as refusal:
         asked(monkeypatch, variables)
     assert str(refusal.value) == message
@@ -134,15 +149,26 @@ def test_what_is_not_supported_is_refused(variables: dict[str, str], message: st
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"optimizer": {"type": "Adam"}}, "DeepSpeed's configuration has 'optimizer'; wanted none, since the stage's Schedule"),
-        ({"bf16": {"enabled": True}}, "DeepSpeed's bf16.enabled is True; wanted False or 'auto': the package decides it."),
-        ({"fp16": {"enabled": True}}, "DeepSpeed's fp16.enabled is True; wanted False or 'auto': the package decides it."),
+        (
+            {"optimizer": {"type": "Adam"}},
+            "DeepSpeed's configuration has 'optimizer'; wanted none, since the stage's Schedule",
+        ),
+        (
+            {"bf16": {"enabled": True}},
+            "DeepSpeed's bf16.enabled is True; wanted False or 'auto': the package decides it.",
+        ),
+        (
+            {"fp16": {"enabled": True}},
+            "DeepSpeed's fp16.enabled is True; wanted False or 'auto': the package decides it.",
+        ),
     ],
 )
 def test_a_deepspeed_file_decides_no_part_of_the_result(
     config: dict[str, object], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "ds.json").write_text(json.dumps({"zero_optimization": {"stage": 3}, **config}), encoding="utf-8")
+    (tmp_path / "ds.json").write_text(
+        json.dumps({"zero_optimization": {"stage": 3}, **config}), encoding="utf-8"
+    )
     with pytest.raises(ConfigError, match=message):
         asked(monkeypatch, ZERO3 | {"ACCELERATE_DEEPSPEED_CONFIG_FILE": str(tmp_path / "ds.json")})
 
@@ -150,7 +176,9 @@ def test_a_deepspeed_file_decides_no_part_of_the_result(
 def test_deepspeed_has_to_be_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
     monkeypatch.setattr(sharding, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"DeepSpeed, which is not installed\. pip install 'llavamed-peft\[distributed\]'"):
+    with pytest.raises(
+        ConfigError, match=r"DeepSpeed, which is not installed\. pip install 'llavamed-peft\[distributed\]'"
+    ):
         asked_sharding(torch.float32, 1.0)
 
 
@@ -160,9 +188,12 @@ def test_4_bit_weights_are_not_sharded(tmp_path: Path, monkeypatch: pytest.Monke
     data = {"align": [Conversation("0", (Turn("user", "why?"), Turn("assistant", "so")))]}
     curriculum = Curriculum((Stage("align", "projector", Schedule(epochs=1, learning_rate=1e-3)),))
     with pytest.raises(
-        ConfigError, match=r"quantization is 'nf4' and the launch configuration shards \(fsdp2\); wanted one of the"
+        ConfigError,
+        match=r"quantization is 'nf4' and the launch configuration shards \(fsdp2\); wanted one of the",
     ):
-        curriculum_finetune(tmp_path / "none", data, tmp_path / "out", curriculum=curriculum, quantization="nf4")
+        curriculum_finetune(
+            tmp_path / "none", data, tmp_path / "out", curriculum=curriculum, quantization="nf4"
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -171,7 +202,10 @@ def test_the_launchers_variables_are_put_aside_and_back(monkeypatch: pytest.Monk
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     before = dict(os.environ)
     with launcher_aside():
-        assert (os.environ["ACCELERATE_USE_FSDP"], os.environ["ACCELERATE_MIXED_PRECISION"]) == ("false", "no")
+        assert (os.environ["ACCELERATE_USE_FSDP"], os.environ["ACCELERATE_MIXED_PRECISION"]) == (
+            "false",
+            "no",
+        )
         assert "ACCELERATE_USE_CPU" not in os.environ
     assert dict(os.environ) == before
 
@@ -181,7 +215,9 @@ def test_the_optimizers_state_goes_on_over_another_number_of_processes(tmp_path:
     base = tiny.build(tmp_path / "base")
     (tmp_path / "script.py").write_text(OPTIMIZER, encoding="utf-8")
     for begins, processes in (("new", 2), ("resumed", 2), ("resumed", 1)):
-        torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
+        torchrun = (
+            ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"] if processes > 1 else []
+        )
         words = [sys.executable, *torchrun, str(tmp_path / "script.py"), str(base), str(tmp_path), begins]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run(words, env=environment, capture_output=True, text=True, check=False)

@@ -18,9 +18,13 @@ from llavamed_peft.batches.shares import DeviceBatch, Prefixes, packed_share_of_
 from llavamed_peft.batches.steps import StepSampler, shuffled
 
 
-def sampler(lengths: list[int], groups: list[int], batch: int, shuffle: str = "images", **how: int) -> StepSampler:
+def sampler(
+    lengths: list[int], groups: list[int], batch: int, shuffle: str = "images", **how: int
+) -> StepSampler:
     schedule = Schedule(epochs=1, learning_rate=1, global_batch=batch, shuffle=shuffle)
-    return StepSampler(np.array(lengths), np.array(groups), schedule, **{"max_row_tokens": 100, "seed": 0, **how})
+    return StepSampler(
+        np.array(lengths), np.array(groups), schedule, **{"max_row_tokens": 100, "seed": 0, **how}
+    )
 
 
 @given(
@@ -37,7 +41,9 @@ def test_every_conversation_once_and_every_process_as_often(
     names = {group: i for i, group in enumerate(dict.fromkeys(group for _, group in rows))}
     groups = [names[group] for _, group in rows]
     samplers = [
-        sampler(lengths, groups, batch, shuffle, rank=rank, world_size=processes, max_row_tokens=max_row_tokens)
+        sampler(
+            lengths, groups, batch, shuffle, rank=rank, world_size=processes, max_row_tokens=max_row_tokens
+        )
         for rank in range(processes)
     ]
     alone = sampler(lengths, groups, batch, shuffle, max_row_tokens=max_row_tokens)
@@ -109,7 +115,9 @@ def test_packed_rows_hold_every_conversation_once_and_keep_their_bound(
     prefixes = Prefixes(keys, np.array(beginnings)[keys])
     lengths = prefixes.tokens + [own for own, _ in rows]
     shares = packed_share_of_step(range(len(rows)), lengths, prefixes, max_row_tokens, fill, processes)
-    assert len(shares) == processes and len({len(share) for share in shares}) == 1, "as many device batches for each"
+    assert len(shares) == processes and len({len(share) for share in shares}) == 1, (
+        "as many device batches for each"
+    )
     batches = [batch for share in shares for batch in share]
     assert sorted(row for batch in batches for row in batch) == list(range(len(rows)))
     for batch in batches:
@@ -120,7 +128,9 @@ def test_packed_rows_hold_every_conversation_once_and_keep_their_bound(
             lots.setdefault(int(keys[row]) if prefixes.tokens[row] else -1 - row, []).append(row)
         if fill is not None and len(lots) > 1:
             loads = [row_tokens(tuple(lot), lengths, prefixes) for lot in lots.values()]
-            assert len(loads) * max(loads) <= (max_row_tokens if len(lots) == len(batch) else min(fill, max_row_tokens))
+            assert len(loads) * max(loads) <= (
+                max_row_tokens if len(lots) == len(batch) else min(fill, max_row_tokens)
+            )
 
 
 @given(st.lists(st.integers(1, 300), min_size=1, max_size=8), st.integers(1, 900))
@@ -146,19 +156,26 @@ def test_rows_of_their_own_are_dealt_out_evenly() -> None:
     lengths = np.random.default_rng(0).integers(10, 1000, size=128)
     prefixes = Prefixes(np.arange(128), np.zeros(128, dtype=int))
     shares = packed_share_of_step(range(128), lengths, prefixes, 4096, 1024, 4)
-    costs = [sum(len(batch) * int(lengths[list(batch)].max()) for batch in share if batch) for share in shares]
+    costs = [
+        sum(len(batch) * int(lengths[list(batch)].max()) for batch in share if batch) for share in shares
+    ]
     assert max(costs) / min(costs) < 1.05
 
 
 @pytest.mark.parametrize(
     ("sizes", "rows"),
     [
-        ([100, 90, 60, 50], [[[100], [50]], [[90], [60]]]),  # the shortest row for the process that has the longest
+        (
+            [100, 90, 60, 50],
+            [[[100], [50]], [[90], [60]]],
+        ),  # the shortest row for the process that has the longest
         ([60, 60, 50, 40, 40, 30], [[[50, 30], [60]], [[40, 40], [60]]]),
         ([70, 30, 30, 30], [[[30, 30, 30]], [[70]]]),
     ],
 )
-def test_rows_of_flex_attention_are_few_and_dealt_out_evenly(sizes: list[int], rows: list[list[list[int]]]) -> None:
+def test_rows_of_flex_attention_are_few_and_dealt_out_evenly(
+    sizes: list[int], rows: list[list[list[int]]]
+) -> None:
     prefixes = Prefixes(np.arange(len(sizes)), np.zeros(len(sizes), dtype=int))
     shares = packed_share_of_step(range(len(sizes)), np.array(sizes), prefixes, 100, None, 2)
     assert [[[sizes[conversation] for conversation in row] for row in share] for share in shares] == rows
@@ -169,22 +186,32 @@ def test_many_long_conversations_are_planned_in_as_few_rows_as_hold_them() -> No
     lengths = np.random.default_rng(0).integers(4100, 4300, size=2048)
     prefixes = Prefixes(np.arange(2048), np.zeros(2048, dtype=int))
     shares = packed_share_of_step(range(2048), lengths, prefixes, 8192, None, 8)
-    assert [len(share) for share in shares] == [256] * 8 and all(len(batch) == 1 for share in shares for batch in share)
+    assert [len(share) for share in shares] == [256] * 8 and all(
+        len(batch) == 1 for share in shares for batch in share
+    )
 
 
 def test_a_packed_step_has_the_same_conversations_on_any_number_of_processes() -> None:
     lengths, groups = np.array([50, 60] * 20), np.arange(40) // 4
     prefixes = Prefixes(groups, np.full(40, 30))
     alone = sampler(lengths.tolist(), groups.tolist(), 16, prefixes=prefixes)
-    several = [sampler(lengths.tolist(), groups.tolist(), 16, rank=r, world_size=3, prefixes=prefixes) for r in range(3)]
+    several = [
+        sampler(lengths.tolist(), groups.tolist(), 16, rank=r, world_size=3, prefixes=prefixes)
+        for r in range(3)
+    ]
     for step, *shares in zip(alone, *several, strict=True):
-        assert sorted(row for batch in step for row in batch) == sorted(row for s in shares for batch in s for row in batch)
+        assert sorted(row for batch in step for row in batch) == sorted(
+            row for s in shares for batch in s for row in batch
+        )
 
 
 PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "vqa_rad" / "trainset.json"
 
 
-@pytest.mark.skipif(not PUBLISHED.is_file(), reason="the published VQA-RAD files are not beside the repository (../shared/data)")
+@pytest.mark.skipif(
+    not PUBLISHED.is_file(),
+    reason="the published VQA-RAD files are not beside the repository (../shared/data)",
+)
 @pytest.mark.parametrize("processes", [1, 2, 4])
 @pytest.mark.parametrize("max_row_tokens", [2048, 4096, 16384])
 @pytest.mark.parametrize("global_batch", [64, 128])
@@ -202,7 +229,9 @@ def test_real_questions_fill_packed_rows_well(processes: int, max_row_tokens: in
         useful += row_tokens(tuple(step), lengths, prefixes)
         padded += len(step) * int(lengths[step].max())
         loads = [[row_tokens(batch, lengths, prefixes) for batch in share] for share in steps.shares(step)]
-        laid += sum(max(load, 2) for share in loads for load in share)  # an empty row has two tokens of padding
+        laid += sum(
+            max(load, 2) for share in loads for load in share
+        )  # an empty row has two tokens of padding
         longest += processes * max(map(sum, loads))
     assert useful / laid > 0.97
     assert useful / longest > 0.85, "no process waits long for another"

@@ -75,13 +75,17 @@ def supervised_text(processor: ProcessorMixin, batch: dict, row: int = 0) -> str
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_prompt_is_the_templates_generation_prompt(name: str, processors: dict[str, ProcessorMixin], image: str) -> None:
+def test_prompt_is_the_templates_generation_prompt(
+    name: str, processors: dict[str, ProcessorMixin], image: str
+) -> None:
     processor = processors[name]
     chat_format = read_template(processor)
     messages = to_messages([ASK], chat_format.plain)
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     assert chat_format.pieces(processor, TWO)[0].text == prompt
-    stock = processor(text=prompt, images=Image.open(image), add_special_tokens=not prompt.startswith("<s>"))["input_ids"][0]
+    stock = processor(text=prompt, images=Image.open(image), add_special_tokens=not prompt.startswith("<s>"))[
+        "input_ids"
+    ][0]
     batch = PackedCollator(processor)([Conversation("1", TWO, (image,))])
     assert batch["input_ids"][0, : len(stock)].tolist() == stock
     first = int((batch["labels"][0] != IGNORED).nonzero()[0])
@@ -90,7 +94,9 @@ def test_prompt_is_the_templates_generation_prompt(name: str, processors: dict[s
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_exactly_the_answers_and_their_stops_are_supervised(name: str, processors: dict[str, ProcessorMixin], image: str) -> None:
+def test_exactly_the_answers_and_their_stops_are_supervised(
+    name: str, processors: dict[str, ProcessorMixin], image: str
+) -> None:
     processor = processors[name]
     batch = PackedCollator(processor)([Conversation("1", TWO, (image,))])
     stop = STOPS.get(name) or ("<|im_end|>" if name == "llama3" else "</s>")
@@ -113,7 +119,9 @@ def test_stage_processor_yields_with_stock_calls_what_training_saw(
     assert rendered.startswith(trained) and len(rendered) - len(trained) == len(chat_format.tail)
     history = loaded.apply_chat_template(to_messages(TWO[:3], chat_format.plain), add_generation_prompt=True)
     assert trained.startswith(history), "a later answer is asked for as it was trained"
-    if loaded.chat_template != processors[name].chat_template and name != "trailing blank":  # there, tokens merge over the edge
+    if (
+        loaded.chat_template != processors[name].chat_template and name != "trailing blank"
+    ):  # there, tokens merge over the edge
         again = read_template(loaded)
         assert again.template == loaded.chat_template, "a stage's template needs no further wrapping"
         masks = loaded.apply_chat_template(
@@ -128,12 +136,18 @@ def test_stage_processor_yields_with_stock_calls_what_training_saw(
             return_assistant_tokens_mask=True,
         )
         ours = PackedCollator(loaded)([Conversation("1", TWO, (image,))])
-        marked = [token for token, mask in zip(masks["input_ids"][0], masks["assistant_masks"][0], strict=True) if mask]
+        marked = [
+            token
+            for token, mask in zip(masks["input_ids"][0], masks["assistant_masks"][0], strict=True)
+            if mask
+        ]
         assert marked == ours["labels"][0][ours["labels"][0] != IGNORED].tolist(), "markers and labels agree"
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_tokens_are_the_stock_processors(kind: str, processors: dict[str, ProcessorMixin], tmp_path: Path) -> None:
+def test_tokens_are_the_stock_processors(
+    kind: str, processors: dict[str, ProcessorMixin], tmp_path: Path
+) -> None:
     processor = make_stage_processor(processors[kind], "pad")
     for i, size in enumerate([(40, 40), (200, 50), (50, 200), (33, 77)]):
         Image.effect_noise(size, 60).convert("RGB").save(tmp_path / f"{i}.png")
@@ -147,14 +161,18 @@ def test_tokens_are_the_stock_processors(kind: str, processors: dict[str, Proces
         assert from_header == [int((batch["input_ids"] == 3).sum())]
 
 
-def test_template_places_images_unless_they_stand_between_words(processors: dict[str, ProcessorMixin]) -> None:
+def test_template_places_images_unless_they_stand_between_words(
+    processors: dict[str, ProcessorMixin],
+) -> None:
     def shown(name: str, text: str) -> str:
         turns = [Turn("user", text), Turn("assistant", "no")]
         return read_template(processors[name]).pieces(processors[name], turns)[0].text
 
     for name in ("llava", "in order"):
         assert shown(name, "<image>\nwhat?") == shown(name, "what?\n<image>") == shown(name, "<image> what?")
-    assert shown("in order", "left <image> right <image> same?") == "user>left<image>right<image>same?assistant>"
+    assert (
+        shown("in order", "left <image> right <image> same?") == "user>left<image>right<image>same?assistant>"
+    )
     assert shown("in order", "<image><image> same?") == "user><image><image>same?assistant>"
 
 
@@ -166,8 +184,12 @@ def test_images_in_later_turns_stay_there(processors: dict[str, ProcessorMixin],
     assert ids[:answered].count(3) == ids[answered:].count(3) == tiny.GRID
 
 
-def test_missing_template_and_blind_template_are_errors(processors: dict[str, ProcessorMixin], tmp_path: Path) -> None:
-    _, processor = load_checkpoint(tiny.build(tmp_path / "blind", template="{% for m in messages %}{{ m['role'] }}{% endfor %}"))
+def test_missing_template_and_blind_template_are_errors(
+    processors: dict[str, ProcessorMixin], tmp_path: Path
+) -> None:
+    _, processor = load_checkpoint(
+        tiny.build(tmp_path / "blind", template="{% for m in messages %}{{ m['role'] }}{% endfor %}")
+    )
     with pytest.raises(CheckpointError, match="wanted the question once and one <image>"):
         Encoder(processor)
     processor.chat_template = processor.tokenizer.chat_template = None
@@ -193,7 +215,9 @@ def test_too_long_names_the_length_it_would_need(processors: dict[str, Processor
 
 
 @pytest.mark.parametrize("kind", ["llava", "vipllava"])
-def test_padding_keeps_the_borders_that_the_crop_loses(kind: str, processors: dict[str, ProcessorMixin], tmp_path: Path) -> None:
+def test_padding_keeps_the_borders_that_the_crop_loses(
+    kind: str, processors: dict[str, ProcessorMixin], tmp_path: Path
+) -> None:
     wide = Image.new("RGB", (200, 50), "black")
     wide.paste("white", (0, 0, 20, 50))  # at the left border
     padded = make_stage_processor(processors[kind], "pad")
@@ -215,7 +239,9 @@ def test_a_template_that_refuses_a_row_rejects_the_row(tmp_path: Path) -> None:
     )
     _, processor = load_checkpoint(tiny.build(tmp_path / "picky", template=picky + tiny.VICUNA))
     with pytest.raises(DataError, match="The chat template refuses the conversation: no such word"):
-        Encoder(processor).encode(Conversation("1", (Turn("user", "forbidden?"), Turn("assistant", "no"))), [])
+        Encoder(processor).encode(
+            Conversation("1", (Turn("user", "forbidden?"), Turn("assistant", "no"))), []
+        )
 
 
 def test_plain_string_template_is_found_out(tmp_path: Path) -> None:

@@ -49,7 +49,10 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation
         Image.new("RGB", (40 + 20 * i, 60), (50 * i, 90, 20)).save(folder / f"{i}.png")
         turns = (Turn("user", "<image>\nwhat is this?"), Turn("assistant", "a heart " * (i + 1)))
         rows.append(Conversation(str(i), turns, (str(folder / f"{i}.png"),)))
-    return [*rows, Conversation("text", (Turn("user", "what is a lung?"), Turn("assistant", "an organ of breath")))]
+    return [
+        *rows,
+        Conversation("text", (Turn("user", "what is a lung?"), Turn("assistant", "an organ of breath"))),
+    ]
 
 
 def prepared(base: Path, trains: str, quantization: str | None = None) -> tuple[torch.nn.Module, object]:
@@ -74,7 +77,9 @@ def trainer(
     set_dtypes(model, torch.float32)
     freeze_tower(model)
     always_look(model)
-    stage = Stage("s", trains, Schedule(**{"epochs": 1, "learning_rate": 1e-3, "global_batch": 6, **schedule}))
+    stage = Stage(
+        "s", trains, Schedule(**{"epochs": 1, "learning_rate": 1e-3, "global_batch": 6, **schedule})
+    )
     collator = PackedCollator(processor, 2048, max_row_tokens, layout, fill)
     index = indexed(conversations, collator, folder)
     config = SFTConfig(
@@ -93,7 +98,9 @@ def trainer(
 
 def indexed(conversations: list[Conversation], collator: PackedCollator, folder: Path) -> Index:
     with RejectLog(folder / "rejected.jsonl") as rejects:
-        return build_index(open_sources(conversations, None, "data"), collator, folder / "index.arrow", rejects, 0.0)
+        return build_index(
+            open_sources(conversations, None, "data"), collator, folder / "index.arrow", rejects, 0.0
+        )
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -104,13 +111,20 @@ def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("max_row_tokens", [1, 150, 4096])
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 def test_a_steps_gradient_is_the_plain_means_however_it_is_cut(
-    kind: str, max_row_tokens: int, layout: str, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+    kind: str,
+    max_row_tokens: int,
+    layout: str,
+    bases: dict[str, Path],
+    conversations: list[Conversation],
+    tmp_path: Path,
 ) -> None:
     stage = trainer(bases[kind], conversations, tmp_path, max_row_tokens=max_row_tokens, layout=layout)
     (inputs,) = list(stage.get_train_dataloader())
     assert len(inputs) > 1 or max_row_tokens == 4096
     scored: list[int] = []
-    head = bare(stage.model).lm_head.register_forward_hook(lambda head, given, logits: scored.append(logits[..., 0].numel()))
+    head = bare(stage.model).lm_head.register_forward_hook(
+        lambda head, given, logits: scored.append(logits[..., 0].numel())
+    )
     loss = stage.training_step(stage.model, inputs)
     head.remove()
     assert scored == [batch.supervised_tokens for batch in inputs], "no other position has logits"
@@ -129,7 +143,12 @@ def test_a_steps_gradient_is_the_plain_means_however_it_is_cut(
 @pytest.mark.parametrize("fill", [None, DENSE_FILL])
 @pytest.mark.parametrize("max_row_tokens", [60, 100, 400, 4096])
 def test_a_packed_device_batch_is_no_larger_than_its_bound(
-    max_row_tokens: int, fill: int | None, copied: bool, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+    max_row_tokens: int,
+    fill: int | None,
+    copied: bool,
+    bases: dict[str, Path],
+    conversations: list[Conversation],
+    tmp_path: Path,
 ) -> None:
     """Ten questions about each of two images and some text: planned from the index, laid out from the tokens.
 
@@ -140,11 +159,18 @@ def test_a_packed_device_batch_is_no_larger_than_its_bound(
         shown = [(shutil.copy(image, tmp_path / f"{i}.png"),) for i, (image,) in enumerate(shown)]
     asked = [
         Conversation(
-            f"{i}", (Turn("user", f"<image>\nwhat is in the {'left ' * (i // 2)}lung ?"), Turn("assistant", "a heart")), images
+            f"{i}",
+            (
+                Turn("user", f"<image>\nwhat is in the {'left ' * (i // 2)}lung ?"),
+                Turn("assistant", "a heart"),
+            ),
+            images,
         )
         for i, images in enumerate(shown)
     ] + conversations[5:]
-    stage = trainer(bases["llava"], asked, tmp_path, max_row_tokens=max_row_tokens, fill=fill, global_batch=21)
+    stage = trainer(
+        bases["llava"], asked, tmp_path, max_row_tokens=max_row_tokens, fill=fill, global_batch=21
+    )
     (step,) = stage.get_train_dataloader()
     assert sum(batch.conversations for batch in step) == 21
     for batch in step:
@@ -153,14 +179,19 @@ def test_a_packed_device_batch_is_no_larger_than_its_bound(
         assert rows * tokens <= max_row_tokens or batch.conversations == 1
         assert "attention_mask" not in batch.inputs
     decoded = sum(len(batch.inputs.get("pixel_values", ())) for batch in step)
-    assert decoded == 2 or max_row_tokens < 400, "an image is repeated only where its questions do not fit a row"
+    assert decoded == 2 or max_row_tokens < 400, (
+        "an image is repeated only where its questions do not fit a row"
+    )
 
 
 def test_a_trainer_without_what_is_taken_over_is_refused(
     bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr(Trainer, "_run_epoch")
-    with pytest.raises(TrainingError, match=r"trl 1\.\d+\.\d+ has no _run_epoch, so .*; wanted transformers 5\.23 and trl 1\.16"):
+    with pytest.raises(
+        TrainingError,
+        match=r"trl 1\.\d+\.\d+ has no _run_epoch, so .*; wanted transformers 5\.23 and trl 1\.16",
+    ):
         trainer(bases["llava"], conversations, tmp_path)
 
 
@@ -176,7 +207,9 @@ def test_an_epoch_can_be_entered_in_its_middle_as_the_trainer_does_it(
     whole = texts(loader)
     loader.set_epoch(7)
     entered = skip_first_batches(loader, 1)
-    entered.batch_sampler.batch_sampler.set_epoch(epoch)  # where the trainer looks for it in a loader that skips
+    entered.batch_sampler.batch_sampler.set_epoch(
+        epoch
+    )  # where the trainer looks for it in a loader that skips
     assert len(whole) == 3 and texts(entered) == whole[1:]
 
 
@@ -192,7 +225,10 @@ def test_a_checkpoints_order_is_of_the_rows_and_images_wherever_they_lie(
         return Conversation("two", turns, conversations[0].images + conversations[1].images)
 
     (tmp_path / "moved").mkdir()
-    moved = [replace(c, images=tuple(shutil.copy(image, tmp_path / "moved") for image in c.images)) for c in conversations]
+    moved = [
+        replace(c, images=tuple(shutil.copy(image, tmp_path / "moved") for image in c.images))
+        for c in conversations
+    ]
     order = made("here", conversations)._order()
     assert made("moved", moved)._order() == order
     Image.effect_noise((60, 60), 50).convert("RGB").save(moved[2].images[0])
@@ -206,7 +242,11 @@ def test_a_checkpoints_order_is_of_the_rows_and_images_wherever_they_lie(
 @pytest.mark.parametrize("trains", ["projector", "lora", "full"])
 @pytest.mark.parametrize("rows", [(), (5,)])
 def test_a_batch_without_images_or_rows_gives_the_projector_a_zero_gradient(
-    trains: str, rows: tuple[int, ...], bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+    trains: str,
+    rows: tuple[int, ...],
+    bases: dict[str, Path],
+    conversations: list[Conversation],
+    tmp_path: Path,
 ) -> None:
     stage = trainer(bases["llava"], conversations, tmp_path, trains)
     batch = DeviceBatches(stage.train_index, stage.collator)[rows]
@@ -229,7 +269,11 @@ def test_exactly_the_scope_trains(kind: str, trains: str, bases: dict[str, Path]
     assert any("multi_modal_projector" in name for name in trained)
     linears = language_linears(bare(model))
     if trains == "lora":
-        adapted = {name.split(".lora_A")[0].removeprefix("base_model.model.") for name in trained if ".lora_A" in name}
+        adapted = {
+            name.split(".lora_A")[0].removeprefix("base_model.model.")
+            for name in trained
+            if ".lora_A" in name
+        }
         assert adapted == {name.removesuffix(".base_layer") for name in linears if ".lora_" not in name}
         assert len(adapted) == 14 and not any("lm_head" in name for name in trained)
     if trains == "full":
@@ -269,7 +313,9 @@ def test_tower_runs_without_a_graph_and_in_eval_mode_even_when_checkpointing(
 
 @pytest.mark.parametrize("quantization", [None, "nf4"])
 @pytest.mark.parametrize("trains", ["projector", "lora"])
-def test_trainables_are_fp32_and_the_rest_has_the_compute_dtype(trains: str, quantization: str | None, tmp_path: Path) -> None:
+def test_trainables_are_fp32_and_the_rest_has_the_compute_dtype(
+    trains: str, quantization: str | None, tmp_path: Path
+) -> None:
     model, _ = prepared(tiny.build(tmp_path / "base", dtype=torch.bfloat16), trains, quantization)
     set_dtypes(model, torch.bfloat16)
     for name, parameter in model.named_parameters():
@@ -282,7 +328,13 @@ def test_two_learning_rates_and_decay_are_in_the_optimizers_groups(
     bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
 ) -> None:
     stage = trainer(
-        bases["llava"], conversations, tmp_path, "full", learning_rate=1e-3, projector_learning_rate=1e-5, weight_decay=0.1
+        bases["llava"],
+        conversations,
+        tmp_path,
+        "full",
+        learning_rate=1e-3,
+        projector_learning_rate=1e-5,
+        weight_decay=0.1,
     )
     groups = {(group["name"], group["weight_decay"]): group for group in stage.optimizer.param_groups}
     assert set(groups) == {(part, decay) for part in ("projector", "language_model") for decay in (0.0, 0.1)}

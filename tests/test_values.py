@@ -9,7 +9,17 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llavamed_peft import LLAVA_MED, LLAVA_MED_FULL, Conversation, Curriculum, LoraSpec, Question, Schedule, Stage, Turn
+from llavamed_peft import (
+    LLAVA_MED,
+    LLAVA_MED_FULL,
+    Conversation,
+    Curriculum,
+    LoraSpec,
+    Question,
+    Schedule,
+    Stage,
+    Turn,
+)
 from llavamed_peft.errors import (
     AdapterError,
     CheckpointError,
@@ -93,7 +103,25 @@ def test_lora_spec_refuses(field: str, value: object, wanted: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["", ".", "..", ".align", "a/b", "a\\b", "C:", "a*", "a\nb", "a\tb", "a\0", " ", " align", "align ", 3, None]
+    "name",
+    [
+        "",
+        ".",
+        "..",
+        ".align",
+        "a/b",
+        "a\\b",
+        "C:",
+        "a*",
+        "a\nb",
+        "a\tb",
+        "a\0",
+        " ",
+        " align",
+        "align ",
+        3,
+        None,
+    ],
 )
 def test_stage_name_is_a_plain_folder_name(name: object) -> None:
     with pytest.raises(ConfigError) as refusal:
@@ -101,7 +129,9 @@ def test_stage_name_is_a_plain_folder_name(name: object) -> None:
     assert str(refusal.value) == f"Stage.name is {name!r}; wanted a plain folder name such as 'align'."
 
 
-@pytest.mark.parametrize("name", ["align", "stage 2", "vqa-rad_9.epochs", "médical", "对齐", "2e-3", "no", "x"])
+@pytest.mark.parametrize(
+    "name", ["align", "stage 2", "vqa-rad_9.epochs", "médical", "对齐", "2e-3", "no", "x"]
+)
 def test_stage_name_is_free(name: str) -> None:
     assert stage(name=name).name == name
 
@@ -109,7 +139,10 @@ def test_stage_name_is_free(name: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"trains": "Lora"}, "Stage.trains is 'Lora'; wanted one of projector, lora, full. Did you mean 'lora'?"),
+        (
+            {"trains": "Lora"},
+            "Stage.trains is 'Lora'; wanted one of projector, lora, full. Did you mean 'lora'?",
+        ),
         ({"trains": "vision"}, "Stage.trains is 'vision'; wanted one of projector, lora, full."),
         ({"trains": None}, "Stage.trains is None; wanted one of projector, lora, full."),
         ({"schedule": {"epochs": 1}}, "Stage.schedule is {'epochs': 1}; wanted a Schedule."),
@@ -119,7 +152,10 @@ def test_stage_name_is_free(name: str) -> None:
             "Stage 'align': Schedule.projector_learning_rate is 2e-05; wanted None, since in a projector stage learning_rate is "
             "the projector's.",
         ),
-        ({"lora": LoraSpec()}, "Stage.lora is given, but stage 'align' trains 'projector'; wanted None or trains='lora'."),
+        (
+            {"lora": LoraSpec()},
+            "Stage.lora is given, but stage 'align' trains 'projector'; wanted None or trains='lora'.",
+        ),
         (
             {"trains": "full", "lora": LoraSpec()},
             "Stage.lora is given, but stage 'align' trains 'full'; wanted None or trains='lora'.",
@@ -139,7 +175,10 @@ def test_stage_refuses(changes: dict[str, Any], words: str) -> None:
         ({"stages": None}, "Curriculum.stages is None; wanted a tuple of Stage."),
         ({"stages": ALIGN}, f"Curriculum.stages is {ALIGN!r}; wanted a tuple of Stage."),
         ({"stages": ("align",)}, "Curriculum.stages is ('align',); wanted a tuple of Stage."),
-        ({"stages": (ALIGN, ALIGN)}, "Curriculum.stages has equal names: align, align; wanted each name once."),
+        (
+            {"stages": (ALIGN, ALIGN)},
+            "Curriculum.stages has equal names: align, align; wanted each name once.",
+        ),
         ({"seed": -1}, "Curriculum.seed is -1; wanted a whole number of at least 0."),
         ({"seed": 4.2}, "Curriculum.seed is 4.2; wanted a whole number of at least 0."),
         (
@@ -179,12 +218,18 @@ def test_dropout_may_change_within_a_lineage() -> None:
     [
         (lambda: Turn("human", "Hello"), "Turn.role is 'human'; wanted one of user, assistant."),
         (lambda: Turn("user", 3), "Turn.text is 3 (int); wanted a string."),
-        (lambda: Turn("assistant", " \n"), "Turn.text of the assistant is empty; wanted words. Leave the conversation out."),
+        (
+            lambda: Turn("assistant", " \n"),
+            "Turn.text of the assistant is empty; wanted words. Leave the conversation out.",
+        ),
         (
             lambda: Turn("assistant", "See <image>."),
             "Turn.text of the assistant holds <image>; images belong to the user's turns.",
         ),
-        (lambda: Conversation("1", ()), "Conversation.turns is empty; wanted a user's turn and the assistant's answer."),
+        (
+            lambda: Conversation("1", ()),
+            "Conversation.turns is empty; wanted a user's turn and the assistant's answer.",
+        ),
         (lambda: Conversation("1", None), "Conversation.turns is None; wanted a tuple of Turn."),
         (lambda: Conversation("1", ASK), f"Conversation.turns is {ASK!r}; wanted a tuple of Turn."),
         (lambda: Conversation("1", ("Hello",)), "Conversation.turns is ('Hello',); wanted a tuple of Turn."),
@@ -200,20 +245,32 @@ def test_dropout_may_change_within_a_lineage() -> None:
             lambda: Conversation("1", (ASK, TELL, Turn("user", "Why?")), ("a.jpg",)),
             "Conversation.turns: the last of 3 turns is the user's; wanted an answer to it.",
         ),
-        (lambda: Conversation("1", (ASK, TELL)), "Conversation has 1 <image> marker(s) and 0 image(s); wanted equal numbers."),
+        (
+            lambda: Conversation("1", (ASK, TELL)),
+            "Conversation has 1 <image> marker(s) and 0 image(s); wanted equal numbers.",
+        ),
         (
             lambda: Conversation("1", (Turn("user", "Hello"), TELL), ("a.jpg",)),
             "Conversation has 0 <image> marker(s) and 1 image(s); wanted equal numbers.",
         ),
-        (lambda: Conversation("1", (ASK, TELL), "a.jpg"), "Conversation.images is the string 'a.jpg'; wanted a tuple of paths."),
+        (
+            lambda: Conversation("1", (ASK, TELL), "a.jpg"),
+            "Conversation.images is the string 'a.jpg'; wanted a tuple of paths.",
+        ),
         (lambda: question(question=" "), "Question.question is ' '; wanted words."),
         (lambda: question(answer=3), "Question.answer is 3; wanted words."),
-        (lambda: question(answer_type="CLOSED"), "Question.answer_type is 'CLOSED'; wanted one of open, closed."),
+        (
+            lambda: question(answer_type="CLOSED"),
+            "Question.answer_type is 'CLOSED'; wanted one of open, closed.",
+        ),
         (
             lambda: question(question="<image>\nIs it normal?"),
             "Question.question holds <image>; wanted the words alone, the image is a field.",
         ),
-        (lambda: question(answer="<image>"), "Question.answer holds <image>; wanted the words alone, the image is a field."),
+        (
+            lambda: question(answer="<image>"),
+            "Question.answer holds <image>; wanted the words alone, the image is a field.",
+        ),
     ],
 )
 def test_data_refuses(make: Any, words: str) -> None:
@@ -265,7 +322,11 @@ def test_every_error_is_ours_and_what_python_calls_it() -> None:
 
 
 def test_hints() -> None:
-    assert did_you_mean("epoch", ("learning_rate", "epochs")) == nearest("epoch", ("epochs",)) == " Did you mean 'epochs'?"
+    assert (
+        did_you_mean("epoch", ("learning_rate", "epochs"))
+        == nearest("epoch", ("epochs",))
+        == " Did you mean 'epochs'?"
+    )
     assert did_you_mean("zzz", ("b", "a")) == " Known: a, b."
     assert nearest("zzz", ("b", "a")) == ""
 
@@ -290,9 +351,13 @@ AS_LORA = [
 
 
 @pytest.mark.parametrize(
-    ("curriculum", "numbers"), [(LLAVA_MED_FULL, PAPER), (LLAVA_MED, AS_LORA)], ids=["LLAVA_MED_FULL", "LLAVA_MED"]
+    ("curriculum", "numbers"),
+    [(LLAVA_MED_FULL, PAPER), (LLAVA_MED, AS_LORA)],
+    ids=["LLAVA_MED_FULL", "LLAVA_MED"],
 )
-def test_the_curricula_have_the_numbers_of_their_sources(curriculum: Curriculum, numbers: list[tuple[Any, ...]]) -> None:
+def test_the_curricula_have_the_numbers_of_their_sources(
+    curriculum: Curriculum, numbers: list[tuple[Any, ...]]
+) -> None:
     assert [
         (
             stage.name,
@@ -306,7 +371,11 @@ def test_the_curricula_have_the_numbers_of_their_sources(curriculum: Curriculum,
     ] == numbers
     for stage in curriculum.stages:
         # Appendix: cosine with warm-up ratio 0.03, no weight decay, 2,048 tokens at most, in every stage.
-        assert (stage.schedule.warmup_ratio, stage.schedule.weight_decay, stage.schedule.max_length) == (0.03, 0.0, 2048)
+        assert (stage.schedule.warmup_ratio, stage.schedule.weight_decay, stage.schedule.max_length) == (
+            0.03,
+            0.0,
+            2048,
+        )
         if stage.trains == "lora":
             assert stage.lora == LoraSpec(rank=128, alpha=256, dropout=0.05)
     assert curriculum.image_aspect_ratio == "pad"
@@ -334,7 +403,9 @@ SCHEDULES = st.builds(
 # Names that YAML would rather read as numbers, truth values, dates or nothing, among all sorts of others.
 NAMES = st.sampled_from(
     ["2e-3", "1e5", "15", "no", "true", "null", "~", "2026-11-23", "- a", "#a", "'a'", "&a", "!a", "a #b"]
-) | st.text(st.characters(exclude_categories=["C", "Z"], exclude_characters='/\\:*?"<>|.'), min_size=1, max_size=12)
+) | st.text(
+    st.characters(exclude_categories=["C", "Z"], exclude_characters='/\\:*?"<>|.'), min_size=1, max_size=12
+)
 
 
 @st.composite
@@ -347,7 +418,9 @@ def curricula(draw: st.DrawFn) -> Curriculum:
         if trains == "projector":
             schedule = dataclasses.replace(schedule, projector_learning_rate=None)
         stages.append(Stage(name, trains, schedule, spec if trains == "lora" else None))
-    return Curriculum(tuple(stages), draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from(["pad", "checkpoint"])))
+    return Curriculum(
+        tuple(stages), draw(st.integers(0, 2**32 - 1)), draw(st.sampled_from(["pad", "checkpoint"]))
+    )
 
 
 @settings(deadline=None)  # a busy machine is no fault
@@ -366,17 +439,29 @@ def test_yaml_file_there_and_back(curriculum: Curriculum, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize(
     ("written", "number"),
-    [("2e-3", 0.002), ("2E-3", 0.002), ("2.0e-3", 0.002), (".002", 0.002), ("+2e-3", 0.002), ("1", 1), ("1.", 1.0)],
+    [
+        ("2e-3", 0.002),
+        ("2E-3", 0.002),
+        ("2.0e-3", 0.002),
+        (".002", 0.002),
+        ("+2e-3", 0.002),
+        ("1", 1),
+        ("1.", 1.0),
+    ],
 )
 def test_a_learning_rate_reads_as_a_number_however_it_is_written(written: str, number: float) -> None:
-    text = f"stages:\n- name: align\n  trains: projector\n  schedule: {{epochs: 1, learning_rate: {written}}}\n"
+    text = (
+        f"stages:\n- name: align\n  trains: projector\n  schedule: {{epochs: 1, learning_rate: {written}}}\n"
+    )
     rate = Curriculum.from_yaml(text)["align"].schedule.learning_rate
     assert rate == number and type(rate) is type(number)
 
 
 def test_yaml_needs_only_what_has_no_default() -> None:
     text = "stages:\n- {name: vqa, trains: lora, schedule: {epochs: 1, learning_rate: 2e-4}}\n"
-    assert Curriculum.from_yaml(text) == Curriculum((Stage("vqa", "lora", Schedule(epochs=1, learning_rate=2e-4), LoraSpec()),))
+    assert Curriculum.from_yaml(text) == Curriculum(
+        (Stage("vqa", "lora", Schedule(epochs=1, learning_rate=2e-4), LoraSpec()),)
+    )
 
 
 ONE_STAGE = "stages:\n- name: align\n  trains: projector\n  schedule: {epochs: 1, learning_rate: 2e-3}\n"
@@ -386,21 +471,33 @@ ONE_STAGE = "stages:\n- name: align\n  trains: projector\n  schedule: {epochs: 1
     ("text", "words"),
     [
         (ONE_STAGE + "sede: 1\n", "curriculum has the unknown key 'sede'. Did you mean 'seed'?"),
-        (ONE_STAGE + "zzz: 1\n", "curriculum has the unknown key 'zzz'. Known: image_aspect_ratio, seed, stages."),
+        (
+            ONE_STAGE + "zzz: 1\n",
+            "curriculum has the unknown key 'zzz'. Known: image_aspect_ratio, seed, stages.",
+        ),
         (ONE_STAGE + "1: 1\n", "curriculum has the unknown key 1. Known: image_aspect_ratio, seed, stages."),
-        (ONE_STAGE.replace("trains", "train"), "curriculum.stages[0] has the unknown key 'train'. Did you mean 'trains'?"),
+        (
+            ONE_STAGE.replace("trains", "train"),
+            "curriculum.stages[0] has the unknown key 'train'. Did you mean 'trains'?",
+        ),
         (
             ONE_STAGE.replace("epochs", "epoch"),
             "curriculum.stages[0].schedule has the unknown key 'epoch'. Did you mean 'epochs'?",
         ),
-        (ONE_STAGE + "  lora: {ranks: 8}\n", "curriculum.stages[0].lora has the unknown key 'ranks'. Did you mean 'rank'?"),
+        (
+            ONE_STAGE + "  lora: {ranks: 8}\n",
+            "curriculum.stages[0].lora has the unknown key 'ranks'. Did you mean 'rank'?",
+        ),
         ("seed: 1\n", "curriculum lacks stages; Curriculum has no default there."),
         ("stages: align\n", "curriculum.stages is 'align'; wanted a list of stages."),
         ("stages: []\n", "curriculum: Curriculum.stages is empty; wanted at least one Stage."),
         ("- align\n", "curriculum is ['align']; wanted a mapping with the keys of Curriculum."),
         ("\n", "curriculum is None; wanted a mapping with the keys of Curriculum."),
         ("stages:\n- align\n", "curriculum.stages[0] is 'align'; wanted a mapping with the keys of Stage."),
-        ("stages:\n- {name: align}\n", "curriculum.stages[0] lacks trains, schedule; Stage has no default there."),
+        (
+            "stages:\n- {name: align}\n",
+            "curriculum.stages[0] lacks trains, schedule; Stage has no default there.",
+        ),
         (
             "stages:\n- {name: align, trains: projector, schedule: {epochs: 1}}\n",
             "curriculum.stages[0].schedule lacks learning_rate; Schedule has no default there.",
@@ -445,9 +542,13 @@ def test_a_yaml_file_is_named_in_its_errors(tmp_path: Path) -> None:
 
 def test_yaml_with_a_key_twice_is_an_error() -> None:
     with pytest.raises(ConfigError, match="the key 'epochs' stands twice"):
-        Curriculum.from_yaml("stages:\n- {name: a, trains: projector, schedule: {epochs: 1, learning_rate: 1e-3, epochs: 30}}\n")
+        Curriculum.from_yaml(
+            "stages:\n- {name: a, trains: projector, schedule: {epochs: 1, learning_rate: 1e-3, epochs: 30}}\n"
+        )
 
 
 def test_seed_has_the_width_that_numpy_takes() -> None:
-    with pytest.raises(ConfigError, match=r"Curriculum\.seed is 4294967296; wanted a whole number below 2\*\*32\."):
+    with pytest.raises(
+        ConfigError, match=r"Curriculum\.seed is 4294967296; wanted a whole number below 2\*\*32\."
+    ):
         Curriculum(LLAVA_MED.stages, seed=2**32)

@@ -30,7 +30,13 @@ def mevf(**changes):
 
 
 def original(**changes):
-    return mevf(qid_linked_id="03f4", evaluation="evaluated", question_rephrase="NULL", question_frame="NULL", **changes)
+    return mevf(
+        qid_linked_id="03f4",
+        evaluation="evaluated",
+        question_rephrase="NULL",
+        question_frame="NULL",
+        **changes,
+    )
 
 
 @pytest.fixture
@@ -62,7 +68,10 @@ def test_a_row_becomes_a_question(folder):
 
 
 def test_the_original_release_tells_the_split_by_phrase_type(folder):
-    rows = [original(qid=i, phrase_type=kind) for i, kind in enumerate(["freeform", "test_para", "para", "test_freeform"])]
+    rows = [
+        original(qid=i, phrase_type=kind)
+        for i, kind in enumerate(["freeform", "test_para", "para", "test_freeform"])
+    ]
     path = write(folder, "vqa_rad_public.json", rows)
     assert [(question.id, question.split) for question in vqa_rad.read(path)] == [
         ("0", "train"),
@@ -76,7 +85,12 @@ def test_the_original_release_tells_the_split_by_phrase_type(folder):
         "vqa_rad_public.json:4",
     ]
     # The name does not overrule the rows.
-    assert [question.split for question in vqa_rad.read(write(folder, "test.json", rows))] == ["train", "test", "train", "test"]
+    assert [question.split for question in vqa_rad.read(write(folder, "test.json", rows))] == [
+        "train",
+        "test",
+        "train",
+        "test",
+    ]
 
 
 @pytest.mark.parametrize("keep", ["phrase_type", "evaluation"])
@@ -84,7 +98,10 @@ def test_one_mark_of_the_original_release_is_enough(folder, keep):
     """A hand-made excerpt: one row says what form the file has, and the others go by it."""
     telling = mevf(phrase_type="test_para") if keep == "phrase_type" else mevf(evaluation="given")
     path = write(folder, "excerpt.json", [mevf(), telling])
-    assert [question.split for question in vqa_rad.read(path)] == ["train", "test" if keep == "phrase_type" else "train"]
+    assert [question.split for question in vqa_rad.read(path)] == [
+        "train",
+        "test" if keep == "phrase_type" else "train",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -147,10 +164,22 @@ BAD = {
     "null answer": (mevf(answer=None), "malformed row", "'answer' is null; wanted text."),
     "empty answer": (mevf(answer=" "), "empty answer", "'answer' is empty; wanted words."),
     "empty question": (mevf(question=""), "empty question", "'question' is empty; wanted words."),
-    "marker": (mevf(question="<image> What?"), "marker in a question", "'question' holds <image>; wanted the words alone."),
-    "answer type": (mevf(answer_type="MAYBE"), "unknown answer type", "'answer_type' is 'MAYBE'; wanted one of open, closed."),
+    "marker": (
+        mevf(question="<image> What?"),
+        "marker in a question",
+        "'question' holds <image>; wanted the words alone.",
+    ),
+    "answer type": (
+        mevf(answer_type="MAYBE"),
+        "unknown answer type",
+        "'answer_type' is 'MAYBE'; wanted one of open, closed.",
+    ),
     "image a number": (mevf(image_name=3), "malformed row", "'image_name' is 3; wanted a file name."),
-    "missing image": (mevf(image_name="x.jpg"), "missing image", "image 'x.jpg' is not a file in IMAGES; wanted an image there."),
+    "missing image": (
+        mevf(image_name="x.jpg"),
+        "missing image",
+        "image 'x.jpg' is not a file in IMAGES; wanted an image there.",
+    ),
     "outside": (
         mevf(image_name="../x.jpg"),
         "image outside image folder",
@@ -194,7 +223,10 @@ def test_a_llava_file_is_refused_by_row_and_an_object_as_a_file(folder):
     )
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published VQA-RAD files are not beside the repository (../shared/data)")
+@pytest.mark.skipif(
+    not PUBLISHED.is_dir(),
+    reason="the published VQA-RAD files are not beside the repository (../shared/data)",
+)
 @pytest.mark.parametrize(
     ("name", "split", "counts"),  # images, questions, open, closed
     [
@@ -209,21 +241,34 @@ def test_published_counts(name, split, counts):
     questions = list(vqa_rad.read(PUBLISHED / name, split=split, rejects=rejects))
     assert rejects == []
     kinds = Counter(question.answer_type for question in questions)
-    assert (len({question.image for question in questions}), len(questions), kinds["open"], kinds["closed"]) == counts
+    assert (
+        len({question.image for question in questions}),
+        len(questions),
+        kinds["open"],
+        kinds["closed"],
+    ) == counts
     assert {question.split for question in questions} == {split}
     assert len({question.id for question in questions}) == len(questions)
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published VQA-RAD files are not beside the repository (../shared/data)")
+@pytest.mark.skipif(
+    not PUBLISHED.is_dir(),
+    reason="the published VQA-RAD files are not beside the repository (../shared/data)",
+)
 def test_both_published_forms_hold_the_same_test_questions():
     def asked(name):
         read = vqa_rad.read(PUBLISHED / name, split="test")
-        return Counter((question.image, question.question, question.answer, question.answer_type) for question in read)
+        return Counter(
+            (question.image, question.question, question.answer, question.answer_type) for question in read
+        )
 
     assert asked("testset.json") == asked("vqa_rad_public.json")
 
 
-@pytest.mark.skipif(not PUBLISHED.is_dir(), reason="the published VQA-RAD files are not beside the repository (../shared/data)")
+@pytest.mark.skipif(
+    not PUBLISHED.is_dir(),
+    reason="the published VQA-RAD files are not beside the repository (../shared/data)",
+)
 def test_the_published_splits_share_images():
     def images(name, split):
         return {question.image for question in vqa_rad.read(PUBLISHED / name, split=split)}
@@ -235,13 +280,23 @@ def test_the_published_splits_share_images():
 
 def test_a_split_is_data_for_a_stage(folder):
     """As a source, whose rejected rows are counted like those of any file."""
-    path = write(folder, "vqa_rad_public.json", [original(), original(phrase_type="test_para"), original(qid=3, answer="")])
+    path = write(
+        folder,
+        "vqa_rad_public.json",
+        [original(), original(phrase_type="test_para"), original(qid=3, answer="")],
+    )
     source = question_source(vqa_rad.read, path, None, "train")
-    assert open_sources(source, None, "data['vqa']") == open_sources([source], None, "data['vqa']") == [source]
+    assert (
+        open_sources(source, None, "data['vqa']") == open_sources([source], None, "data['vqa']") == [source]
+    )
     rejects: list[Reject] = []
     read = list(source.read(rejects))
     assert read == [question.conversation() for question in vqa_rad.read(path, split="train", rejects=[])]
-    assert (source.name, len(read), [reject.row for reject in rejects]) == ("vqa_rad_public.json (train)", 1, [3])
+    assert (source.name, len(read), [reject.row for reject in rejects]) == (
+        "vqa_rad_public.json (train)",
+        1,
+        [3],
+    )
 
 
 def test_a_missing_file_is_no_source(tmp_path):

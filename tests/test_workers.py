@@ -33,7 +33,10 @@ from llavamed_peft.training import trainer
 from llavamed_peft.training.computing import _decoders
 from llavamed_peft.training.trainer import StepLoader
 
-KINDS = {"llava": (), "llava_onevision": ("qwen2", "siglip", -1)}  # the second with a processor class of our own
+KINDS = {
+    "llava": (),
+    "llava_onevision": ("qwen2", "siglip", -1),
+}  # the second with a processor class of our own
 ONE_STAGE = Curriculum((Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=2)),))
 
 
@@ -52,8 +55,12 @@ def rows(tmp_path: Path) -> list[Conversation]:
     return [Conversation(f"id-{i}", turns, (str(tmp_path / f"{i}.png"),)) for i in range(8)]
 
 
-def batches_of(base: Path, rows: list[Conversation], folder: Path, notes: WorkerNotes | None) -> DeviceBatches:
-    collate = PackedCollator(make_stage_processor(load_processor(base, read_config(base)), "pad"), max_row_tokens=4096)
+def batches_of(
+    base: Path, rows: list[Conversation], folder: Path, notes: WorkerNotes | None
+) -> DeviceBatches:
+    collate = PackedCollator(
+        make_stage_processor(load_processor(base, read_config(base)), "pad"), max_row_tokens=4096
+    )
     with RejectLog(folder / "rejected.jsonl") as rejects:
         index = build_index(open_sources(rows, None, "data"), collate, folder / "index.arrow", rejects, 0.0)
     return DeviceBatches(index, collate, notes)
@@ -61,11 +68,20 @@ def batches_of(base: Path, rows: list[Conversation], folder: Path, notes: Worker
 
 def loader_of(batches: DeviceBatches, start: str | None, timeout: float = 0) -> StepLoader:
     sampler = StepSampler(
-        batches.index.column("length"), batches.index.column("group"), ONE_STAGE.stages[0].schedule, max_row_tokens=4096, seed=0
+        batches.index.column("length"),
+        batches.index.column("group"),
+        ONE_STAGE.stages[0].schedule,
+        max_row_tokens=4096,
+        seed=0,
     )
     workers = 0 if start is None else 2
     return StepLoader(
-        batches, batch_sampler=sampler, collate_fn=as_is, num_workers=workers, multiprocessing_context=start, timeout=timeout
+        batches,
+        batch_sampler=sampler,
+        collate_fn=as_is,
+        num_workers=workers,
+        multiprocessing_context=start,
+        timeout=timeout,
     )
 
 
@@ -76,7 +92,9 @@ def as_is(batches: list[DeviceInputs]) -> list[DeviceInputs]:
 class StuckAt5(PackedCollator):
     """Never comes back from one image, as from a file of a dead network mount."""
 
-    def inputs(self, conversations: Sequence[object], on_image: Callable[[str], None] | None = None) -> dict[str, torch.Tensor]:
+    def inputs(
+        self, conversations: Sequence[object], on_image: Callable[[str], None] | None = None
+    ) -> dict[str, torch.Tensor]:
         def stick(path: str) -> None:
             on_image(path)
             if path.endswith("5.png"):
@@ -129,7 +147,9 @@ def test_notes_of_a_worker_killed_from_outside_say_where_it_was(
     batches.collator = StuckAt5(batches.collator.encoder.processor, max_row_tokens=4096)
 
     def kill_the_stuck_one() -> None:
-        while not (stuck := [note for note in batches.notes.read() if "5.png" in note.text and note.seconds > 0.5]):
+        while not (
+            stuck := [note for note in batches.notes.read() if "5.png" in note.text and note.seconds > 0.5]
+        ):
             time.sleep(0.05)
         os.kill(stuck[0].pid, signal.SIGKILL)
 
@@ -141,7 +161,9 @@ def test_notes_of_a_worker_killed_from_outside_say_where_it_was(
             next(loader)
     killer.join()
     (note,) = [note for note in batches.notes.read() if note.is_dead]
-    assert note.text.startswith(f"in memory:6 (id id-5), image {rows[5].images[0]}, in the device batch of in memory:")
+    assert note.text.startswith(
+        f"in memory:6 (id id-5), image {rows[5].images[0]}, in the device batch of in memory:"
+    )
 
 
 def test_training_names_the_row_that_killed_a_worker(
@@ -151,7 +173,9 @@ def test_training_names_the_row_that_killed_a_worker(
 
     def deadly(path: str) -> Image.Image:
         if path.endswith("3.png"):
-            os.kill(os.getpid(), signal.SIGSEGV)  # as a decoder with a fault does; workers are forked here, so they have this too
+            os.kill(
+                os.getpid(), signal.SIGSEGV
+            )  # as a decoder with a fault does; workers are forked here, so they have this too
         return load_image(path)
 
     monkeypatch.setattr(collator, "load_image", deadly)
@@ -159,15 +183,23 @@ def test_training_names_the_row_that_killed_a_worker(
         curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=ONE_STAGE, workers=2)
     said = str(raised.value)
     assert (
-        f"A worker that decodes images died at in memory:4 (id id-3), image {tmp_path / '3.png'}, in the device batch of" in said
+        f"A worker that decodes images died at in memory:4 (id id-3), image {tmp_path / '3.png'}, in the device batch of"
+        in said
     )
-    assert "leave the row out if it is the cause; if memory ran out, take fewer workers" in said and "DataLoader worker" in said
+    assert (
+        "leave the row out if it is the cause; if memory ran out, take fewer workers" in said
+        and "DataLoader worker" in said
+    )
     assert not (tmp_path / "run" / "vqa").exists()
 
 
 @pytest.mark.parametrize("held_out", [False, True])
 def test_training_names_the_row_at_which_a_worker_hangs(
-    held_out: bool, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    held_out: bool,
+    bases: dict[str, Path],
+    rows: list[Conversation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     load_image = collator.load_image
 
@@ -182,20 +214,31 @@ def test_training_names_the_row_at_which_a_worker_hangs(
     question = [Question("asked", str(tmp_path / "6.png"), "what?", "a heart", "closed")]
     data, eval_data = ({"vqa": rows[:6]}, {"vqa": question}) if held_out else ({"vqa": rows}, None)
     with pytest.raises(TrainingError) as raised:
-        curriculum_finetune(bases["llava"], data, tmp_path / "run", curriculum=ONE_STAGE, eval_data=eval_data, workers=1)
+        curriculum_finetune(
+            bases["llava"], data, tmp_path / "run", curriculum=ONE_STAGE, eval_data=eval_data, workers=1
+        )
     row = "in memory:1 (id asked)" if held_out else "in memory:7 (id id-6)"
-    assert f"A worker that decodes images has been at {row}, image {tmp_path / '6.png'}, in the device batch of" in str(
-        raised.value
+    assert (
+        f"A worker that decodes images has been at {row}, image {tmp_path / '6.png'}, in the device batch of"
+        in str(raised.value)
     )
 
 
 @pytest.mark.parametrize("goes_on", [False, True])
 def test_a_step_slower_than_the_limit_of_one_image_is_waited_for(
-    goes_on: bool, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    goes_on: bool,
+    bases: dict[str, Path],
+    rows: list[Conversation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Behind a checkpoint too, where the trainer passes over steps with a data loader of its own."""
-    two_steps = Curriculum((Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=4)),))
-    call = functools.partial(curriculum_finetune, bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=two_steps)
+    two_steps = Curriculum(
+        (Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=4)),)
+    )
+    call = functools.partial(
+        curriculum_finetune, bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=two_steps
+    )
     step, load_image = trainer.StageTrainer.training_step, collator.load_image
 
     def one_step(self: trainer.StageTrainer, *arguments: object) -> torch.Tensor:
@@ -232,7 +275,9 @@ def test_workers_get_on_while_one_writes_and_none_is_long_at_one_image() -> None
             return row
 
     assert not notes.get_on(within=1), "nobody has begun"
-    list(torch.utils.data.DataLoader(Written(), num_workers=2, batch_size=None, multiprocessing_context="fork"))
+    list(
+        torch.utils.data.DataLoader(Written(), num_workers=2, batch_size=None, multiprocessing_context="fork")
+    )
     assert [note.text for note in notes.read()] == ["image 0"]
     assert notes.get_on(within=60)
     (at_image,) = notes.read()
@@ -252,9 +297,9 @@ def test_a_signal_to_a_worker_that_is_not_yet_prepared_waits(
 
     monkeypatch.setattr(trainer, "prepare_worker", signalled_before)
     call = {"curriculum": ONE_STAGE, "workers": 1, "eval_data": {"vqa": rows[:2]}, "feature_cache": True}
-    assert curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", **call)["vqa"].metrics["conversations"] == len(
-        rows
-    )
+    assert curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", **call)["vqa"].metrics[
+        "conversations"
+    ] == len(rows)
 
 
 def test_a_worker_that_hangs_at_no_image_is_an_error_all_the_same(
@@ -263,7 +308,10 @@ def test_a_worker_that_hangs_at_no_image_is_an_error_all_the_same(
     monkeypatch.setattr(DeviceBatches, "__getitem__", lambda self, rows: time.sleep(3600))
     monkeypatch.setattr(trainer, "HANGS_AFTER", 1.0)
     monkeypatch.setattr(trainer, "LOOKS_EVERY", 0.2)
-    with pytest.raises(TrainingError, match=r"A worker that decodes images hangs \(DataLoader timed out after 0.2 seconds\)\."):
+    with pytest.raises(
+        TrainingError,
+        match=r"A worker that decodes images hangs \(DataLoader timed out after 0.2 seconds\)\.",
+    ):
         curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=ONE_STAGE, workers=1)
 
 
@@ -278,7 +326,9 @@ def test_another_error_in_training_is_left_as_it_is(
         curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=ONE_STAGE, workers=1)
 
 
-def test_training_with_workers_may_open_more_files(bases: dict[str, Path], rows: list[Conversation], tmp_path: Path) -> None:
+def test_training_with_workers_may_open_more_files(
+    bases: dict[str, Path], rows: list[Conversation], tmp_path: Path
+) -> None:
     usual, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     if most != resource.RLIM_INFINITY and most <= 1024:
         pytest.skip(f"the system allows {most} open files and not one more")
@@ -326,16 +376,32 @@ def test_processes_of_one_machine_share_its_cores_for_decoding(
 
 @pytest.mark.parametrize(
     ("free", "processes", "expected"),
-    [(None, 1, 8), (64e9, 1, 8), (64e9, 8, 3), (18e9, 1, 8), (17.9e9, 1, 7), (4e9, 1, 1), (3.9e9, 1, 0), (64e6, 1, 0), (0, 1, 0)],
+    [
+        (None, 1, 8),
+        (64e9, 1, 8),
+        (64e9, 8, 3),
+        (18e9, 1, 8),
+        (17.9e9, 1, 7),
+        (4e9, 1, 1),
+        (3.9e9, 1, 0),
+        (64e6, 1, 0),
+        (0, 1, 0),
+    ],
 )
-def test_as_many_workers_as_have_room_for_a_step_each_and_one_more(free: int | None, processes: int, expected: int) -> None:
+def test_as_many_workers_as_have_room_for_a_step_each_and_one_more(
+    free: int | None, processes: int, expected: int
+) -> None:
     assert workers_with_room(8, 1e9, free, processes) == expected
     assert workers_with_room(8, 0, free, processes) == (0 if free == 0 else 8), "nothing but text"
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_bytes_of_a_step_are_known_without_decoding(
-    kind: str, bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: str,
+    bases: dict[str, Path],
+    rows: list[Conversation],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     both = (Turn("user", "<image>\n<image>\nwhich is larger?"), Turn("assistant", "the second"))
     rows = [
@@ -346,9 +412,15 @@ def test_the_bytes_of_a_step_are_known_without_decoding(
     batches = batches_of(bases[kind], rows, tmp_path, None)
     encoder = batches.collator.encoder
     pixels = [batches[[row]].inputs.get("pixel_values") for row in range(len(rows))]
-    found = [values.unflatten(0, (len(values), 1)) if values.ndim == 4 else values for values in pixels if values is not None]
+    found = [
+        values.unflatten(0, (len(values), 1)) if values.ndim == 4 else values
+        for values in pixels
+        if values is not None
+    ]
     monkeypatch.setattr(collator, "load_image", None)
-    assert batches.index.mean_tiles(encoder) * len(rows) * encoder.tile_bytes == sum(values.nbytes for values in found)
+    assert batches.index.mean_tiles(encoder) * len(rows) * encoder.tile_bytes == sum(
+        values.nbytes for values in found
+    )
 
 
 PIXELS = "0 workers instead of 2: {} has about {} of pixels, and /dev/shm has 75.3 kB free"
@@ -358,7 +430,10 @@ PIXELS = "0 workers instead of 2: {} has about {} of pixels, and /dev/shm has 75
     ("feature_cache", "said"),
     [
         (False, [PIXELS.format("a step", "75.3 kB"), PIXELS.format("a held-out step", "37.6 kB")]),
-        (True, [PIXELS.format("an image", "37.6 kB")]),  # of its features, 4.4 kB, there is room for the steps of two workers
+        (
+            True,
+            [PIXELS.format("an image", "37.6 kB")],
+        ),  # of its features, 4.4 kB, there is room for the steps of two workers
     ],
 )
 def test_what_has_no_room_is_decoded_in_the_training_process_and_a_line_says_so(

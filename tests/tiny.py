@@ -63,7 +63,9 @@ MODELS = {
     "llava_onevision": (LlavaOnevisionConfig, LlavaOnevisionForConditionalGeneration),
 }
 LANGUAGES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
-WORDS = ["USER: ASSISTANT: [INST] [/INST] what is in the image ? yes no the left right lung a chest x-ray shows normal heart"] * 4
+WORDS = [
+    "USER: ASSISTANT: [INST] [/INST] what is in the image ? yes no the left right lung a chest x-ray shows normal heart"
+] * 4
 
 
 def tokenizer(eos: str = "</s>") -> PreTrainedTokenizerFast:
@@ -73,7 +75,9 @@ def tokenizer(eos: str = "</s>") -> PreTrainedTokenizerFast:
     bpe.decoder = decoders.ByteLevel()
     special = ["<pad>", "<s>", "</s>", "<image>", "<video>", "<|im_start|>", "<|im_end|>"]
     alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=320, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
     bpe.train_from_iterator(WORDS, trainer)
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token=eos, pad_token="<pad>")
     fast.add_tokens([AddedToken(token, special=True) for token in special])
@@ -98,7 +102,12 @@ def text_config(language: str, vocabulary: int) -> LlamaConfig | MistralConfig |
 
 def vision_config(tower: str) -> CLIPVisionConfig | SiglipVisionConfig:
     shape = dict(
-        hidden_size=64, intermediate_size=128, num_hidden_layers=3, num_attention_heads=4, image_size=IMAGE_SIZE, patch_size=PATCH
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        image_size=IMAGE_SIZE,
+        patch_size=PATCH,
     )
     if tower == "siglip":
         return SiglipVisionConfig(**shape, vision_use_head=False)
@@ -143,14 +152,21 @@ def build(
     kinds = {
         "llava": ("CLIPImageProcessor", {"size": crop, "crop_size": square}),
         "vipllava": ("CLIPImageProcessor", {"size": crop, "crop_size": square}),
-        "llava_next": ("LlavaNextImageProcessor", {"size": crop, "crop_size": square, "image_grid_pinpoints": PINPOINTS}),
-        "llava_onevision": ("LlavaOnevisionImageProcessor", {"size": square, "image_grid_pinpoints": PINPOINTS}),
+        "llava_next": (
+            "LlavaNextImageProcessor",
+            {"size": crop, "crop_size": square, "image_grid_pinpoints": PINPOINTS},
+        ),
+        "llava_onevision": (
+            "LlavaOnevisionImageProcessor",
+            {"size": square, "image_grid_pinpoints": PINPOINTS},
+        ),
     }
     kind, settings = kinds[model_type]
     if tower == "siglip" and model_type in ("llava", "vipllava"):
         kind, settings = "SiglipImageProcessor", {"size": square}
     (folder / "preprocessor_config.json").write_text(
-        json.dumps({"image_processor_type": kind, "processor_class": PROCESSORS[model_type], **settings}), encoding="utf-8"
+        json.dumps({"image_processor_type": kind, "processor_class": PROCESSORS[model_type], **settings}),
+        encoding="utf-8",
     )
     assert AutoImageProcessor.from_pretrained(folder)
     (folder / "chat_template.jinja").write_text(template or TEMPLATES[model_type], encoding="utf-8")

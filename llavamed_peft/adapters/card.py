@@ -52,16 +52,28 @@ def card_text(record: dict[str, Any], base_name: str) -> str:
     is_adapter = record["kind"] == "adapter"
     metadata: dict[str, Any] = {
         # the Hub takes ids of its own and nothing else
-        **({"base_model": base["id"], "base_model_relation": "adapter" if is_adapter else "finetune"} if base["id"] else {}),
+        **(
+            {"base_model": base["id"], "base_model_relation": "adapter" if is_adapter else "finetune"}
+            if base["id"]
+            else {}
+        ),
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "image-text-to-text",
         "license": "other",
         "license_name": "inherits-base-model-and-data",
-        "tags": ["llavamed-peft", "llava-med", "medical", f"stage:{stage['name']}", f"trains:{stage['trains']}"],
+        "tags": [
+            "llavamed-peft",
+            "llava-med",
+            "medical",
+            f"stage:{stage['name']}",
+            f"trains:{stage['trains']}",
+        ],
         "metrics": ["loss"],
     }
     losses = {
-        name: metrics[name] for name in ("eval_loss_before", "eval_loss_after", "loss_last") if metrics.get(name) is not None
+        name: metrics[name]
+        for name in ("eval_loss_before", "eval_loss_after", "loss_last")
+        if metrics.get(name) is not None
     }
     identity = f"revision `{base['revision']}`" if base["id"] else f"content hash `{base['sha256']}`"
     parent = record["parent"]

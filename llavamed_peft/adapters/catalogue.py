@@ -20,7 +20,10 @@ from .stage_adapter import StageAdapter
 INDEX = "README.md"
 
 
-BEGIN, END = ("<!-- index: made from the stage.json files by `llavamed-peft catalogue` -->", "<!-- end of the index -->")
+BEGIN, END = (
+    "<!-- index: made from the stage.json files by `llavamed-peft catalogue` -->",
+    "<!-- end of the index -->",
+)
 
 
 _SHORT = 12  # digits of a hash in the table
@@ -92,7 +95,11 @@ class Entry:
         origin = "–"
         if parent is not None:
             there = folder_of.get(parent["sha256"])
-            origin = f"[{parent['stage']}]({there})" if there else f"{parent['stage']} `{parent['sha256'][:_SHORT]}`"
+            origin = (
+                f"[{parent['stage']}]({there})"
+                if there
+                else f"{parent['stage']} `{parent['sha256'][:_SHORT]}`"
+            )
         return [
             f"[{stage['name']}]({self.folder.name})",
             base["id"] or base["name"],
@@ -120,7 +127,11 @@ def table(folder: str | Path) -> str:
     folder = Path(folder)
     if not folder.is_dir():
         raise AdapterError(f"{folder}: no such folder; wanted the catalogue's.")
-    entries = [Entry.read(path) for path in sorted(folder.iterdir()) if path.is_dir() and not path.name.startswith(".")]
+    entries = [
+        Entry.read(path)
+        for path in sorted(folder.iterdir())
+        if path.is_dir() and not path.name.startswith(".")
+    ]
     folder_of = {entry.record["sha256"]: entry.folder.name for entry in entries}
     rows = [_COLUMNS, ["---"] * len(_COLUMNS)]
     rows += [[cell.replace("|", "\\|") for cell in entry.row(folder_of)] for entry in _in_lineage(entries)]
@@ -141,7 +152,9 @@ def update(folder: str | Path) -> Path:
     before, begin, rest = text.partition(BEGIN)
     _, end, after = rest.partition(END)
     if not (begin and end):
-        raise AdapterError(f"{path}: wanted a line {BEGIN} and below it a line {END}, for the table to stand between.")
+        raise AdapterError(
+            f"{path}: wanted a line {BEGIN} and below it a line {END}, for the table to stand between."
+        )
     try:
         path.write_text(f"{before}{BEGIN}\n\n{rows}\n{END}{after}", encoding="utf-8")
     except OSError as error:
@@ -160,7 +173,9 @@ def _in_lineage(entries: Sequence[Entry]) -> list[Entry]:
             above = parents[above]
         return len(seen)
 
-    return sorted(entries, key=lambda entry: (entry.record["base"]["name"], generation(entry), entry.folder.name))
+    return sorted(
+        entries, key=lambda entry: (entry.record["base"]["name"], generation(entry), entry.folder.name)
+    )
 
 
 def _loss(value: float | None) -> str:

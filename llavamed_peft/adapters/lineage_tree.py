@@ -43,7 +43,9 @@ def show(adapter: str | Path, width: int = 100) -> list[str]:
     seen = {record["sha256"]}
     while (parent := record["parent"]) is not None:
         if parent["sha256"] not in beside or parent["sha256"] in seen:
-            node = _Node(f"{parent['stage']}, sha256 {parent['sha256'][:_SHORT]}: does not lie beside it", (node,))
+            node = _Node(
+                f"{parent['stage']}, sha256 {parent['sha256'][:_SHORT]}: does not lie beside it", (node,)
+            )
             break
         seen.add(parent["sha256"])
         folder, record = beside[parent["sha256"]]
@@ -71,11 +73,11 @@ def _stage_node(folder: Path, record: Mapping[str, Any], next_stages: tuple[_Nod
     for title, key in (("data", "data"), ("held out", "eval_data")):
         if record.get(key):
             details.append(_Node(title, tuple(_Node(_account(entry)) for entry in record[key])))
-    details.append(_Node("metrics", tuple(_Node(f"{name}: {_plain(value)}") for name, value in metrics.items())))
-    details.append(_Node(f"made on {record['device']} with {_pairs(record['versions'])}"))
-    title = (
-        f"{stage['name']}: {stage['trains']} ({record['kind']}), sha256 {record['sha256'][:_SHORT]}, in {folder.resolve().name}"
+    details.append(
+        _Node("metrics", tuple(_Node(f"{name}: {_plain(value)}") for name, value in metrics.items()))
     )
+    details.append(_Node(f"made on {record['device']} with {_pairs(record['versions'])}"))
+    title = f"{stage['name']}: {stage['trains']} ({record['kind']}), sha256 {record['sha256'][:_SHORT]}, in {folder.resolve().name}"
     return _Node(title, (*details, *next_stages))
 
 
@@ -93,7 +95,13 @@ def _pairs(values: Mapping[str, Any]) -> str:
 def _plain(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.5g}"
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else "–" if value is None else str(value)
+    return (
+        f"{value:,}"
+        if isinstance(value, int) and not isinstance(value, bool)
+        else "–"
+        if value is None
+        else str(value)
+    )
 
 
 def _branches(node: _Node, width: int, first: str = "", rest: str = "") -> Iterator[str]:
@@ -101,4 +109,6 @@ def _branches(node: _Node, width: int, first: str = "", rest: str = "") -> Itera
     yield from wrapped(visible(node.text), width, first, rest + ("│  " if node.children else "   "))
     for position, child in enumerate(node.children, start=1):
         last = position == len(node.children)
-        yield from _branches(child, width, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  "))
+        yield from _branches(
+            child, width, rest + ("└─ " if last else "├─ "), rest + ("   " if last else "│  ")
+        )

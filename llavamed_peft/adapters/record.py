@@ -17,7 +17,12 @@ from ..storage.hashing import weights_sha256
 SCHEMA_VERSION = 1
 
 
-RECORD, WEIGHTS, CONFIG, CARD = ("stage.json", "adapter_model.safetensors", "adapter_config.json", "README.md")
+RECORD, WEIGHTS, CONFIG, CARD = (
+    "stage.json",
+    "adapter_model.safetensors",
+    "adapter_config.json",
+    "README.md",
+)
 
 
 _BASE = {"name": str, "model_type": str, "language_model": str, "vision_tower": str}
@@ -88,7 +93,9 @@ def _misfit(value: Any, shape: Any, name: str) -> str | None:
         inner = ((key, value[key], shape[key]) for key in shape)
     elif isinstance(shape, list):
         inner = ((f"{name}[{place}]", item, shape[0]) for place, item in enumerate(value))
-    return next((fault for key, item, wanted in inner if (fault := _misfit(item, wanted, key)) is not None), None)
+    return next(
+        (fault for key, item, wanted in inner if (fault := _misfit(item, wanted, key)) is not None), None
+    )
 
 
 def base_record(base: str | Path, config: PreTrainedConfig, sha256: str | None = None) -> dict[str, Any]:
@@ -110,7 +117,9 @@ def base_record(base: str | Path, config: PreTrainedConfig, sha256: str | None =
         "id": str(base),
         "revision": snapshot.name if snapshot else None,
         "name": str(base).split("/")[-1],
-        "sha256": weights_sha256(snapshot, trust_cache=True) if snapshot and _has_all_weights(snapshot) else None,
+        "sha256": weights_sha256(snapshot, trust_cache=True)
+        if snapshot and _has_all_weights(snapshot)
+        else None,
         **shape,
     }
 
@@ -120,7 +129,10 @@ def _has_all_weights(snapshot: Path) -> bool:
     index = snapshot / "model.safetensors.index.json"
     if not index.is_file():
         return any(snapshot.glob("*.safetensors"))
-    return all((snapshot / name).is_file() for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all(
+        (snapshot / name).is_file()
+        for name in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    )
 
 
 def public_name(base: Mapping[str, Any]) -> str:

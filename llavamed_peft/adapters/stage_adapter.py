@@ -55,11 +55,15 @@ class StageAdapter:
         record = read_record(path)
         adapter = cls(path, record)
         if not adapter.is_checkpoint and not (path / WEIGHTS).is_file():
-            raise AdapterError(f"{path}: has no {WEIGHTS}; wanted a whole folder. Are its weights on the Hub? See its {CARD}.")
+            raise AdapterError(
+                f"{path}: has no {WEIGHTS}; wanted a whole folder. Are its weights on the Hub? See its {CARD}."
+            )
         if not adapter.is_checkpoint:
             config = file_sha256(path / CONFIG) if (path / CONFIG).is_file() else None
             if config != record.get("config_sha256"):
-                raise AdapterError(f"{path / CONFIG}: is missing or was changed. Copy or download the folder again.")
+                raise AdapterError(
+                    f"{path / CONFIG}: is missing or was changed. Copy or download the folder again."
+                )
         found = weights_sha256(path)
         if found != record["sha256"]:
             raise AdapterError(
@@ -198,8 +202,14 @@ def check_fits(model: PreTrainedModel, adapter: StageAdapter) -> None:
         with safe_open(adapter.path / WEIGHTS, framework="pt") as file:
             shapes = {name: torch.Size(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118 - not a dict
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{adapter.path / WEIGHTS}: cannot be read ({error}); the folder is damaged.") from error
-    check_places(shapes, places, f"the base ({model.config.model_type} over {model.config.get_text_config().model_type})")
+        raise AdapterError(
+            f"{adapter.path / WEIGHTS}: cannot be read ({error}); the folder is damaged."
+        ) from error
+    check_places(
+        shapes,
+        places,
+        f"the base ({model.config.model_type} over {model.config.get_text_config().model_type})",
+    )
 
 
 def check_arrived(model: PeftModel, adapter: StageAdapter, name: str = "default") -> None:
@@ -237,4 +247,6 @@ def local_folder(folder: str | Path, only: str | None = None) -> Path:
     try:
         return Path(snapshot_download(str(folder), allow_patterns=only))
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        raise AdapterError(f"{folder}: neither a folder nor a Hub repository that can be reached. ({error})") from error
+        raise AdapterError(
+            f"{folder}: neither a folder nor a Hub repository that can be reached. ({error})"
+        ) from error

@@ -58,7 +58,12 @@ def write_adapter(
 
 
 def write_checkpoint(
-    folder: Path, base: str | Path, tensors: Tensors, processor: ProcessorMixin, record: dict[str, Any], card: Callable[..., str]
+    folder: Path,
+    base: str | Path,
+    tensors: Tensors,
+    processor: ProcessorMixin,
+    record: dict[str, Any],
+    card: Callable[..., str],
 ) -> StageAdapter:
     """Write a full stage's folder: the base with the trained tensors in it, in the dtype the base is stored in."""
     model, _ = load_checkpoint(base)

@@ -6,7 +6,9 @@ import bisect
 import heapq
 from collections.abc import Sequence
 
-ANOTHER_BATCH = 128  # tokens whose work costs a small model about as much as one device batch more (benchmarks/LOG.md)
+ANOTHER_BATCH = (
+    128  # tokens whose work costs a small model about as much as one device batch more (benchmarks/LOG.md)
+)
 
 
 def alike(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -18,7 +20,10 @@ def alike(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[lis
         capacity: of a bin; an item that is larger has its own.
     """
     ordered = sorted(items, key=lambda item: -sizes[item])
-    costs, begins = ([0], [0])  # of the first items, in bins as good as can be; where the last of those bins begins
+    costs, begins = (
+        [0],
+        [0],
+    )  # of the first items, in bins as good as can be; where the last of those bins begins
     for end in range(1, len(ordered) + 1):
         possible: list[tuple[int, int]] = []
         for begin in reversed(range(end)):
@@ -64,5 +69,7 @@ def even(sizes: Sequence[int], capacity: int, multiple: int) -> tuple[list[list[
     large = sum(2 * size > capacity for size in sizes)  # no two of them share a bin
     least = max(1, large, -(-sum(min(size, capacity) for size in sizes) // capacity))
     least, most = -(-least // multiple), max(1, -(-len(sizes) // multiple))
-    number = bisect.bisect_left(range(most), True, lo=min(least, most) - 1, key=lambda bins: hold(bins + 1)) + 1
+    number = (
+        bisect.bisect_left(range(most), True, lo=min(least, most) - 1, key=lambda bins: hold(bins + 1)) + 1
+    )
     return fill(min(number, most) * multiple)

@@ -98,16 +98,25 @@ def build_index(
             longer = f", or give max_length={needed}, which the longest row needs" if needed else ""
             lenient = ", or raise max_rejected" if len(index) else ""
             fault += f" Each row is listed in {rejects.path.name}. Mend the data{longer}{lenient}."
-        for file in (path, partial, digest):  # what will be mended may be images, which the fingerprint does not know
+        for file in (
+            path,
+            partial,
+            digest,
+        ):  # what will be mended may be images, which the fingerprint does not know
             file.unlink(missing_ok=True)
         raise DataError(fault)
     if not found:
         written = file_sha256(partial)
         os.replace(partial, path)
-        digest.write_text(written, encoding="utf-8")  # last: who is killed before leaves an index that is not taken
+        digest.write_text(
+            written, encoding="utf-8"
+        )  # last: who is killed before leaves an index that is not taken
         return Index.open(path)
     if show is not None:
-        show(f"{path.stem}: {len(index):,} conversations, checked before ({path}; delete it if image files have changed)", True)
+        show(
+            f"{path.stem}: {len(index):,} conversations, checked before ({path}; delete it if image files have changed)",
+            True,
+        )
     return index
 
 
@@ -171,7 +180,9 @@ def _write_index(
                 usable: list[dict[str, object]] = []
                 refused: list[Reject] = []
                 for row in some:
-                    checked = row if isinstance(row, Reject) else _check(row, source.path, collator, content_name)
+                    checked = (
+                        row if isinstance(row, Reject) else _check(row, source.path, collator, content_name)
+                    )
                     if isinstance(checked, Reject):
                         refused.append(checked)
                         rejects.append(checked)
@@ -183,8 +194,14 @@ def _write_index(
                 used += len(usable)
                 rejected.update(reject.reason for reject in refused)
                 progress(len(some), len(refused))
-            files.append(FileCount(source.name, source.path, source.sha256, used + rejected.total(), used, dict(rejected)))
-        writer.write_batch(pa.RecordBatch.from_pylist([], schema), {FILES: json.dumps([asdict(count) for count in files])})
+            files.append(
+                FileCount(
+                    source.name, source.path, source.sha256, used + rejected.total(), used, dict(rejected)
+                )
+            )
+        writer.write_batch(
+            pa.RecordBatch.from_pylist([], schema), {FILES: json.dumps([asdict(count) for count in files])}
+        )
     progress.finish()
 
 
@@ -210,7 +227,10 @@ class _Progress:
         self.shown = time.monotonic()
         speed = self.rows / (self.shown - self.began)
         if self.show is not None:
-            self.show(f"{self.name}: {self.rows:,} rows checked, {self.rejected:,} rejected, {speed:,.0f} rows/s", last)
+            self.show(
+                f"{self.name}: {self.rows:,} rows checked, {self.rejected:,} rejected, {speed:,.0f} rows/s",
+                last,
+            )
 
 
 def _rows(source: Source) -> Iterator[Conversation | Reject]:

@@ -38,7 +38,10 @@ class DeviceInputs:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """What is small goes through the worker's pipe: in shared memory each tensor is an open file, and as slow as 100 KB."""
-        inputs = {name: values if values.is_floating_point() else values.numpy() for name, values in self.inputs.items()}
+        inputs = {
+            name: values if values.is_floating_point() else values.numpy()
+            for name, values in self.inputs.items()
+        }
         return _received, (inputs, self.conversations, self.supervised_tokens, self.failed)
 
 
@@ -69,7 +72,9 @@ class DeviceBatches:
         try:
             inputs = self._collate(conversations)
         except DataError:
-            failed = [(row, why) for row, one in zip(rows, conversations, strict=True) if (why := self._fault(one))]
+            failed = [
+                (row, why) for row, one in zip(rows, conversations, strict=True) if (why := self._fault(one))
+            ]
             lost = {row for row, _ in failed}
             conversations = [one for row, one in zip(rows, conversations, strict=True) if row not in lost]
             inputs = self._collate(conversations)
@@ -90,7 +95,9 @@ class DeviceBatches:
         batch = ", ".join(one.source for one in conversations)
 
         def note(image: str) -> None:
-            self.notes.write(f"{shows[image].source} (id {shows[image].id}), image {image}, in the device batch of {batch}")
+            self.notes.write(
+                f"{shows[image].source} (id {shows[image].id}), image {image}, in the device batch of {batch}"
+            )
 
         inputs = self.collator.inputs(conversations, note)
         self.notes.clear()

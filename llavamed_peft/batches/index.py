@@ -48,7 +48,11 @@ SCHEMA = pa.schema(
 )
 
 
-FINGERPRINT, REJECTED, FILES = (b"fingerprint", b"rejected", b"files")  # keys of what stands in the file beside the rows
+FINGERPRINT, REJECTED, FILES = (
+    b"fingerprint",
+    b"rejected",
+    b"files",
+)  # keys of what stands in the file beside the rows
 
 
 _ROWS_LOOKED_AT = 200  # to estimate how many tiles conversations have
@@ -97,7 +101,9 @@ class Index:
         """What the conversations begin with, by which packed steps are planned."""
         return Prefixes(self.column("prefix"), self.column("prefix_tokens"))
 
-    def sampler(self, collator: PackedCollator, schedule: Schedule, seed: int, rank: int = 0, world_size: int = 1) -> StepSampler:
+    def sampler(
+        self, collator: PackedCollator, schedule: Schedule, seed: int, rank: int = 0, world_size: int = 1
+    ) -> StepSampler:
         """Deals these rows out in optimizer steps, in device batches such as the collator lays out; see `StepSampler`.
 
         Args:
@@ -129,7 +135,9 @@ class Index:
         for images in (self.tokenized(row).images for row in looked_at):
             for image in images:
                 with contextlib.suppress(DataError):  # will be left out
-                    tiles += encoder.tiles(image_size(image), len(images) == 1 or not encoder.tiles_lone_images_only)
+                    tiles += encoder.tiles(
+                        image_size(image), len(images) == 1 or not encoder.tiles_lone_images_only
+                    )
         return tiles / len(looked_at)
 
     def shown_images(self) -> Iterator[tuple[str, list[str]]]:
@@ -146,8 +154,13 @@ class Index:
 
     def tokenized(self, row: int) -> Tokenized:
         """One conversation, its words as tokens."""
-        cells = {name: self.rows.data.column(name)[int(row)] for name in ("id", "images", "source", "token_ids", "supervised")}
-        ids, supervised = (cells[name].values.to_numpy(zero_copy_only=False) for name in ("token_ids", "supervised"))
+        cells = {
+            name: self.rows.data.column(name)[int(row)]
+            for name in ("id", "images", "source", "token_ids", "supervised")
+        }
+        ids, supervised = (
+            cells[name].values.to_numpy(zero_copy_only=False) for name in ("token_ids", "supervised")
+        )
         images = tuple(cells["images"].as_py())
         return Tokenized(cells["id"].as_py(), images, cells["source"].as_py(), Tokens(ids, supervised))
 
@@ -157,7 +170,10 @@ class Index:
         Args:
             max_rejected: share of the rows above which they are, rejected and failed ones taken together.
         """
-        rows, used = (sum(count.rows for count in self.files), sum(count.used for count in self.files) - len(self.failed))
+        rows, used = (
+            sum(count.rows for count in self.files),
+            sum(count.used for count in self.files) - len(self.failed),
+        )
         names = ", ".join(count.name for count in self.files)
         if rows == 0:
             return f"{names}: no rows; wanted at least one conversation."
@@ -177,7 +193,9 @@ class Index:
         file_of_row = self.column("file")
         for row, reason in sorted(self.failed.items()):
             source, id = (self.rows.data.column(name)[row].as_py() for name in ("source", "id"))
-            rejects.append(Reject(self.files[file_of_row[row]].path, row_number(source), id, failed_in(stage), reason))
+            rejects.append(
+                Reject(self.files[file_of_row[row]].path, row_number(source), id, failed_in(stage), reason)
+            )
 
     def account(self) -> list[dict[str, object]]:
         """For `stage.json`: each file with its hash and rows = used + rejected + failed."""

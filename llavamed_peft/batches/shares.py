@@ -24,7 +24,9 @@ class Prefixes(NamedTuple):
     tokens: np.ndarray
 
 
-def share_of_step(step: Sequence[int], lengths: np.ndarray, max_row_tokens: int, world_size: int) -> list[list[DeviceBatch]]:
+def share_of_step(
+    step: Sequence[int], lengths: np.ndarray, max_row_tokens: int, world_size: int
+) -> list[list[DeviceBatch]]:
     """Deal a step's conversations to the processes and cut each share into device batches.
 
     Sorted by length and dealt to and fro, every process gets about the same number of tokens; neighbours in length share a
@@ -50,7 +52,12 @@ def _cut(rows: list[int], lengths: np.ndarray, max_row_tokens: int) -> list[Devi
 
 
 def packed_share_of_step(
-    step: Sequence[int], lengths: np.ndarray, prefixes: Prefixes, max_row_tokens: int, fill_tokens: int | None, world_size: int
+    step: Sequence[int],
+    lengths: np.ndarray,
+    prefixes: Prefixes,
+    max_row_tokens: int,
+    fill_tokens: int | None,
+    world_size: int,
 ) -> list[list[DeviceBatch]]:
     """Deal a step's conversations to the processes in rows of at most `max_row_tokens` tokens.
 
@@ -76,7 +83,10 @@ def packed_share_of_step(
     else:
         masked = [len(lot) > 1 for lot in lots]
         shares = _share_lots(sizes, masked, max_row_tokens, min(fill_tokens, max_row_tokens), world_size)
-    return [[tuple(conversation for lot in sorted(batch) for conversation in lots[lot]) for batch in share] for share in shares]
+    return [
+        [tuple(conversation for lot in sorted(batch) for conversation in lots[lot]) for batch in share]
+        for share in shares
+    ]
 
 
 def _share_rows(sizes: Sequence[int], max_row_tokens: int, world_size: int) -> list[list[list[int]]]:

@@ -33,7 +33,9 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.trains = multiprocessing.RawValue("b", 0)  # shared with data-loader workers, see `prepare_worker`
+        self.trains = multiprocessing.RawValue(
+            "b", 0
+        )  # shared with data-loader workers, see `prepare_worker`
         self._at = 0.0
         self._before: dict[int, Any] = {}
 
@@ -52,9 +54,14 @@ class StopSignals:
         if self.received is None:
             self.received, self._at = number, now
             # print() may not be entered twice, and the signal may have come in the middle of one
-            os.write(2, f"\n{signal.Signals(number).name}: saving, then stopping. Ctrl-C again stops at once.\n".encode())
+            os.write(
+                2,
+                f"\n{signal.Signals(number).name}: saving, then stopping. Ctrl-C again stops at once.\n".encode(),
+            )
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
         self.trains.value = 0
         for number, handler in self._before.items():
             signal.signal(number, handler)

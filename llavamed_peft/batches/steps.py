@@ -98,7 +98,9 @@ class StepSampler(Sampler[list[DeviceBatch]]):
         """Every process's device batches of one step."""
         if self.prefixes is None:
             return share_of_step(step, self.lengths, self.max_row_tokens, self.world_size)
-        return packed_share_of_step(step, self.lengths, self.prefixes, self.max_row_tokens, self.fill_tokens, self.world_size)
+        return packed_share_of_step(
+            step, self.lengths, self.prefixes, self.max_row_tokens, self.fill_tokens, self.world_size
+        )
 
     def steps(self) -> Iterator[np.ndarray]:
         """The epoch's steps: rows of the index, `global_batch` of them each."""

@@ -81,7 +81,9 @@ class WorkerNotes:
             encoded = text.encode(errors="replace")[: _SLOT - _HEAD.size]
             slot = memoryview(self._slots[worker.id].numpy())
             # The clock is the machine's, the same in every process.
-            slot[: _HEAD.size + len(encoded)] = _HEAD.pack(os.getpid(), time.monotonic(), len(encoded)) + encoded
+            slot[: _HEAD.size + len(encoded)] = (
+                _HEAD.pack(os.getpid(), time.monotonic(), len(encoded)) + encoded
+            )
 
     def clear(self) -> None:
         """In a worker: it is done with what it was at."""

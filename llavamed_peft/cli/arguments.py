@@ -35,7 +35,9 @@ def files_by_stage(words: Iterable[str], curriculum: Curriculum) -> dict[str, li
         elif stage in names:
             files[stage].append(file)
         else:
-            raise ConfigError(f"{word!r} is no file, and {stage!r} no stage of the curriculum.{did_you_mean(stage, names)}")
+            raise ConfigError(
+                f"{word!r} is no file, and {stage!r} no stage of the curriculum.{did_you_mean(stage, names)}"
+            )
     return dict(files)
 
 
@@ -61,26 +63,38 @@ class RunArguments:
     """How a run is computed: keywords of `curriculum_finetune`, which says more about each."""
 
     quantization: Literal["nf4"] | None = field(
-        default=None, metadata={"help": "'nf4' trains over a 4-bit language model (QLoRA); None leaves the base as it is stored"}
+        default=None,
+        metadata={
+            "help": "'nf4' trains over a 4-bit language model (QLoRA); None leaves the base as it is stored"
+        },
     )
     dtype: str | None = field(
-        default=None, metadata={"help": "of frozen weights and autocast; None: bfloat16 on CUDA, float32 on a CPU"}
+        default=None,
+        metadata={"help": "of frozen weights and autocast; None: bfloat16 on CUDA, float32 on a CPU"},
     )
     layout: Literal["packed", "padded"] = field(
         default="packed",
-        metadata={"help": "'packed': what conversations begin with alike, such as an image, stands once; 'padded': a row each"},
+        metadata={
+            "help": "'packed': what conversations begin with alike, such as an image, stands once; 'padded': a row each"
+        },
     )
     max_row_tokens: int | None = field(
-        default=None, metadata={"help": "bound of a device batch in tokens; less where memory runs out. None: by device"}
+        default=None,
+        metadata={"help": "bound of a device batch in tokens; less where memory runs out. None: by device"},
     )
     gradient_checkpointing: bool | None = field(
-        default=None, metadata={"help": "recompute activations to save memory; None: on for CUDA, off for a CPU"}
+        default=None,
+        metadata={"help": "recompute activations to save memory; None: on for CUDA, off for a CPU"},
     )
     max_rejected: float = field(
-        default=0.05, metadata={"help": "share of unusable rows above which a data set is refused, before training or in it"}
+        default=0.05,
+        metadata={
+            "help": "share of unusable rows above which a data set is refused, before training or in it"
+        },
     )
     eval_steps: int | None = field(
-        default=None, metadata={"help": "optimizer steps between two held-out losses; None: ten of them a stage"}
+        default=None,
+        metadata={"help": "optimizer steps between two held-out losses; None: ten of them a stage"},
     )
     save_steps: int | None = field(
         default=None, metadata={"help": "optimizer steps between two checkpoints; None: ten of them a stage"}
@@ -94,10 +108,13 @@ class RunArguments:
     )
     feature_cache: Literal["auto", True, False] = field(
         default="auto",
-        metadata={"help": "store what the vision tower makes of each image and compute it once; auto: where that pays and fits"},
+        metadata={
+            "help": "store what the vision tower makes of each image and compute it once; auto: where that pays and fits"
+        },
     )
     report_to: list[str] = field(
-        default_factory=lambda: ["none"], metadata={"help": "further trackers, such as tensorboard or trackio"}
+        default_factory=lambda: ["none"],
+        metadata={"help": "further trackers, such as tensorboard or trackio"},
     )
 
 
@@ -113,16 +130,26 @@ class CurriculumArguments:
     model: str = field(metadata={"help": "Hub id or folder of a LLaVA checkpoint"})
     data: list[str] = field(metadata={"help": "LLaVA JSON of each stage, stage=file"})
     output_dir: str = field(
-        metadata={"help": "holds the stages' folders, the losses and rejected.jsonl; the same command goes on"}
+        metadata={
+            "help": "holds the stages' folders, the losses and rejected.jsonl; the same command goes on"
+        }
     )
     image_folder: list[str] | None = field(
-        default=None, metadata={"help": "where image paths start: one folder, or stage=folder; None: each data file's folder"}
+        default=None,
+        metadata={
+            "help": "where image paths start: one folder, or stage=folder; None: each data file's folder"
+        },
     )
-    eval_data: list[str] | None = field(default=None, metadata={"help": "LLaVA JSON to measure held-out losses on, stage=file"})
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "LLaVA JSON to measure held-out losses on, stage=file"}
+    )
     curriculum: str = field(
-        default="LLAVA_MED", metadata={"help": "LLAVA_MED, LLAVA_MED_FULL, a YAML file of stages, or in --config the stages"}
+        default="LLAVA_MED",
+        metadata={"help": "LLAVA_MED, LLAVA_MED_FULL, a YAML file of stages, or in --config the stages"},
     )
-    start_from: str | None = field(default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"})
+    start_from: str | None = field(
+        default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"}
+    )
 
     def files(self, option: Literal["data", "eval_data"]) -> dict[str, list[str]]:
         """Stage → its files.
@@ -157,8 +184,12 @@ def _by_stage(option: str, given: Mapping[str, Any] | list[str] | None) -> dict[
     if isinstance(given, Mapping):
         found = {stage: [files] if isinstance(files, str) else files for stage, files in given.items()}
         for stage, files in found.items():
-            if not (isinstance(files, list) and files and all(isinstance(file, str) and file for file in files)):
-                raise ConfigError(f"{option}[{stage!r}] is {given[stage]!r}; wanted a path or a list of paths.")
+            if not (
+                isinstance(files, list) and files and all(isinstance(file, str) and file for file in files)
+            ):
+                raise ConfigError(
+                    f"{option}[{stage!r}] is {given[stage]!r}; wanted a path or a list of paths."
+                )
         return found
     files_of: dict[str, list[str]] = {}
     for word in given or []:

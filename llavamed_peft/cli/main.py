@@ -41,10 +41,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options, behind = parser.parse_known_args(arguments)
     words = [word for word in behind if word != "--"]
     if options.verb is _inspect and not any(word.startswith("-") for word in words):
-        options.data += words  # argparse takes BASE and DATA in one go, before an option that stands between them
+        options.data += (
+            words  # argparse takes BASE and DATA in one go, before an option that stands between them
+        )
     elif behind:
         parser.error(f"unrecognized arguments: {' '.join(behind)}")
-    if not os.path.exists("/dev/nvidia0"):  # where DeepSpeed, once installed, says on stdout that it found no GPU
+    if not os.path.exists(
+        "/dev/nvidia0"
+    ):  # where DeepSpeed, once installed, says on stdout that it found no GPU
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # The libraries' notes to programmers would only hide the answer or the error.
     warnings.simplefilter("ignore", FutureWarning)
@@ -73,7 +77,11 @@ def _parser() -> argparse.ArgumentParser:
     ask.add_argument("image", metavar="IMAGE", help="an image file")
     ask.add_argument("question", metavar="QUESTION", help="the question's words")
     ask.add_argument(
-        "--max_new_tokens", type=_whole_number, default=128, metavar="N", help="longest answer (default: %(default)s)"
+        "--max_new_tokens",
+        type=_whole_number,
+        default=128,
+        metavar="N",
+        help="longest answer (default: %(default)s)",
     )
     ask.set_defaults(verb=_ask)
 
@@ -84,7 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     inspect.add_argument("base", metavar="BASE", nargs="?", help="Hub id or folder of a LLaVA checkpoint")
     inspect.add_argument(
-        "data", metavar="DATA", nargs="*", help="LLaVA JSON: a file for every stage, or stage=file, such as vqa=train.json"
+        "data",
+        metavar="DATA",
+        nargs="*",
+        help="LLaVA JSON: a file for every stage, or stage=file, such as vqa=train.json",
     )
     inspect.add_argument(
         "--config",
@@ -97,11 +108,18 @@ def _parser() -> argparse.ArgumentParser:
         action="append",
         help="where image paths start, or stage=DIR, as often as needed (default: each data file's folder)",
     )
-    inspect.add_argument("--curriculum", metavar="FILE.yaml", help="the stages (default: LLAVA_MED, the paper's)")
-    inspect.add_argument("--stage", metavar="NAME", help="this stage of the curriculum alone")
-    inspect.add_argument("--rows", type=_count, default=3, metavar="N", help="rows to show (default: %(default)s)")
     inspect.add_argument(
-        "--max_rejected", type=_share, metavar="SHARE", help="as the run would have it (default: 0.05, or what --config says)"
+        "--curriculum", metavar="FILE.yaml", help="the stages (default: LLAVA_MED, the paper's)"
+    )
+    inspect.add_argument("--stage", metavar="NAME", help="this stage of the curriculum alone")
+    inspect.add_argument(
+        "--rows", type=_count, default=3, metavar="N", help="rows to show (default: %(default)s)"
+    )
+    inspect.add_argument(
+        "--max_rejected",
+        type=_share,
+        metavar="SHARE",
+        help="as the run would have it (default: 0.05, or what --config says)",
     )
     inspect.add_argument(
         "--packing",
@@ -120,17 +138,23 @@ def _parser() -> argparse.ArgumentParser:
     inspect.set_defaults(verb=_inspect, usage_error=inspect.error)
 
     show = verbs.add_parser("show", help="show a stage's lineage, schedule, data and metrics as a tree")
-    show.add_argument("adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one; needs no weights")
+    show.add_argument(
+        "adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one; needs no weights"
+    )
     show.set_defaults(verb=_show)
     for verb in (inspect, show):
-        verb.add_argument("--width", type=_whole_number, metavar="N", help="characters of a line (default: the terminal's)")
+        verb.add_argument(
+            "--width", type=_whole_number, metavar="N", help="characters of a line (default: the terminal's)"
+        )
 
     merge = verbs.add_parser("merge", help="write base and adapter as one checkpoint")
     merge.add_argument("base", metavar="BASE", help="Hub id or folder of the raw base")
     merge.add_argument("adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one")
     merge.add_argument("out", metavar="OUT", help="the folder to write; it must not be there yet")
     merge.add_argument(
-        "--dtype", choices=("bfloat16", "float16", "float32"), help="of the merged weights (default: the base's stored one)"
+        "--dtype",
+        choices=("bfloat16", "float16", "float32"),
+        help="of the merged weights (default: the base's stored one)",
     )
     merge.set_defaults(verb=_merge)
 
@@ -190,16 +214,25 @@ def _inspect(options: argparse.Namespace) -> None:
         base, curriculum, max_rejected = (arguments.model, arguments.stages(), run.max_rejected)
         max_row_tokens = run.max_row_tokens
         if options.packing and run.layout != "packed":
-            raise ConfigError(f"{options.config}: layout is {run.layout!r}, so nothing is packed; wanted 'packed' for --packing.")
+            raise ConfigError(
+                f"{options.config}: layout is {run.layout!r}, so nothing is packed; wanted 'packed' for --packing."
+            )
         data, image_folder = arguments.files("data"), arguments.folders()
     else:
         base = options.base
-        curriculum = LLAVA_MED if options.curriculum is None else Curriculum.from_yaml(Path(options.curriculum))
-        data, image_folder = (files_by_stage(options.data, curriculum), folders_by_stage(options.image_folder))
+        curriculum = (
+            LLAVA_MED if options.curriculum is None else Curriculum.from_yaml(Path(options.curriculum))
+        )
+        data, image_folder = (
+            files_by_stage(options.data, curriculum),
+            folders_by_stage(options.image_folder),
+        )
     if options.stage is not None:
         names = [stage.name for stage in curriculum.stages]
         if options.stage not in names:
-            raise ConfigError(f"--stage is {options.stage!r}, no stage of the curriculum.{did_you_mean(options.stage, names)}")
+            raise ConfigError(
+                f"--stage is {options.stage!r}, no stage of the curriculum.{did_you_mean(options.stage, names)}"
+            )
         for argument, given in (("data", data), ("image_folder", image_folder)):
             if isinstance(given, dict):
                 curriculum.check_keys(argument, given)

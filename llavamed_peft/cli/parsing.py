@@ -35,7 +35,9 @@ def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[
         if action.choices and True in action.choices:
             action.type = _written_in_small_letters(action.type)
     words = list(sys.argv[1:] if command_line is None else command_line)
-    words = [part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])]
+    words = [
+        part for word in words for part in (word.split("=", 1) if word.startswith("--config=") else [word])
+    ]
     known = {action.dest: action for action in parser._actions}
     for name in parser.take_file(words):
         parser.error(f"unknown option {name!r}.{did_you_mean(str(name), known)}")
@@ -54,10 +56,15 @@ def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[
         for name, value in vars(group).items():
             if isinstance(value, str) and not _fits(value, hints[name]) and _fits([value], hints[name]):
                 setattr(group, name, [value])
-            elif not (_fits(value, hints[name]) or (isinstance(value, Mapping) and name in getattr(group, "MAPPINGS", ()))):
+            elif not (
+                _fits(value, hints[name])
+                or (isinstance(value, Mapping) and name in getattr(group, "MAPPINGS", ()))
+            ):
                 choices = known[name].choices
                 wanted = f"one of {', '.join(map(str, choices))}" if choices else _words(hints[name])
-                parser.error(f"{name} is {value!r}; wanted {wanted}{', or no such line' if _fits(None, hints[name]) else ''}.")
+                parser.error(
+                    f"{name} is {value!r}; wanted {wanted}{', or no such line' if _fits(None, hints[name]) else ''}."
+                )
     return tuple(parsed)
 
 
@@ -94,7 +101,11 @@ class _Parser(TrlParser):
         return [name for name in options if name not in known]
 
     def error(self, message: str) -> NoReturn:
-        super().error(message if self.file is None else f"{message} (Options are from {self.file} and the command line.)")
+        super().error(
+            message
+            if self.file is None
+            else f"{message} (Options are from {self.file} and the command line.)"
+        )
 
 
 def _fits(value: object, hint: Any) -> bool:
@@ -112,5 +123,14 @@ def _fits(value: object, hint: Any) -> bool:
 
 
 def _words(hint: Any) -> str:
-    kinds = {str: "a word", int: "a whole number", float: "a number", bool: "true or false", list: "a list of words"}
-    return next(kinds[get_origin(one) or one] for one in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,)))
+    kinds = {
+        str: "a word",
+        int: "a whole number",
+        float: "a number",
+        bool: "true or false",
+        list: "a list of words",
+    }
+    return next(
+        kinds[get_origin(one) or one]
+        for one in (get_args(hint) if get_origin(hint) in (Union, UnionType) else (hint,))
+    )

@@ -31,7 +31,9 @@ class ImageFolder:
         self.folder = os.fspath(folder)
         if not os.path.isdir(self.folder):
             kind = "not a folder" if os.path.exists(self.folder) else "no such folder"
-            raise DataError(f"image folder {self.folder}: {kind}; wanted the folder the rows' image paths start from.")
+            raise DataError(
+                f"image folder {self.folder}: {kind}; wanted the folder the rows' image paths start from."
+            )
 
     @classmethod
     def beside(cls, path: str | os.PathLike[str]) -> ImageFolder:
@@ -50,13 +52,23 @@ class ImageFolder:
         if "\0" in name:
             raise BadRow("malformed image path", f"image path {name!r} holds a NUL byte; wanted a file name.")
         if "\\" in name:
-            raise BadRow("malformed image path", f"image path {name!r} holds a backslash; wanted forward slashes.")
+            raise BadRow(
+                "malformed image path", f"image path {name!r} holds a backslash; wanted forward slashes."
+            )
         if name.startswith("/") or _WINDOWS_DRIVE.match(name):
-            raise BadRow("absolute image path", f"image path {name!r} is absolute; wanted one relative to {self.folder}.")
+            raise BadRow(
+                "absolute image path",
+                f"image path {name!r} is absolute; wanted one relative to {self.folder}.",
+            )
         inside = os.path.normpath(name)
         if inside == os.pardir or inside.startswith(os.pardir + os.sep):
-            raise BadRow("image outside image folder", f"image path {name!r} leads out of {self.folder}; wanted one inside.")
+            raise BadRow(
+                "image outside image folder",
+                f"image path {name!r} leads out of {self.folder}; wanted one inside.",
+            )
         found = os.path.join(self.folder, inside)
         if not os.path.isfile(found):
-            raise BadRow("missing image", f"image {name!r} is not a file in {self.folder}; wanted an image there.")
+            raise BadRow(
+                "missing image", f"image {name!r} is not a file in {self.folder}; wanted an image there."
+            )
         return found

@@ -83,7 +83,8 @@ def text_of(value: Any, what: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise BadRow(
-            "malformed row", f"{what} holds half a surrogate pair at character {error.start + 1}; wanted text."
+            "malformed row",
+            f"{what} holds half a surrogate pair at character {error.start + 1}; wanted text.",
         ) from error
     return value
 
@@ -151,7 +152,9 @@ def _raise_broken(pieces: _Pieces, path: str | os.PathLike[str], wanted: str) ->
         if isinstance(error, UnicodeDecodeError) or "UTF8" in fault:
             raise DataError(f"{path}: not UTF-8 at {place}; wanted {wanted}.") from error
         if "EOF" in fault:
-            raise DataError(f"{path}: broken JSON: the file ends too early, at {place}; wanted {wanted}.") from error
+            raise DataError(
+                f"{path}: broken JSON: the file ends too early, at {place}; wanted {wanted}."
+            ) from error
         pieces.file.seek(pieces.before)
         if pieces.file.read(8).startswith((b"NaN", b"Infinity")):
             fault = "NaN and Infinity are not JSON, write null"
@@ -159,7 +162,9 @@ def _raise_broken(pieces: _Pieces, path: str | os.PathLike[str], wanted: str) ->
     raise DataError(f"{path}: changed while it was read; wanted {wanted}.")
 
 
-def _line_rows(file: BinaryIO, path: str | os.PathLike[str], wanted: str, rejects: Rejects | None) -> Iterator[tuple[int, Any]]:
+def _line_rows(
+    file: BinaryIO, path: str | os.PathLike[str], wanted: str, rejects: Rejects | None
+) -> Iterator[tuple[int, Any]]:
     for number, line in enumerate(file, 1):
         if not line.strip():
             continue
@@ -179,7 +184,9 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON, write null")
 
 
-def _require_lines(file: BinaryIO, path: str | os.PathLike[str], first: bytes, row_keys: Collection[str], wanted: str) -> None:
+def _require_lines(
+    file: BinaryIO, path: str | os.PathLike[str], first: bytes, row_keys: Collection[str], wanted: str
+) -> None:
     """Raise where a file that does not begin with `[` is not JSON lines either; faults of single lines are let through."""
     start = file.tell()
     if first != b"{":
@@ -209,7 +216,11 @@ def _require_lines(file: BinaryIO, path: str | os.PathLike[str], first: bytes, r
 def _caption_domain(file: BinaryIO) -> str | None:
     """The first key of a file that begins like LLaVA-Med's figure captions, `{domain: [{"pair_id": …`, else `None`."""
     try:
-        events = list(takewhile(lambda item: item[0] != "end_map", islice(ijson.basic_parse(file, multiple_values=True), 40)))
+        events = list(
+            takewhile(
+                lambda item: item[0] != "end_map", islice(ijson.basic_parse(file, multiple_values=True), 40)
+            )
+        )
     except (ijson.JSONError, UnicodeDecodeError):
         return None
     kinds = [kind for kind, _ in events[:4]]

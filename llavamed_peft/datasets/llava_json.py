@@ -28,7 +28,9 @@ _SPEAKERS: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant
 
 
 def read(
-    path: str | os.PathLike[str], image_folder: str | os.PathLike[str] | None = None, rejects: Rejects | None = None
+    path: str | os.PathLike[str],
+    image_folder: str | os.PathLike[str] | None = None,
+    rejects: Rejects | None = None,
 ) -> Iterator[Conversation]:
     """Yield the conversations of a LLaVA JSON file in its order, one at a time.
 
@@ -64,7 +66,11 @@ def _turns(row: Any) -> tuple[Turn, ...]:
     key = next((key for key in _TURN_KEYS if key in row), None)
     if key is None:
         a_question = {"question", "answer"} <= row.keys()
-        hint = " VQA-RAD's own files, and no other set's, are read by recipes/vqa.py --dataset vqa_rad." if a_question else ""
+        hint = (
+            " VQA-RAD's own files, and no other set's, are read by recipes/vqa.py --dataset vqa_rad."
+            if a_question
+            else ""
+        )
         raise BadRow("malformed row", f"the row has no 'conversations'; wanted a list of turns.{hint}")
     said = row[key]
     if not isinstance(said, list) or not said:
@@ -72,30 +78,45 @@ def _turns(row: Any) -> tuple[Turn, ...]:
         raise BadRow("malformed row", f"{key!r} is {came}; wanted a list of turns.")
     turns = tuple(_turn(turn, position) for position, turn in enumerate(said, 1))
     if len(turns) % 2:
-        raise BadRow("last turn is a question", f"turn {len(turns)}, the last, is the human's; wanted an answer to it.")
+        raise BadRow(
+            "last turn is a question", f"turn {len(turns)}, the last, is the human's; wanted an answer to it."
+        )
     return turns
 
 
 def _turn(turn: Any, position: int) -> Turn:
     if not isinstance(turn, dict) or "from" not in turn or "value" not in turn:
-        came = f"has the keys {', '.join(map(repr, turn)) or 'none'}" if isinstance(turn, dict) else f"is {json_kind(turn)}"
+        came = (
+            f"has the keys {', '.join(map(repr, turn)) or 'none'}"
+            if isinstance(turn, dict)
+            else f"is {json_kind(turn)}"
+        )
         raise BadRow("malformed row", f"turn {position} {came}; wanted an object with 'from' and 'value'.")
     speaker = turn["from"]
     role = _SPEAKERS.get(speaker) if isinstance(speaker, str) else None
     if role is None:
-        raise BadRow("unknown speaker", f"turn {position} is from {speaker!r}; wanted one of {', '.join(_SPEAKERS)}.")
+        raise BadRow(
+            "unknown speaker", f"turn {position} is from {speaker!r}; wanted one of {', '.join(_SPEAKERS)}."
+        )
     if role != ("user" if position % 2 else "assistant"):
         wanted = "human" if position % 2 else "gpt"
         raise BadRow(
-            "turns do not alternate", f"turn {position} is from {speaker!r}; wanted {wanted!r} (human first, then in turn)."
+            "turns do not alternate",
+            f"turn {position} is from {speaker!r}; wanted {wanted!r} (human first, then in turn).",
         )
     text = text_of(turn["value"], f"the value of turn {position}")
     if not text.strip():
         if role == "user":
-            raise BadRow("empty question", f"turn {position} is an empty question; wanted words, or {IMAGE_MARKER} at least.")
+            raise BadRow(
+                "empty question",
+                f"turn {position} is an empty question; wanted words, or {IMAGE_MARKER} at least.",
+            )
         raise BadRow("empty answer", f"turn {position} is an empty answer; wanted words.")
     if role == "assistant" and IMAGE_MARKER in text:
-        raise BadRow("marker in an answer", f"turn {position} is an answer with {IMAGE_MARKER}; wanted images in questions only.")
+        raise BadRow(
+            "marker in an answer",
+            f"turn {position} is an answer with {IMAGE_MARKER}; wanted images in questions only.",
+        )
     return Turn(role, text)
 
 

@@ -64,7 +64,11 @@ def question_source(
         return (question.conversation() for question in read(path, image_folder, split, rejects))
 
     return Source(
-        f"{path.name} ({split})", str(path), file_sha256(path), conversations, _settings(read, path, image_folder, split)
+        f"{path.name} ({split})",
+        str(path),
+        file_sha256(path),
+        conversations,
+        _settings(read, path, image_folder, split),
     )
 
 
@@ -83,17 +87,23 @@ def open_sources(data: Data, image_folder: str | Path | None, where: str) -> lis
     if isinstance(data, (str, Path, Source)):
         data = [data]
     if not isinstance(data, Iterable):
-        raise ConfigError(f"{where} is {data!r}; wanted a file, a list of files, or Conversation and Question values.")
+        raise ConfigError(
+            f"{where} is {data!r}; wanted a file, a list of files, or Conversation and Question values."
+        )
     items = list(data)
     if not items:
-        raise ConfigError(f"{where} is empty; wanted a file, a list of files, or Conversation and Question values.")
+        raise ConfigError(
+            f"{where} is empty; wanted a file, a list of files, or Conversation and Question values."
+        )
     files = [item for item in items if isinstance(item, (str, Path, Source))]
     if len(files) == len(items):
         return [item if isinstance(item, Source) else _file(Path(item), image_folder) for item in files]
     values = [item for item in items if isinstance(item, (Conversation, Question))]
     if len(values) < len(items):
         other = next(item for item in items if not isinstance(item, (Conversation, Question)))
-        raise ConfigError(f"{where} holds a {type(other).__name__}; wanted only Conversation and Question values, or only files.")
+        raise ConfigError(
+            f"{where} holds a {type(other).__name__}; wanted only Conversation and Question values, or only files."
+        )
     return [_in_memory(values)]
 
 
@@ -101,12 +111,16 @@ def _file(path: Path, image_folder: str | Path | None) -> Source:
     if not path.is_file():
         raise DataError(f"{path}: {_instead(path)}; wanted a LLaVA JSON file.")
     if image_folder is not None:
-        ImageFolder(image_folder)  # known to be missing before the first row is read, perhaps after another stage's 500,000
+        ImageFolder(
+            image_folder
+        )  # known to be missing before the first row is read, perhaps after another stage's 500,000
 
     def conversations(rejects: Any) -> Iterator[Conversation]:
         return llava_json.read(path, image_folder, rejects)
 
-    return Source(path.name, str(path), file_sha256(path), conversations, _settings(llava_json.read, path, image_folder))
+    return Source(
+        path.name, str(path), file_sha256(path), conversations, _settings(llava_json.read, path, image_folder)
+    )
 
 
 def _settings(read: Callable[..., Any], path: Path, image_folder: str | Path | None, *others: str) -> str:

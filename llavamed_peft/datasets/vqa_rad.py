@@ -33,7 +33,14 @@ WANTED = "VQA-RAD's JSON: an array of rows with 'image_name', 'question', 'answe
 _ROW_KEYS = ("qid", "image_name", "question", "answer", "answer_type")
 _ATTRIBUTES = ("image_organ", "question_type", "phrase_type")
 # Columns of the original release that MEVF's files dropped.
-_ORIGINAL_KEYS = ("qid_linked_id", "image_case_url", "evaluation", "question_rephrase", "question_relation", "question_frame")
+_ORIGINAL_KEYS = (
+    "qid_linked_id",
+    "image_case_url",
+    "evaluation",
+    "question_rephrase",
+    "question_relation",
+    "question_frame",
+)
 _TEST_PREFIX = "test_"
 # trainset, vqa_rad_test, test-v2; not latest
 _SPLIT_IN_NAME = re.compile(r"(?<![a-z])(train|test)(?:ing|set)?(?![a-z])")
@@ -83,7 +90,8 @@ def read(
 
 def _is_original(rows: Iterator[Any]) -> bool:
     return any(
-        isinstance(row, dict) and (any(key in row for key in _ORIGINAL_KEYS) or _split_of_row(row) == "test") for row in rows
+        isinstance(row, dict) and (any(key in row for key in _ORIGINAL_KEYS) or _split_of_row(row) == "test")
+        for row in rows
     )
 
 
@@ -123,7 +131,10 @@ def _question(row: dict[str, Any], number: int, split: Split, folder: ImageFolde
         raise BadRow("empty answer", "'answer' is empty; wanted words.")
     answer_type = text_of(row["answer_type"], "'answer_type'").strip().lower()
     if answer_type not in ANSWER_TYPES:
-        raise BadRow("unknown answer type", f"'answer_type' is {row['answer_type']!r}; wanted one of {', '.join(ANSWER_TYPES)}.")
+        raise BadRow(
+            "unknown answer type",
+            f"'answer_type' is {row['answer_type']!r}; wanted one of {', '.join(ANSWER_TYPES)}.",
+        )
     image = row["image_name"]
     if not isinstance(image, str) or not image.strip():
         raise BadRow("malformed row", f"'image_name' is {image!r}; wanted a file name.")
@@ -135,5 +146,7 @@ def _question(row: dict[str, Any], number: int, split: Split, folder: ImageFolde
         answer_type=cast(AnswerType, answer_type),
         split=split,
         source=source,
-        attributes=tuple((key, text_of(row[key], repr(key))) for key in _ATTRIBUTES if row.get(key) is not None),
+        attributes=tuple(
+            (key, text_of(row[key], repr(key))) for key in _ATTRIBUTES if row.get(key) is not None
+        ),
     )

@@ -85,7 +85,10 @@ def _greedy(model: torch.nn.Module, encoder: Encoder, max_new_tokens: int) -> Ge
 
 
 def _answer_batch(
-    model: torch.nn.Module, encoder: Encoder, questions: Sequence[Question | Conversation], config: GenerationConfig
+    model: torch.nn.Module,
+    encoder: Encoder,
+    questions: Sequence[Question | Conversation],
+    config: GenerationConfig,
 ) -> list[str]:
     conversations = [asked.conversation() if isinstance(asked, Question) else asked for asked in questions]
     images = [_load_images(conversation) for conversation in conversations]
@@ -105,7 +108,8 @@ def _answer_batch(
     tower = bare(model).model.vision_tower
     inputs = {"input_ids": input_ids, "attention_mask": attention_mask, **pixels}
     inputs = {
-        name: tensor.to(tower.device, tower.dtype if tensor.is_floating_point() else None) for name, tensor in inputs.items()
+        name: tensor.to(tower.device, tower.dtype if tensor.is_floating_point() else None)
+        for name, tensor in inputs.items()
     }
     written = model.generate(**inputs, generation_config=config)
     answers = encoder.processor.tokenizer.batch_decode(written[:, longest:], skip_special_tokens=True)

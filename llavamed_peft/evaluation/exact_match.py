@@ -57,10 +57,14 @@ def majority_answers(train: Iterable[Question]) -> dict[str, str]:
     counts: dict[str, Counter[str]] = {}
     for question in train:
         counts.setdefault(question.answer_type, Counter())[normalise(question.answer)] += 1
-    return {kind: min(of_kind, key=lambda answer: (-of_kind[answer], answer)) for kind, of_kind in counts.items()}
+    return {
+        kind: min(of_kind, key=lambda answer: (-of_kind[answer], answer)) for kind, of_kind in counts.items()
+    }
 
 
-def score(questions: Sequence[Question], answers: Sequence[str], majority: Mapping[str, str]) -> dict[str, Score]:
+def score(
+    questions: Sequence[Question], answers: Sequence[str], majority: Mapping[str, str]
+) -> dict[str, Score]:
     """Score the answers of each kind of question.
 
     Args:
@@ -75,7 +79,9 @@ def score(questions: Sequence[Question], answers: Sequence[str], majority: Mappi
         ValueError: `questions` and `answers` differ in number.
     """
     if len(answers) != len(questions):
-        raise ValueError(f"{len(questions)} questions and {len(answers)} answers; wanted equal numbers, in the same order.")
+        raise ValueError(
+            f"{len(questions)} questions and {len(answers)} answers; wanted equal numbers, in the same order."
+        )
     scores: dict[str, Score] = {}
     for kind in ANSWER_TYPES:
         pairs = [
@@ -86,7 +92,9 @@ def score(questions: Sequence[Question], answers: Sequence[str], majority: Mappi
         if pairs:
             commonest = majority.get(kind, "")
             correct = sum(truth == answer for truth, answer in pairs)
-            scores[kind] = Score(len(pairs), correct, commonest, sum(truth == commonest for truth, _ in pairs))
+            scores[kind] = Score(
+                len(pairs), correct, commonest, sum(truth == commonest for truth, _ in pairs)
+            )
     return scores
 
 

@@ -92,7 +92,9 @@ def decide(forecast: Forecast, asked: Asked, stage: str, folder: Path) -> tuple[
 
 def in_bytes(number: float) -> str:
     """`1.2 GB`."""
-    unit, name = next(((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if number >= unit), (1e3, "kB"))
+    unit, name = next(
+        ((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if number >= unit), (1e3, "kB")
+    )
     return f"{number / unit:,.1f} {name}"
 
 

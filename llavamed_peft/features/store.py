@@ -96,10 +96,15 @@ def read_plans(folder: Path) -> Plans:
     for path in sorted(folder.glob("plan-*.json")):
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
-        except (FileNotFoundError, IsADirectoryError):  # another process found it damaged; writing it says that a folder is there
+        except (
+            FileNotFoundError,
+            IsADirectoryError,
+        ):  # another process found it damaged; writing it says that a folder is there
             continue
         if path.name == _plan_name(text):
-            files = {name: tuple(Planned(*image) for image in images) for name, images in json.loads(text).items()}
+            files = {
+                name: tuple(Planned(*image) for image in images) for name, images in json.loads(text).items()
+            }
             plans = files | plans
         else:
             warnings.warn(f"{path}: is damaged. Removed; what it planned is planned again.", stacklevel=2)
@@ -160,7 +165,9 @@ def is_whole(path: Path) -> bool:
     try:
         with safe_open(path, framework="pt") as file:
             written = (file.metadata() or {}).get(_SHA256)
-            if written == _content(path.name, ((name, file.get_tensor(name)) for name in sorted(file.keys()))):
+            if written == _content(
+                path.name, ((name, file.get_tensor(name)) for name in sorted(file.keys()))
+            ):
                 return True
         damage = "has another content than was written"
     except FileNotFoundError:
@@ -180,7 +187,9 @@ def _content(file: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
     return digest.hexdigest()
 
 
-def fill(path: Path, images: Sequence[Planned], pixels: Iterator[torch.Tensor | None], tower: Callable[[Any], Any]) -> int:
+def fill(
+    path: Path, images: Sequence[Planned], pixels: Iterator[torch.Tensor | None], tower: Callable[[Any], Any]
+) -> int:
     """Compute a file's images and write it; returns how many of them it holds.
 
     Args:
@@ -215,7 +224,9 @@ def fill(path: Path, images: Sequence[Planned], pixels: Iterator[torch.Tensor | 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file under another name, flush it, and rename it: it is there whole or not at all."""
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")  # two processes may write the same
+    partial = path.with_name(
+        f".{path.name}.{secrets.token_hex(4)}.partial"
+    )  # two processes may write the same
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         write(partial)
@@ -262,7 +273,9 @@ class Pictures(Dataset[torch.Tensor | None]):
         image = self.images[number]
         path = self.paths.get(image.key, image.path)
         if self.notes is not None:
-            self.notes.write(f"{self.rows.get(path, 'an earlier stage')}, image {path}, for the feature cache")
+            self.notes.write(
+                f"{self.rows.get(path, 'an earlier stage')}, image {path}, for the feature cache"
+            )
         try:
             if self._content(image, path) != image.content:
                 return None
@@ -311,7 +324,9 @@ class Features:
     sends_image_sizes: bool
 
     @classmethod
-    def open(cls, folder: Path, names: Iterable[str], plans: Plans, contents: Mapping[str, str], encoder: Encoder) -> Features:
+    def open(
+        cls, folder: Path, names: Iterable[str], plans: Plans, contents: Mapping[str, str], encoder: Encoder
+    ) -> Features:
         """Find what the whole files of these names hold.
 
         Args:
@@ -326,7 +341,9 @@ class Features:
                 if image.key in stored:
                     files[image.key] = name
                     sizes[image.content] = (image.height, image.width)
-        return cls(folder, dict(contents), sizes, files, encoder.tiles_lone_images_only, encoder.sends_image_sizes)
+        return cls(
+            folder, dict(contents), sizes, files, encoder.tiles_lone_images_only, encoder.sends_image_sizes
+        )
 
     def _key(self, content: str, alone: bool) -> str:
         return image_key(content, alone, self.tiles_lone_images_only)

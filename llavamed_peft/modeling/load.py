@@ -131,7 +131,9 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
     """
     resolved = getattr(torch, dtype, None) if isinstance(dtype, str) else dtype
     if dtype is not None and not (isinstance(resolved, torch.dtype) and resolved.is_floating_point):
-        raise ConfigError(f"dtype is {dtype!r}; wanted None or a floating-point dtype such as 'bfloat16' or 'float32'.")
+        raise ConfigError(
+            f"dtype is {dtype!r}; wanted None or a floating-point dtype such as 'bfloat16' or 'float32'."
+        )
     return resolved
 
 
@@ -159,7 +161,9 @@ def _nf4_config(dtype: torch.dtype | None) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=(dtype or torch.bfloat16) if on_gpu else torch.float32,  # fp32 is the fastest on a CPU
+        bnb_4bit_compute_dtype=(dtype or torch.bfloat16)
+        if on_gpu
+        else torch.float32,  # fp32 is the fastest on a CPU
         llm_int8_skip_modules=list(NOT_QUANTIZED),
     )
 
@@ -190,7 +194,9 @@ def _check_quantized(model: PreTrainedModel) -> None:
     left_out = [
         name
         for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.startswith("model.language_model.") and name not in quantized
+        if isinstance(module, torch.nn.Linear)
+        and name.startswith("model.language_model.")
+        and name not in quantized
     ]
     if wrongly or left_out:
         raise CheckpointError(

@@ -14,7 +14,12 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..errors import TrainingError
 
-TOWER, PROJECTOR, LANGUAGE, HEAD = ("model.vision_tower", "model.multi_modal_projector", "model.language_model", "lm_head")
+TOWER, PROJECTOR, LANGUAGE, HEAD = (
+    "model.vision_tower",
+    "model.multi_modal_projector",
+    "model.language_model",
+    "lm_head",
+)
 
 
 IN_PEFT = "base_model.model."  # stands before a parameter's own name in a PEFT model
@@ -33,7 +38,9 @@ def is_lora(name: str) -> bool:
 def language_linears(model: PreTrainedModel) -> list[str]:
     """Names of the language model's linear layers, 4-bit ones included; `lm_head` is not one of them."""
     return [
-        name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear) and name.startswith(LANGUAGE + ".")
+        name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.startswith(LANGUAGE + ".")
     ]
 
 
@@ -47,7 +54,9 @@ def sharding_units(model: torch.nn.Module) -> list[torch.nn.Module]:
         TrainingError: the language model's layers cannot be told.
     """
     units = {
-        part: [m for m in bare(model).get_submodule(part).modules() if isinstance(m, GradientCheckpointingLayer)]
+        part: [
+            m for m in bare(model).get_submodule(part).modules() if isinstance(m, GradientCheckpointingLayer)
+        ]
         for part in (LANGUAGE, TOWER)
     }
     if not units[LANGUAGE]:

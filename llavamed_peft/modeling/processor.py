@@ -35,9 +35,7 @@ if is_torchvision_available():
 else:
     from transformers import LlavaImageProcessorPil as LlavaImageProcessor
 
-_IMAGE_SETTINGS = (
-    "size crop_size do_resize do_center_crop do_rescale do_normalize do_convert_rgb resample rescale_factor image_mean image_std"
-)
+_IMAGE_SETTINGS = "size crop_size do_resize do_center_crop do_rescale do_normalize do_convert_rgb resample rescale_factor image_mean image_std"
 
 
 def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMixin:
@@ -62,7 +60,9 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
             f"{'a tokenizer' if tokenizer is None else 'an image processor'}; wanted both. Is preprocessor_config.json missing?"
         )
     if not tokenizer.is_fast:
-        raise CheckpointError(f"{folder}: the tokenizer is slow; wanted a fast one (tokenizer.json), which knows its offsets.")
+        raise CheckpointError(
+            f"{folder}: the tokenizer is slow; wanted a fast one (tokenizer.json), which knows its offsets."
+        )
     if processor.image_token_id != config.image_token_id:
         raise CheckpointError(
             f"{folder}: the processor's image token {processor.image_token!r} has id {processor.image_token_id}, the model's "
@@ -137,8 +137,13 @@ def save_processor(processor: ProcessorMixin, folder: Path) -> None:
     """Write a processor's files, so that stock `AutoProcessor` loads them (OneVision's only where torchvision is installed)."""
     processor.save_pretrained(folder)
     if isinstance(processor, _ImagesOnly):
-        video = {"video_processor_type": "LlavaOnevisionVideoProcessor", "processor_class": LlavaOnevisionProcessor.__name__}
-        (folder / "video_preprocessor_config.json").write_text(json.dumps(video, indent=2) + "\n", encoding="utf-8")
+        video = {
+            "video_processor_type": "LlavaOnevisionVideoProcessor",
+            "processor_class": LlavaOnevisionProcessor.__name__,
+        }
+        (folder / "video_preprocessor_config.json").write_text(
+            json.dumps(video, indent=2) + "\n", encoding="utf-8"
+        )
 
 
 def make_stage_processor(processor: ProcessorMixin, image_aspect_ratio: AspectRatio) -> ProcessorMixin:
@@ -156,7 +161,11 @@ def make_stage_processor(processor: ProcessorMixin, image_aspect_ratio: AspectRa
     if image_aspect_ratio == "pad" and isinstance(processor, LlavaProcessor):
         old = processor.image_processor
         if not isinstance(old, LlavaImageProcessor):
-            settings = {name: getattr(old, name) for name in _IMAGE_SETTINGS.split() if getattr(old, name, None) is not None}
+            settings = {
+                name: getattr(old, name)
+                for name in _IMAGE_SETTINGS.split()
+                if getattr(old, name, None) is not None
+            }
             processor.image_processor = LlavaImageProcessor(**settings)
             processor.image_processor.do_center_crop = bool(settings.get("do_center_crop"))
         processor.image_processor.do_pad = True

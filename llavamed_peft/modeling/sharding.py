@@ -33,8 +33,14 @@ _ASIDE = {
 # Variable of accelerate's launcher → its key in the YAML file and why it is refused when it is true.
 _REFUSED = {
     "FSDP_OFFLOAD_PARAMS": ("fsdp_offload_params", "Shard over more GPUs, or train LoRA."),
-    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": ("fsdp_activation_checkpointing_offload", "Lower max_row_tokens."),
-    "ACCELERATE_USE_PARALLELISM_CONFIG": ("parallelism_config", "Conversations are spread over processes, never cut."),
+    "FSDP_ACTIVATION_CHECKPOINTING_OFFLOAD": (
+        "fsdp_activation_checkpointing_offload",
+        "Lower max_row_tokens.",
+    ),
+    "ACCELERATE_USE_PARALLELISM_CONFIG": (
+        "parallelism_config",
+        "Conversations are spread over processes, never cut.",
+    ),
     "ACCELERATE_USE_MEGATRON_LM": ("megatron_lm_config", "Use fsdp_version: 2 or DeepSpeed."),
 }
 
@@ -68,7 +74,9 @@ def asked_sharding(dtype: torch.dtype, max_grad_norm: float) -> Sharding | None:
     """
     for variable, (key, instead) in _REFUSED.items():
         if _is_true(variable):
-            raise ConfigError(f"The launch configuration has {key} ({variable} is set); this is not supported. {instead}")
+            raise ConfigError(
+                f"The launch configuration has {key} ({variable} is set); this is not supported. {instead}"
+            )
     if _is_true("ACCELERATE_USE_DEEPSPEED"):
         return _asked_deepspeed(dtype, max_grad_norm)
     if not _is_true("ACCELERATE_USE_FSDP"):
@@ -99,7 +107,9 @@ def _asked_deepspeed(dtype: torch.dtype, max_grad_norm: float) -> Sharding:
         raise ConfigError(f"DeepSpeed's zero_optimization.stage is {stage!r}; wanted 2 or 3.")
     for key in ("optimizer", "scheduler"):
         if key in config:
-            raise ConfigError(f"DeepSpeed's configuration has {key!r}; wanted none, since the stage's Schedule says it.")
+            raise ConfigError(
+                f"DeepSpeed's configuration has {key!r}; wanted none, since the stage's Schedule says it."
+            )
     compute = {"bf16": dtype == torch.bfloat16, "fp16": False}
     for key, wanted in (
         ("gradient_accumulation_steps", 1),
@@ -109,7 +119,9 @@ def _asked_deepspeed(dtype: torch.dtype, max_grad_norm: float) -> Sharding:
         group, _, name = key.rpartition(".")
         found = (config.get(group, {}) if group else config).get(name, "auto")
         if found not in ("auto", wanted):
-            raise ConfigError(f"DeepSpeed's {key} is {found!r}; wanted {wanted!r} or 'auto': the package decides it.")
+            raise ConfigError(
+                f"DeepSpeed's {key} is {found!r}; wanted {wanted!r} or 'auto': the package decides it."
+            )
     config = {
         **config,
         "gradient_accumulation_steps": 1,
@@ -140,7 +152,9 @@ def launcher_aside() -> Iterator[None]:
                 os.environ[name] = value
 
 
-def shard(model: torch.nn.Module, units: Sequence[torch.nn.Module], sharding: Sharding, compute_dtype: torch.dtype) -> None:
+def shard(
+    model: torch.nn.Module, units: Sequence[torch.nn.Module], sharding: Sharding, compute_dtype: torch.dtype
+) -> None:
     """Spread a model over all processes by FSDP2, in place.
 
     Trainable tensors stay fp32 in their shards; they are gathered and computed with in `compute_dtype`, and their gradients are

@@ -172,7 +172,9 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
     if stops:
         stop, tail = behind[: min(stops)], behind[min(stops) :]
     elif processor.tokenizer.eos_token is None:
-        raise CheckpointError("The chat template ends no answer and the tokenizer has no EOS token; wanted one of the two.")
+        raise CheckpointError(
+            "The chat template ends no answer and the tokenizer has no EOS token; wanted one of the two."
+        )
     else:
         stop, tail = processor.tokenizer.eos_token, behind if behind.strip() else ""
     template = original if continues and stops else _wrap(original, lead, stop, tail)
@@ -195,13 +197,19 @@ def _template_text(processor: ProcessorMixin) -> str:
     return str(template)
 
 
-def _render(processor: ProcessorMixin, template: str, messages: list[Message], add_generation_prompt: bool = False) -> str:
-    return processor.apply_chat_template(messages, chat_template=template, add_generation_prompt=add_generation_prompt)
+def _render(
+    processor: ProcessorMixin, template: str, messages: list[Message], add_generation_prompt: bool = False
+) -> str:
+    return processor.apply_chat_template(
+        messages, chat_template=template, add_generation_prompt=add_generation_prompt
+    )
 
 
 def _wrap(original: str, lead: str, stop: str, tail: str) -> str:
     # Inside the macro, generation markers would be counted from the wrong place; a comment keeps their blank-stripping dashes.
-    inert = _GENERATION_TAG.sub(r"{#\1 \2#}", original).removesuffix("\n")  # jinja drops one line break at a template's end
+    inert = _GENERATION_TAG.sub(r"{#\1 \2#}", original).removesuffix(
+        "\n"
+    )  # jinja drops one line break at a template's end
     filled = _WRAPPER
     for name, value in (("LEAD", lead), ("STOP", stop), ("TAIL", tail)):
         filled = filled.replace(f"@{name}@", repr(value))

@@ -44,7 +44,11 @@ def trainable_tensors(model: torch.nn.Module) -> Tensors:
                 tensors[name] = full.detach().to("cpu", copy=True).contiguous()
     if is_sharded and not is_main:
         return {}
-    return get_peft_model_state_dict(model, tensors, save_embedding_layers=False) if isinstance(model, PeftModel) else tensors
+    return (
+        get_peft_model_state_dict(model, tensors, save_embedding_layers=False)
+        if isinstance(model, PeftModel)
+        else tensors
+    )
 
 
 def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
@@ -54,7 +58,10 @@ def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
         AdapterError: a tensor has no place in the model, or another shape than its place.
     """
     if isinstance(model, PeftModel):
-        places = {name: tensor.shape for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()}
+        places = {
+            name: tensor.shape
+            for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+        }
     else:
         places = {name: parameter.shape for name, parameter in model.named_parameters()}
     check_places({name: tensor.shape for name, tensor in tensors.items()}, places, "the model")
@@ -64,14 +71,18 @@ def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) ->
         model.load_state_dict(dict(tensors), strict=False)
 
 
-def check_places(tensors: Mapping[str, torch.Size], places: Mapping[str, torch.Size], model_name: str) -> None:
+def check_places(
+    tensors: Mapping[str, torch.Size], places: Mapping[str, torch.Size], model_name: str
+) -> None:
     """Each tensor has a place of its name and shape.
 
     Raises:
         AdapterError: one has not; the message says which, and both shapes.
     """
     homeless = sorted(name for name in tensors if name not in places)
-    misfits = sorted(name for name in tensors if name in places and tuple(tensors[name]) != tuple(places[name]))
+    misfits = sorted(
+        name for name in tensors if name in places and tuple(tensors[name]) != tuple(places[name])
+    )
     if homeless or misfits:
         example = (
             f"{misfits[0]} is {tuple(tensors[misfits[0]])} in the file and {tuple(places[misfits[0]])} in the model"

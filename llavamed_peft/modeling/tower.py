@@ -55,7 +55,9 @@ def tower_features(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.
     return torch.stack([states[layer] for layer in layers], dim=2)
 
 
-def _look_or_hand_on(model: torch.nn.Module, forward: Any, pixel_values: torch.Tensor, **settings: Any) -> Any:
+def _look_or_hand_on(
+    model: torch.nn.Module, forward: Any, pixel_values: torch.Tensor, **settings: Any
+) -> Any:
     if pixel_values.shape[1] == _CHANNELS:  # no tower has three positions: they are a square, or one more
         return forward(pixel_values, **settings)
     states: list[torch.Tensor | None] = [None] * (bare(model).config.vision_config.num_hidden_layers + 1)
@@ -78,11 +80,15 @@ def always_look(model: torch.nn.Module) -> None:
     inner.forward = functools.partial(_forward_with_an_image, inner, inner.forward)
 
 
-def _forward_with_an_image(inner: PreTrainedModel, forward: Any, input_ids: torch.Tensor, **inputs: Any) -> Any:
+def _forward_with_an_image(
+    inner: PreTrainedModel, forward: Any, input_ids: torch.Tensor, **inputs: Any
+) -> Any:
     if inputs.get("pixel_values") is None:
         embeddings = inner.get_input_embeddings()(input_ids)
         size = inner.config.vision_config.image_size
-        seen = inner.vision_tower(torch.zeros(1, 3, size, size, device=embeddings.device)).last_hidden_state[:, :1]
+        seen = inner.vision_tower(torch.zeros(1, 3, size, size, device=embeddings.device)).last_hidden_state[
+            :, :1
+        ]
         projector = inner.multi_modal_projector
         layers = projector.linear_1.in_features // seen.shape[-1]  # the features of several may be joined
         inputs["inputs_embeds"] = embeddings + projector(seen.repeat(1, 1, layers)).sum() * 0.0

@@ -75,7 +75,9 @@ class PackedCollator:
             ("fill_tokens", fill_tokens, "None or "),
         )
         for name, number, wanted in bounds:
-            if not (number is None and wanted) and (not isinstance(number, Integral) or isinstance(number, bool) or number < 1):
+            if not (number is None and wanted) and (
+                not isinstance(number, Integral) or isinstance(number, bool) or number < 1
+            ):
                 raise ConfigError(f"{name} is {number!r}; wanted {wanted}a whole number of at least 1.")
         self.encoder = Encoder(processor)
         self.max_length = max_length
@@ -84,7 +86,9 @@ class PackedCollator:
         self.fill_tokens = fill_tokens
         self.features: StoredFeatures | None = None
 
-    def __call__(self, conversations: Iterable[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
+    def __call__(
+        self, conversations: Iterable[Conversation | Tokenized], on_image: Callable[[str], None] | None = None
+    ) -> Batch:
         """Inputs of the model for these conversations.
 
         Args:
@@ -106,7 +110,9 @@ class PackedCollator:
             batch["attention_mask"] = dense_mask(batch.pop("ends"))
         return batch
 
-    def inputs(self, conversations: Iterable[Conversation | Tokenized], on_image: Callable[[str], None] | None = None) -> Batch:
+    def inputs(
+        self, conversations: Iterable[Conversation | Tokenized], on_image: Callable[[str], None] | None = None
+    ) -> Batch:
         """As a call, but packed with `ends`, [rows, tokens] int64, in the place of the mask that `masks.py` makes of it.
 
         Raises:
@@ -116,11 +122,15 @@ class PackedCollator:
         for number, given in enumerate(conversations):
             if not isinstance(given, (Conversation, Tokenized)):
                 advice = "; call its conversation()" if isinstance(given, Question) else ""
-                raise ConfigError(f"conversations[{number}] is a {type(given).__name__}; wanted a Conversation{advice}.")
+                raise ConfigError(
+                    f"conversations[{number}] is a {type(given).__name__}; wanted a Conversation{advice}."
+                )
         lay_out = self._packed if self.layout == "packed" else self._padded
         return lay_out(conversations, on_image or (lambda path: None))
 
-    def sequence(self, conversation: Conversation | Tokenized, contents: Sequence[str], sizes: Sequence[Size]) -> TokenSequence:
+    def sequence(
+        self, conversation: Conversation | Tokenized, contents: Sequence[str], sizes: Sequence[Size]
+    ) -> TokenSequence:
         """A conversation's tokens, ready to be laid out.
 
         Args:
@@ -145,7 +155,9 @@ class PackedCollator:
         beginnings = None if self.fill_tokens is None else [_beginning(sequence) for sequence in sequences]
         return lay_rows(sequences, self.max_row_tokens, beginnings)
 
-    def _packed(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]) -> Batch:
+    def _packed(
+        self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]
+    ) -> Batch:
         paths = list(dict.fromkeys(image for conversation in conversations for image in conversation.images))
         decoded: dict[str, Image.Image] = {}
         if self.features is None:
@@ -167,7 +179,10 @@ class PackedCollator:
         return self._stack(rows) | self._pixels(rows, shown, decoded)
 
     def _check_stored(
-        self, conversations: Sequence[Conversation | Tokenized], features: StoredFeatures, on_image: Callable[[str], None]
+        self,
+        conversations: Sequence[Conversation | Tokenized],
+        features: StoredFeatures,
+        on_image: Callable[[str], None],
     ) -> None:
         """Every image has its features.
 
@@ -185,7 +200,9 @@ class PackedCollator:
                         f"for a moment), delete {features.folder} before."
                     )
 
-    def _pixels(self, rows: Sequence[Row], shown: Sequence[tuple[str, ...]], decoded: dict[str, Image.Image]) -> Batch:
+    def _pixels(
+        self, rows: Sequence[Row], shown: Sequence[tuple[str, ...]], decoded: dict[str, Image.Image]
+    ) -> Batch:
         """What the model gets of the images, each processed once, in the order in which their placeholders stand in the rows."""
         standing = [(shown[sequence], number) for row in rows for sequence, number in row.images]
         groups = list(dict.fromkeys(group for group, _ in standing))
@@ -214,21 +231,27 @@ class PackedCollator:
         for i, row in enumerate(rows):
             input_ids[i, : len(row)] = torch.from_numpy(row.input_ids)
             position_ids[i, : len(row)] = torch.from_numpy(row.positions)
-            if self.fill_tokens is not None:  # a position that begins anew would be taken for another sequence's
+            if (
+                self.fill_tokens is not None
+            ):  # a position that begins anew would be taken for another sequence's
                 behind = int(row.positions[-1]) + 1
                 position_ids[i, len(row) :] = torch.arange(behind, behind + shape[1] - len(row))
             ends[i, : len(row)] = torch.from_numpy(row.ends)
             labels[i, : len(row)] = torch.from_numpy(row.labels)
         return {"input_ids": input_ids, "position_ids": position_ids, "ends": ends, "labels": labels}
 
-    def _padded(self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]) -> Batch:
+    def _padded(
+        self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]
+    ) -> Batch:
         shown = [conversation.images for conversation in conversations if conversation.images]
         batch: Batch = {}
         counts: list[list[int]] = []
         if self.features is not None:
             self._check_stored(conversations, self.features, on_image)
             keys = [[self.features.contents[path] for path in group] for group in shown]
-            counts = [self.encoder.count_image_tokens([self.features.sizes[key] for key in group]) for group in keys]
+            counts = [
+                self.encoder.count_image_tokens([self.features.sizes[key] for key in group]) for group in keys
+            ]
             if shown:
                 alone = [len(group) == 1 for group in keys for _ in group]
                 batch.update(self._stored(self.features, [key for group in keys for key in group], alone))
@@ -237,10 +260,15 @@ class PackedCollator:
             for path in dict.fromkeys(path for group in shown for path in group):
                 on_image(path)
                 decoded[path] = load_image(path)
-            inputs, counts = self.encoder.process_images([[decoded[path] for path in group] for group in shown])
+            inputs, counts = self.encoder.process_images(
+                [[decoded[path] for path in group] for group in shown]
+            )
             batch.update(inputs)
         remaining = iter(counts)
-        rows = [self._encode(conversation, next(remaining) if conversation.images else []) for conversation in conversations]
+        rows = [
+            self._encode(conversation, next(remaining) if conversation.images else [])
+            for conversation in conversations
+        ]
         return self._pad(rows) | batch
 
     def _pad(self, rows: list[Encoded]) -> Batch:
@@ -269,7 +297,9 @@ def _contents(paths: Collection[str], on_image: Callable[[str], None]) -> dict[s
     return {path: content_key(path) if alike[size] > 1 else f"path {path}" for path, size in sizes.items()}
 
 
-def token_sequence(encoded: Encoded, contents: Sequence[str], tokens_per_image: Sequence[int], encoder: Encoder) -> TokenSequence:
+def token_sequence(
+    encoded: Encoded, contents: Sequence[str], tokens_per_image: Sequence[int], encoder: Encoder
+) -> TokenSequence:
     """An encoded conversation with its images found in it.
 
     Args:
@@ -277,7 +307,11 @@ def token_sequence(encoded: Encoded, contents: Sequence[str], tokens_per_image: 
         tokens_per_image: of each of its images.
     """
     placeholders = np.flatnonzero(encoded.input_ids == encoder.processor.image_token_id)
-    begins = [int(placeholders[before]) for before in accumulate(tokens_per_image[:-1], initial=0)] if contents else []
+    begins = (
+        [int(placeholders[before]) for before in accumulate(tokens_per_image[:-1], initial=0)]
+        if contents
+        else []
+    )
     # An image that is alone is processed otherwise than among others where the processor tiles lone images only.
     tiled = encoder.tiles_lone_images_only and len(contents) == 1
     spans = (

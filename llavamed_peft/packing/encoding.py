@@ -106,7 +106,9 @@ class Encoder:
         self.format = read_template(processor)
         self.pads_with = processor.tokenizer.pad_token_id
         special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
-        self._special = re.compile("|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)")
+        self._special = re.compile(
+            "|".join(map(re.escape, sorted(special, key=len, reverse=True))) or r"(?!)"
+        )
 
     def encode(self, conversation: Conversation | Tokenized, tokens_per_image: Sequence[int]) -> Encoded:
         """Tokens and labels of one conversation.
@@ -132,7 +134,9 @@ class Encoder:
         """
         for position, turn in enumerate(conversation.turns, start=1):
             if halves := _SURROGATE.search(turn.text):
-                raise DataError(f"Turn {position} holds {halves[0]!r}, half of a character; wanted text that UTF-8 can write.")
+                raise DataError(
+                    f"Turn {position} holds {halves[0]!r}, half of a character; wanted text that UTF-8 can write."
+                )
             if found := self._special.search(turn.text.replace(IMAGE_MARKER, "")):
                 raise DataError(
                     f"Turn {position} holds {found[0]!r}, which the tokenizer reads as a special token; wanted words."
@@ -156,7 +160,9 @@ class Encoder:
             "versions": [transformers.__version__, tokenizers.__version__],
             "format": asdict(self.format),
             "special_tokens": self.processor.tokenizer.special_tokens_map,
-            "tokenizer": {name: part for name, part in tokenizer.items() if name not in ("truncation", "padding")},  # a call's
+            "tokenizer": {
+                name: part for name, part in tokenizer.items() if name not in ("truncation", "padding")
+            },  # a call's
             "processor": self.processor.to_dict(),
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
@@ -170,7 +176,9 @@ class Encoder:
         """An image that is alone in its conversation is cut into tiles, others are not, as LLaVA-OneVision does it."""
         return "batch_num_images" in self.processor.image_processor.model_input_names
 
-    def process_images(self, conversations: Sequence[Sequence[Image.Image]]) -> tuple[BatchFeature, list[list[int]]]:
+    def process_images(
+        self, conversations: Sequence[Sequence[Image.Image]]
+    ) -> tuple[BatchFeature, list[list[int]]]:
         """Pixels of the images of some conversations, each with at least one image, and the tokens that each image becomes.
 
         Returns:
@@ -219,7 +227,9 @@ class Encoder:
         pixels = inputs["pixel_values"][0]
         return pixels if self.sends_image_sizes else pixels[None]
 
-    def select_images(self, inputs: BatchFeature, chosen: Sequence[int], alone: Sequence[bool]) -> BatchFeature:
+    def select_images(
+        self, inputs: BatchFeature, chosen: Sequence[int], alone: Sequence[bool]
+    ) -> BatchFeature:
         """Processed images in the order in which a model is to see them, some perhaps several times.
 
         Args:
@@ -228,7 +238,9 @@ class Encoder:
             alone: of each chosen one, whether it was alone in its conversation; those that were not come at least two in a row.
         """
         selected = {name: values for name, values in inputs.items() if name != "batch_num_images"}
-        if list(chosen) != list(range(len(selected["pixel_values"]))):  # else they stay where they are, in shared memory
+        if list(chosen) != list(
+            range(len(selected["pixel_values"]))
+        ):  # else they stay where they are, in shared memory
             selected = {name: values[list(chosen)] for name, values in selected.items()}
         if self.tiles_lone_images_only:
             runs = [(lone, sum(1 for _ in run)) for lone, run in itertools.groupby(alone)]
@@ -251,7 +263,9 @@ class Encoder:
     def _tokenize(self, pieces: Sequence[Piece]) -> Tokens:
         tokenizer = self.processor.tokenizer
         text = "".join(piece.text for piece in pieces)
-        adds_bos = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))  # as the stock processor decides it
+        adds_bos = not (
+            tokenizer.bos_token and text.startswith(tokenizer.bos_token)
+        )  # as the stock processor decides it
         whole = tokenizer(text, add_special_tokens=adds_bos, return_offsets_mapping=True)
         prompt = tokenizer(pieces[0].text, add_special_tokens=adds_bos)["input_ids"]
         edges = np.cumsum([len(piece.text) for piece in pieces])
@@ -271,7 +285,9 @@ class Encoder:
     def _tokenize_apart(self, pieces: Sequence[Piece], prompt: list[int]) -> Tokens:
         """For a tokenizer that merges across the edge of a prompt and its answer, which no answering model could do."""
         tokenizer = self.processor.tokenizer
-        anchor = [tokenizer.eos_token_id]  # keeps the tokenizer from treating the piece as the beginning of a text
+        anchor = [
+            tokenizer.eos_token_id
+        ]  # keeps the tokenizer from treating the piece as the beginning of a text
         ids, supervised = list(prompt), [False] * len(prompt)
         for piece in pieces[1:]:
             behind = tokenizer(tokenizer.eos_token + piece.text, add_special_tokens=False)["input_ids"]
@@ -290,7 +306,9 @@ class Encoder:
             return self._count(tiles, 0)
         if self._one_shape:
             return self._count(probe, 0)
-        return self._count(self.processor.image_processor([Image.new("RGB", size[::-1])], return_tensors="pt"), 0)
+        return self._count(
+            self.processor.image_processor([Image.new("RGB", size[::-1])], return_tensors="pt"), 0
+        )
 
     @functools.cached_property
     def _probe(self) -> BatchFeature:

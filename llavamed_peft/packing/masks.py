@@ -59,7 +59,9 @@ class DenseMask(torch.Tensor):
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         with torch._C.DisableTorchFunctionSubclass():
-            if func is torch.nn.functional.scaled_dot_product_attention:  # plain, or a compiler would be in the mask's way
+            if (
+                func is torch.nn.functional.scaled_dot_product_attention
+            ):  # plain, or a compiler would be in the mask's way
                 return func(*map(_plain, args), **{name: _plain(value) for name, value in kwargs.items()})
             if _misread(func.__name__, args, kwargs):
                 raise ConfigError(
@@ -94,12 +96,23 @@ def _plain(value: Any) -> Any:
 def _misread(name: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a function is called on a mask as attention does that takes it for something else."""
     given = [value for value in (*args, *kwargs.values()) if not isinstance(value, DenseMask)]
-    computes = any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in given) and name not in _SELECTING
+    computes = (
+        any(isinstance(value, torch.Tensor) and value.is_floating_point() for value in given)
+        and name not in _SELECTING
+    )
     casts = name in _CASTING
-    casts |= name in ("to", "type") and any(isinstance(value, torch.dtype) and value.is_floating_point for value in given)
+    casts |= name in ("to", "type") and any(
+        isinstance(value, torch.dtype) and value.is_floating_point for value in given
+    )
     part = args[1] if name == "__getitem__" else None
-    cuts = isinstance(part, tuple) and [type(place) for place in part] == [slice] * 4 and part[:3] == (slice(None),) * 3
-    counts = name == "sum" and kwargs.get("dtype") == torch.int32  # each row's tokens, as flash attention does
+    cuts = (
+        isinstance(part, tuple)
+        and [type(place) for place in part] == [slice] * 4
+        and part[:3] == (slice(None),) * 3
+    )
+    counts = (
+        name == "sum" and kwargs.get("dtype") == torch.int32
+    )  # each row's tokens, as flash attention does
     return computes or casts or cuts or counts
 
 
@@ -133,11 +146,17 @@ def block_mask(ends: torch.Tensor) -> BlockMask:
     seen = (key <= query) & (padded.amax(-1)[:, None, :] > query)
     full = (key < query) & (padded.amin(-1)[:, None, :] >= query + BLOCK)
 
-    def visible(row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor) -> torch.Tensor:
+    def visible(
+        row: torch.Tensor, head: torch.Tensor, query: torch.Tensor, key: torch.Tensor
+    ) -> torch.Tensor:
         return (key <= query) & (query < ends[row, key])
 
     return BlockMask.from_kv_blocks(
-        *_in_order(seen & ~full), *_in_order(full), BLOCK_SIZE=BLOCK, mask_mod=visible, seq_lengths=(tokens, tokens)
+        *_in_order(seen & ~full),
+        *_in_order(full),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=visible,
+        seq_lengths=(tokens, tokens),
     )
 
 
@@ -191,7 +210,9 @@ def choose_attention(model: PreTrainedModel, device: torch.device, dtype: torch.
     """
     text = model.config.get_text_config()
     others = sorted({*(getattr(text, "layer_types", None) or ())} - {"full_attention", "sliding_attention"})
-    others += [name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Conv1d)][:1]
+    others += [
+        name for name, module in model.get_decoder().named_modules() if isinstance(module, torch.nn.Conv1d)
+    ][:1]
     if others:
         raise ConfigError(
             f"The language model ({text.model_type}) has layers that do not heed a packed row's mask ({', '.join(others)}), so "

@@ -48,7 +48,9 @@ class Row:
 
 
 def lay_rows(
-    sequences: Sequence[TokenSequence], max_row_tokens: int | None = None, beginnings: Sequence[Hashable] | None = None
+    sequences: Sequence[TokenSequence],
+    max_row_tokens: int | None = None,
+    beginnings: Sequence[Hashable] | None = None,
 ) -> list[Row]:
     """Lay sequences out in rows, every sequence whole in one of them.
 
@@ -61,7 +63,11 @@ def lay_rows(
     groups: dict[Hashable, list[int]] = {}
     for number, beginning in enumerate(beginnings or [""] * len(sequences)):
         groups.setdefault(("alone", number) if beginning is None else beginning, []).append(number)
-    forests = [forest for group in groups.values() for forest in split_forest(build_forest(sequences, group), max_row_tokens)]
+    forests = [
+        forest
+        for group in groups.values()
+        for forest in split_forest(build_forest(sequences, group), max_row_tokens)
+    ]
     return [lay_row(forest, sequences) for forest in forests]
 
 
@@ -92,7 +98,9 @@ def lay_row(forest: Forest, sequences: Sequence[TokenSequence]) -> Row:
     labels = np.concatenate([sequence.labels[cut] for sequence, cut in cuts])
     return Row(
         input_ids=np.concatenate([sequence.input_ids[cut] for sequence, cut in cuts]),
-        labels=np.where(positions == 0, IGNORED, labels),  # what stands before a first token does not predict it
+        labels=np.where(
+            positions == 0, IGNORED, labels
+        ),  # what stands before a first token does not predict it
         positions=positions,
         ends=np.concatenate([np.full(segment.end - segment.begin, end) for segment, end in pieces]),
         last=last,

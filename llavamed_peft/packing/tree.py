@@ -145,7 +145,9 @@ def split_forest(forest: Forest, max_tokens: int | None) -> list[Forest]:
     if max_tokens is None:
         return [forest] if forest else []
     parts = [part for segment in forest for part in _split(segment, max_tokens)]
-    return [tuple(parts[i] for i in chosen) for chosen in first_fit([part.size for part in parts], max_tokens)]
+    return [
+        tuple(parts[i] for i in chosen) for chosen in first_fit([part.size for part in parts], max_tokens)
+    ]
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
@@ -180,7 +182,10 @@ def _split(segment: Segment, max_tokens: int) -> list[Segment]:
         return [segment]
     parts = [part for child in segment.children for part in _split(child, max_tokens)]
     bins = first_fit([part.size for part in parts], max_tokens - segment.end)
-    return [replace(segment, sequence=parts[chosen[0]].sequence, children=tuple(parts[i] for i in chosen)) for chosen in bins]
+    return [
+        replace(segment, sequence=parts[chosen[0]].sequence, children=tuple(parts[i] for i in chosen))
+        for chosen in bins
+    ]
 
 
 def _keys(sequences: Sequence[TokenSequence]) -> list[np.ndarray]:

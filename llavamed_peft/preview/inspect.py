@@ -72,7 +72,9 @@ def inspect(
     curriculum.check_keys("image_folder", image_folder if isinstance(image_folder, Mapping) else ())
     if isinstance(packing, Path):
         if packing.suffix.lower() != ".png":
-            raise ConfigError(f"The picture of the packed steps is to be {str(packing)!r}; wanted a name that ends in .png.")
+            raise ConfigError(
+                f"The picture of the packed steps is to be {str(packing)!r}; wanted a name that ends in .png."
+            )
         if not packing.parent.is_dir():
             raise ConfigError(
                 f"The picture of the packed steps is to be {packing}; {packing.parent} is no folder. Make it first."
@@ -86,7 +88,9 @@ def inspect(
         if stage.name in data:
             folder = image_folder.get(stage.name) if isinstance(image_folder, Mapping) else image_folder
             sharing[tuple(map(str, data[stage.name])), folder, stage.schedule.max_length].append(stage)
-    opened = {key: open_sources(key[0], key[1], f"data[{stages[0].name!r}]") for key, stages in sharing.items()}
+    opened = {
+        key: open_sources(key[0], key[1], f"data[{stages[0].name!r}]") for key, stages in sharing.items()
+    }
     yield from what_trains(str(base), config, curriculum.stages)
     indexes: dict[str, Index] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
@@ -103,26 +107,58 @@ def inspect(
         if packing:
             yield f"\npacking, in rows of at most {max_row_tokens:,} tokens"
             picture = packing if isinstance(packing, Path) else None
-            yield from indented(2, _packing(curriculum, indexes, config, processor, max_row_tokens, picture, width - 2))
+            yield from indented(
+                2, _packing(curriculum, indexes, config, processor, max_row_tokens, picture, width - 2)
+            )
 
 
 def _steps(curriculum: Curriculum, indexes: Mapping[str, Index]) -> Iterator[str]:
     table = [
-        ["stage", "conversations", "images", "batch", "steps an epoch", "epochs", "steps in all", "supervised tokens an epoch"]
+        [
+            "stage",
+            "conversations",
+            "images",
+            "batch",
+            "steps an epoch",
+            "epochs",
+            "steps in all",
+            "supervised tokens an epoch",
+        ]
     ]
     idle = []
     for stage in curriculum.stages:
         schedule, index = stage.schedule, indexes.get(stage.name)
         if index is None:
-            table.append([stage.name, "no data given", "", f"{schedule.global_batch:,}", "", f"{schedule.epochs:g}", "", ""])
+            table.append(
+                [
+                    stage.name,
+                    "no data given",
+                    "",
+                    f"{schedule.global_batch:,}",
+                    "",
+                    f"{schedule.epochs:g}",
+                    "",
+                    "",
+                ]
+            )
             continue
         # Steps depend on the schedule alone, not on how they are cut into device batches.
-        sampler = StepSampler(index.column("length"), index.column("group"), schedule, schedule.max_length, curriculum.seed)
+        sampler = StepSampler(
+            index.column("length"), index.column("group"), schedule, schedule.max_length, curriculum.seed
+        )
         images = pc.count_distinct(pc.list_flatten(index.rows.data.column("images"))).as_py()
         counts = [len(index), images, schedule.global_batch, len(sampler)]
         supervised = int(index.column("supervised_tokens").sum())
         in_all = steps_in_all(len(sampler), schedule)
-        table.append([stage.name, *(f"{n:,}" for n in counts), f"{schedule.epochs:g}", f"{in_all:,}", f"{supervised:,}"])
+        table.append(
+            [
+                stage.name,
+                *(f"{n:,}" for n in counts),
+                f"{schedule.epochs:g}",
+                f"{in_all:,}",
+                f"{supervised:,}",
+            ]
+        )
         if len(index) and (why := why_nothing_is_learnt(stage, len(sampler), index.image_counts().sum())):
             idle.append(f"{stage.name} would learn nothing: {why}")
     yield from aligned(table, right=set(range(1, 8)))
@@ -161,5 +197,7 @@ def _packing(
     try:
         draw_steps(drawn, picture)
     except OSError as error:
-        raise ConfigError(f"{picture}: cannot be written ({error}); choose another place for the picture.") from error
+        raise ConfigError(
+            f"{picture}: cannot be written ({error}); choose another place for the picture."
+        ) from error
     yield f"drawn: {picture}"

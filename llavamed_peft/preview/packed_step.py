@@ -113,21 +113,34 @@ def draw_steps(steps: Sequence[PackedStep], path: Path) -> None:
         path: of the PNG file.
     """
     figure = Figure(figsize=(11, sum(_height(step) for step in steps)), layout="constrained")
-    panels = figure.subplots(len(steps), 2, squeeze=False, height_ratios=[_height(step) for step in steps], width_ratios=[2, 1])
+    panels = figure.subplots(
+        len(steps), 2, squeeze=False, height_ratios=[_height(step) for step in steps], width_ratios=[2, 1]
+    )
     for (bars, mask), step in zip(panels, steps, strict=True):
         longest = max(map(len, step.rows))
         image = np.full((len(step.rows), longest), NOTHING)
         for number, kinds in enumerate(step.kinds):
             image[number, : len(kinds)] = kinds
-        bars.imshow(image, aspect="auto", interpolation="nearest", cmap=ListedColormap(_COLOURS), vmin=IMAGE, vmax=NOTHING)
+        bars.imshow(
+            image,
+            aspect="auto",
+            interpolation="nearest",
+            cmap=ListedColormap(_COLOURS),
+            vmin=IMAGE,
+            vmax=NOTHING,
+        )
         bars.hlines(np.arange(len(step.rows) - 1) + 0.5, -0.5, longest - 0.5, color="white", linewidth=4)
         bars.set_yticks(range(len(step.rows)), [f"{len(row.last)} conv." for row in step.rows])
-        bars.set_title(f"{step.title}: {step.useful / step.positions:.1%} useful, padded {step.padded / step.positions:.1f}×")
+        bars.set_title(
+            f"{step.title}: {step.useful / step.positions:.1%} useful, padded {step.padded / step.positions:.1f}×"
+        )
         bars.set_xlabel("token of the row")
         ends = torch.from_numpy(step.rows[0].ends[:_LARGEST_MASK])[None]
         mask.imshow(dense_mask(ends)[0, 0], interpolation="nearest", cmap="Greys", vmin=0, vmax=1.4)
         mask.set_title("who sees whom in the first row")
-    handles = [panels[0, 0].plot([], [], "s", color=_COLOURS[kind], label=_NAMES[kind])[0] for kind in range(NOTHING)]
+    handles = [
+        panels[0, 0].plot([], [], "s", color=_COLOURS[kind], label=_NAMES[kind])[0] for kind in range(NOTHING)
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=NOTHING)
     figure.savefig(path, format="png", dpi=120)
 

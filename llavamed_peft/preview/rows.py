@@ -84,7 +84,10 @@ def accounts(check: DataCheck, max_rejected: float, width: int) -> Iterator[str]
 def lengths(index: Index, width: int) -> Iterator[str]:
     if len(index):
         lengths = index.column("length")
-        of_images, supervised = (index.column("image_tokens").mean(), index.column("supervised_tokens").mean())
+        of_images, supervised = (
+            index.column("image_tokens").mean(),
+            index.column("supervised_tokens").mean(),
+        )
         yield (
             f"lengths: {lengths.min():,} to {lengths.max():,} tokens, mean {lengths.mean():,.0f}; of them {of_images:,.0f} of "
             f"images and {supervised:,.0f} supervised"
@@ -103,7 +106,9 @@ def first_rows(index: Index, collator: PackedCollator, rows: int, width: int, co
         except DataError as error:  # only the header was read before
             yield from wrapped(f"would fail: {visible(str(error))}", width, "    ", "      ")
             continue
-        pieces = marked_text(collator.encoder.processor, batch["input_ids"][0].tolist(), batch["labels"][0].tolist())
+        pieces = marked_text(
+            collator.encoder.processor, batch["input_ids"][0].tolist(), batch["labels"][0].tolist()
+        )
         yield from indented(4, _paint(pieces, width - 4, colour))
 
 
@@ -117,11 +122,15 @@ def marked_text(processor: ProcessorMixin, input_ids: Sequence[int], labels: Seq
     shown: list[int] = []
     written = ""
     tokens = zip(input_ids, labels, strict=True)
-    for (is_image, supervised), run in groupby(tokens, lambda pair: (pair[0] == processor.image_token_id, pair[1] != IGNORED)):
+    for (is_image, supervised), run in groupby(
+        tokens, lambda pair: (pair[0] == processor.image_token_id, pair[1] != IGNORED)
+    ):
         ids = [token for token, _ in run]
         shown += ids[:1] if is_image else ids
         # From the beginning each time: a tokenizer may write the first token of a text otherwise than the same one inside it.
-        text = processor.tokenizer.decode(shown, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        text = processor.tokenizer.decode(
+            shown, skip_special_tokens=False, clean_up_tokenization_spaces=False
+        )
         pieces.append((visible(text[len(written) :]) + (f"×{len(ids)}" if is_image else ""), supervised))
         written = text
     return pieces

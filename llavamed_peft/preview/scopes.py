@@ -19,7 +19,9 @@ from ..stages import LoraSpec, Scope, Stage
 # What trains
 
 
-def trainable_parameters(config: PreTrainedConfig, trains: Scope, lora: LoraSpec | None) -> dict[str, torch.Tensor]:
+def trainable_parameters(
+    config: PreTrainedConfig, trains: Scope, lora: LoraSpec | None
+) -> dict[str, torch.Tensor]:
     """What a stage would train: name → parameter on the meta device, in the dtype in which it trains.
 
     The names are the checkpoint's own, LoRA's `….q_proj.lora_A.weight` beside them.
@@ -31,7 +33,9 @@ def trainable_parameters(config: PreTrainedConfig, trains: Scope, lora: LoraSpec
     stored = empty.dtype
     model = unfreeze_full(empty) if trains == "full" else attach(empty, adapter_config(empty, lora), trains)
     set_dtypes(model, stored)
-    return {own_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    return {
+        own_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
 
 
 def what_trains(base: str, config: PreTrainedConfig, stages: Sequence[Stage]) -> Iterator[str]:
@@ -45,7 +49,11 @@ def what_trains(base: str, config: PreTrainedConfig, stages: Sequence[Stage]) ->
     shown: dict[tuple[Scope, LoraSpec | None], str] = {}
     for stage in stages:
         key = (stage.trains, stage.lora)
-        spec = f" (rank {stage.lora.rank}, alpha {stage.lora.alpha:g}, dropout {stage.lora.dropout:g})" if stage.lora else ""
+        spec = (
+            f" (rank {stage.lora.rank}, alpha {stage.lora.alpha:g}, dropout {stage.lora.dropout:g})"
+            if stage.lora
+            else ""
+        )
         if key in shown:
             yield f"  {stage.name}: {stage.trains}{spec}, the same as {shown[key]}"
             continue
@@ -73,7 +81,12 @@ def _by_module(parameters: Mapping[str, torch.Tensor]) -> list[list[str]]:
         shapes = ", ".join(f"{tensor} {shape}" for tensor, shape in tensors.items())
         kinds[re.sub(r"\b\d+\b", "*", module), shapes].append(module)
     return [
-        [_range_of(kind, alike), f"×{len(alike)}" if len(alike) > 1 else "", shapes, f"{sum(sizes[name] for name in alike):,}"]
+        [
+            _range_of(kind, alike),
+            f"×{len(alike)}" if len(alike) > 1 else "",
+            shapes,
+            f"{sum(sizes[name] for name in alike):,}",
+        ]
         for (kind, shapes), alike in kinds.items()
     ]
 

@@ -40,7 +40,10 @@ class RunLog:
             file.write(json.dumps(record) + "\n")
         finished = record["step"] == record["steps"]
         if "eval_loss" in record:
-            self.show(f"{record['stage']:<10} {record['step']}/{record['steps']}  held-out loss {record['eval_loss']:.4f}", True)
+            self.show(
+                f"{record['stage']:<10} {record['step']}/{record['steps']}  held-out loss {record['eval_loss']:.4f}",
+                True,
+            )
         elif finished or self.stream.isatty() or time.monotonic() - self.shown > _SECONDS_BETWEEN_LINES:
             self.show(progress_line(record), finished)
 
@@ -75,7 +78,9 @@ def progress_line(record: dict[str, Any]) -> str:
     Waiting is the share of the time so far in which the model had no data: without workers they are decoded meanwhile.
     """
     names = [name for name in record if name.endswith("_learning_rate")]
-    rates = ", ".join(f"{name.removesuffix('_learning_rate').replace('_', ' ')} {record[name]:.1e}" for name in names)
+    rates = ", ".join(
+        f"{name.removesuffix('_learning_rate').replace('_', ' ')} {record[name]:.1e}" for name in names
+    )
     minutes, seconds = divmod(round(record["seconds_left"]), 60)
     return (
         f"{record['stage']:<10} {record['step']}/{record['steps']}  loss {record['loss']:.4f}  learning rate {rates}  "

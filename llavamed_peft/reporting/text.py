@@ -16,7 +16,9 @@ def visible(text: str) -> str:
 
 
 def wrapped(text: str, width: int, first: str, rest: str) -> list[str]:
-    return textwrap.wrap(text, max(width, len(rest) + 20), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False)
+    return textwrap.wrap(
+        text, max(width, len(rest) + 20), initial_indent=first, subsequent_indent=rest, break_on_hyphens=False
+    )
 
 
 def indented(blanks: int, lines: Iterable[str]) -> Iterator[str]:
@@ -28,7 +30,10 @@ def aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
     columns = [column for column in range(len(rows[0])) if any(row[column] for row in rows)]
     widths = {column: max(len(row[column]) for row in rows) for column in columns}
     return [
-        "  ".join(row[c].rjust(widths[c]) if c in right else row[c].ljust(widths[c]) for c in columns).rstrip() for row in rows
+        "  ".join(
+            row[c].rjust(widths[c]) if c in right else row[c].ljust(widths[c]) for c in columns
+        ).rstrip()
+        for row in rows
     ]
 
 

@@ -55,7 +55,9 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         raise TrainingError(f"{path}: cannot be read ({error}). Choose another output_dir.") from error
     version = identity.pop("schema_version", None) if isinstance(identity, dict) else None
     if version != SCHEMA_VERSION:
-        raise TrainingError(f"{path}: schema_version is {version!r}; this version goes on with {SCHEMA_VERSION}.")
+        raise TrainingError(
+            f"{path}: schema_version is {version!r}; this version goes on with {SCHEMA_VERSION}."
+        )
     return identity
 
 
@@ -76,7 +78,9 @@ def check_same_run(folder: Path, identity: Mapping[str, Any]) -> bool:
     differing = differences(there, identity)
     if differing:
         raise ConfigError(
-            f"{folder}: holds another run, which differs from this call in\n  " + "\n  ".join(differing) + "\n"
+            f"{folder}: holds another run, which differs from this call in\n  "
+            + "\n  ".join(differing)
+            + "\n"
             "To go on with it, make the call as it was. Otherwise choose another output_dir; there, start_from= builds on a "
             "finished stage."
         )
@@ -98,7 +102,10 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     per_stage = ("stages", "data", "eval_data")
     flat: list[dict[str, Any]] = []
     for run in (there, now):
-        kept = {**run, **{key: {name: value for name, value in run[key].items() if name in common} for key in per_stage}}
+        kept = {
+            **run,
+            **{key: {name: value for name, value in run[key].items() if name in common} for key in per_stage},
+        }
         flat.append(dict(_fields(kept | {"base": _known_base(run["base"], [there["base"], now["base"]])})))
     for field in dict.fromkeys([*flat[0], *flat[1]]):
         values = [fields.get(field, _NOTHING) for fields in flat]
@@ -127,7 +134,11 @@ def _fields(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
 def _shown(value: Any) -> str:
     if value is _NOTHING:
         return "nothing"
-    return f"{value[:12]}…" if isinstance(value, str) and _SHA256.fullmatch(value) else json.dumps(value, ensure_ascii=False)
+    return (
+        f"{value[:12]}…"
+        if isinstance(value, str) and _SHA256.fullmatch(value)
+        else json.dumps(value, ensure_ascii=False)
+    )
 
 
 @contextlib.contextmanager
@@ -152,7 +163,10 @@ def locked(folder: Path) -> Iterator[None]:
                     f"{folder}: {file.read().strip() or 'another process'} is at work in it; wanted one run at a time. Wait for "
                     "its end or stop it, then make this call again; or choose another output_dir."
                 ) from error
-            warnings.warn(f"{folder}: its file system has no locks ({error}); see to it that only one run uses it.", stacklevel=4)
+            warnings.warn(
+                f"{folder}: its file system has no locks ({error}); see to it that only one run uses it.",
+                stacklevel=4,
+            )
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         file.flush()

@@ -19,10 +19,14 @@ from ..stages import Curriculum
 from .lineage import carried_lora
 
 
-def check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Mapping[str, Data], image_folder: Any) -> None:
+def check_names(
+    curriculum: Curriculum, data: Mapping[str, Data], eval_data: Mapping[str, Data], image_folder: Any
+) -> None:
     """Every stage has data, and nothing is given for a stage that the curriculum does not have."""
     if not isinstance(curriculum, Curriculum):
-        raise ConfigError(f"curriculum is {curriculum!r}; wanted a Curriculum, such as Curriculum(stages=(...,)).")
+        raise ConfigError(
+            f"curriculum is {curriculum!r}; wanted a Curriculum, such as Curriculum(stages=(...,))."
+        )
     per_stage = {"data": data, "eval_data": eval_data}
     if isinstance(image_folder, Mapping):
         per_stage["image_folder"] = image_folder
@@ -44,12 +48,22 @@ def check_names(curriculum: Curriculum, data: Mapping[str, Data], eval_data: Map
 def check_files(output_dir: str | Path, data: Sequence[Data], own_names: Collection[str]) -> None:
     """A folder to write to is named, and no data file may stand where the run writes its own."""
     if not isinstance(output_dir, (str, os.PathLike)) or output_dir == "":
-        raise ConfigError(f"output_dir is {output_dir!r}; wanted a folder to write to ('.' is the current one).")
+        raise ConfigError(
+            f"output_dir is {output_dir!r}; wanted a folder to write to ('.' is the current one)."
+        )
     several = [[given] if isinstance(given, (str, Path)) else given for given in data]
-    files = [file for given in several if isinstance(given, (list, tuple)) for file in given if isinstance(file, (str, Path))]
+    files = [
+        file
+        for given in several
+        if isinstance(given, (list, tuple))
+        for file in given
+        if isinstance(file, (str, Path))
+    ]
     for file in map(Path, files):
         if file.name in own_names and file.parent.resolve() == Path(output_dir).resolve():
-            raise ConfigError(f"data names {file}, which the run writes itself; wanted the data outside output_dir.")
+            raise ConfigError(
+                f"data names {file}, which the run writes itself; wanted the data outside output_dir."
+            )
 
 
 def check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantization: Quantization) -> None:

@@ -89,13 +89,18 @@ class Run:
         return self.processes.is_main_process
 
     def identity(
-        self, base: Mapping[str, Any], parent: StageAdapter | None, sources: Mapping[str, Mapping[str, Sequence[Source]]]
+        self,
+        base: Mapping[str, Any],
+        parent: StageAdapter | None,
+        sources: Mapping[str, Mapping[str, Sequence[Source]]],
     ) -> dict[str, Any]:
         """What decides the run's result, for `run.json`: how it is computed is no part of it, but for the dtype."""
         curriculum = self.curriculum.to_dict()
         return {
             "base": base,
-            "start_from": None if parent is None else {"stage": parent.stage.name, "sha256": parent.record["sha256"]},
+            "start_from": None
+            if parent is None
+            else {"stage": parent.stage.name, "sha256": parent.record["sha256"]},
             "quantization": self.quantization,
             "dtype": str(self.computing.dtype).removeprefix("torch."),
             **curriculum,
@@ -153,7 +158,9 @@ class Run:
                     remove_partial(inner)
             with RejectLog(self.folder / REJECTED, keep=goes_on) as rejects:
                 # what was not decoded in a stage that goes on may be by now; what its checkpoint counts is written again
-                rejects.forget(failed_in(stage.name) for stage in self.curriculum.stages if not self.has(stage))
+                rejects.forget(
+                    failed_in(stage.name) for stage in self.curriculum.stages if not self.has(stage)
+                )
                 self.processes.wait_for_everyone()
                 yield rejects
 
@@ -239,7 +246,9 @@ class Run:
 
     def _model(self, stage: Stage, lineage: Lineage) -> tuple[torch.nn.Module, LoraConfig | None]:
         """The stage's model as its training begins, and its adapter's configuration; a full stage has none."""
-        model, _ = load_checkpoint(lineage.base, self.quantization)  # in the stored dtype: what trains begins unrounded
+        model, _ = load_checkpoint(
+            lineage.base, self.quantization
+        )  # in the stored dtype: what trains begins unrounded
         set_seed(self.curriculum.seed)
         if stage.trains == "full":
             config, model = None, _full_model(model, lineage)
@@ -264,7 +273,9 @@ class Run:
         Behind the last one, the features go as well.
         """
         if self.writes:
-            records = [read_record(self.folder / done.name) for done in self.curriculum.stages if self.has(done)]
+            records = [
+                read_record(self.folder / done.name) for done in self.curriculum.stages if self.has(done)
+            ]
             table, path = stage_table(records), self.folder / TABLE
             if not path.exists() or path.read_text(encoding="utf-8") != table:
                 draw_losses(read_metrics(self.folder), self.folder / CURVE)
@@ -298,7 +309,9 @@ class Run:
                 "sharding": None if self.computing.sharding is None else self.computing.sharding.method,
                 "quantization": self.quantization,
             },
-            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})",
+            "device": torch.cuda.get_device_name()
+            if torch.cuda.is_available()
+            else f"CPU ({platform.machine()})",
             "processes": self.processes.num_processes,
             "versions": _versions(),
             "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),

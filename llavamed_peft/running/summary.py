@@ -36,10 +36,16 @@ def plot_losses(panels: Sequence[Axes], history: Sequence[dict[str, Any]]) -> No
     stages = dict.fromkeys(record["stage"] for record in history)
     for panel, stage in zip(panels, stages, strict=True):
         for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "held out")):
-            points = [(record["step"], record[key]) for record in history if record["stage"] == stage and key in record]
+            points = [
+                (record["step"], record[key])
+                for record in history
+                if record["stage"] == stage and key in record
+            ]
             if points:
                 panel.plot(*zip(*points, strict=True), style, label=label, markersize=4, linewidth=1)
-        panel.set(title=stage.replace("$", r"\$"), xlabel="optimizer step", ylabel="loss per supervised token")
+        panel.set(
+            title=stage.replace("$", r"\$"), xlabel="optimizer step", ylabel="loss per supervised token"
+        )
         panel.set_ylim(bottom=0)
         panel.legend()
 

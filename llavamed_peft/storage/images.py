@@ -57,7 +57,10 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         width, height = image.size
         if isinstance(image, TiffImagePlugin.TiffImageFile):
             # Some versions of Pillow turn a TIFF's `size` at opening, some do not; the tags are always as stored.
-            width, height = (image.tag_v2[TiffImagePlugin.IMAGEWIDTH], image.tag_v2[TiffImagePlugin.IMAGELENGTH])
+            width, height = (
+                image.tag_v2[TiffImagePlugin.IMAGEWIDTH],
+                image.tag_v2[TiffImagePlugin.IMAGELENGTH],
+            )
         return (width, height) if _orientation(image) in _TURNED_BY_A_QUARTER else (height, width)
 
 
@@ -139,14 +142,20 @@ def errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
     except FileNotFoundError as error:
         raise DataError(f"{path}: no such file; wanted an image.") from error
     except PermissionError as error:
-        raise DataError(f"{path}: may not be read ({error.strerror}); wanted an image that this user can open.") from error
+        raise DataError(
+            f"{path}: may not be read ({error.strerror}); wanted an image that this user can open."
+        ) from error
     except IsADirectoryError as error:
         raise DataError(f"{path}: a folder; wanted an image.") from error
     except UnidentifiedImageError as error:
-        raise DataError(f"{path}: not an image that can be read; wanted one of {', '.join(FORMATS)}.") from error
+        raise DataError(
+            f"{path}: not an image that can be read; wanted one of {', '.join(FORMATS)}."
+        ) from error
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         # Pillow's own limit came first, and its sentence has the size.
-        raise DataError(f"{path}: too large to decode safely: {error} Wanted at most {MAX_PIXELS:,} pixels.") from error
+        raise DataError(
+            f"{path}: too large to decode safely: {error} Wanted at most {MAX_PIXELS:,} pixels."
+        ) from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         # What Pillow's decoders raise for damaged files.
         raise DataError(f"{path}: cannot be decoded ({error}); wanted a whole, undamaged image.") from error

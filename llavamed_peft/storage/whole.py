@@ -49,7 +49,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
         fill(partial)
-        readable = partial.stat().st_mode & 0o666  # as the umask has it; safetensors writes for the owner alone
+        readable = (
+            partial.stat().st_mode & 0o666
+        )  # as the umask has it; safetensors writes for the owner alone
         for path in partial.rglob("*"):
             if path.is_file():
                 path.chmod(readable)
@@ -57,7 +59,9 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         partial.rename(folder)
         flush(folder.parent)
     except (OSError, SafetensorError) as error:
-        raise AdapterError(f"{folder}: cannot be written ({error}); nothing was left under that name.") from error
+        raise AdapterError(
+            f"{folder}: cannot be written ({error}); nothing was left under that name."
+        ) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder

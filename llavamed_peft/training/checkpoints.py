@@ -37,7 +37,12 @@ SCHEMA_VERSION = 1
 KEPT = 2
 
 
-_MANIFEST, _TENSORS, _OPTIMIZER, _STATE = ("checkpoint.json", "tensors.safetensors", "optimizer.safetensors", "state.json")
+_MANIFEST, _TENSORS, _OPTIMIZER, _STATE = (
+    "checkpoint.json",
+    "tensors.safetensors",
+    "optimizer.safetensors",
+    "state.json",
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +68,9 @@ class Checkpoint:
         return load_file(self.path / _OPTIMIZER)
 
 
-def save_checkpoint(folder: Path, step: int, tensors: Tensors, optimizer: Tensors, state: Mapping[str, Any]) -> int:
+def save_checkpoint(
+    folder: Path, step: int, tensors: Tensors, optimizer: Tensors, state: Mapping[str, Any]
+) -> int:
     """Write `step-<step>` and remove all but the two newest.
 
     Args:
@@ -80,7 +87,10 @@ def save_checkpoint(folder: Path, step: int, tensors: Tensors, optimizer: Tensor
         save_file(tensors, partial / _TENSORS)
         save_file(optimizer, partial / _OPTIMIZER)
         (partial / _STATE).write_text(json.dumps(state), encoding="utf-8")
-        files = {path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)} for path in sorted(partial.iterdir())}
+        files = {
+            path.name: {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+            for path in sorted(partial.iterdir())
+        }
         manifest = {"schema_version": SCHEMA_VERSION, "step": step, "files": files}
         (partial / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
@@ -172,7 +182,9 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
     return tensors
 
 
-def load_optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]) -> None:
+def load_optimizer_tensors(
+    model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
+) -> None:
     """The inverse of `optimizer_tensors`, whatever order the groups hold their parameters in, over any number of processes.
 
     Raises:

@@ -73,10 +73,14 @@ def choose_computing(
         if number is not None and (not isinstance(number, int) or isinstance(number, bool) or number < least):
             raise ConfigError(f"{name} is {number!r}; wanted None or a whole number of at least {least}.")
     if gradient_checkpointing is not None and not isinstance(gradient_checkpointing, bool):
-        raise ConfigError(f"gradient_checkpointing is {gradient_checkpointing!r}; wanted None, True or False.")
+        raise ConfigError(
+            f"gradient_checkpointing is {gradient_checkpointing!r}; wanted None, True or False."
+        )
     trackers = [report_to] if isinstance(report_to, str) else [] if report_to is None else report_to
     if not isinstance(trackers, list):
-        raise ConfigError(f"report_to is {report_to!r}; wanted the name of a tracker, such as 'tensorboard', or a list of them.")
+        raise ConfigError(
+            f"report_to is {report_to!r}; wanted the name of a tracker, such as 'tensorboard', or a list of them."
+        )
     for tracker in trackers:
         available = ["none", *get_available_reporting_integrations()]
         if tracker not in available:
@@ -85,8 +89,14 @@ def choose_computing(
         raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
     compute_dtype = resolve_dtype(dtype) or (torch.bfloat16 if on_gpu else torch.float32)
     if compute_dtype not in (torch.bfloat16, torch.float32):
-        raise ConfigError(f"dtype is {dtype!r}; training computes in 'bfloat16' or 'float32' (float16 would need loss scaling).")
-    if compute_dtype == torch.bfloat16 and on_gpu and not torch.cuda.is_bf16_supported(including_emulation=False):
+        raise ConfigError(
+            f"dtype is {dtype!r}; training computes in 'bfloat16' or 'float32' (float16 would need loss scaling)."
+        )
+    if (
+        compute_dtype == torch.bfloat16
+        and on_gpu
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         raise ConfigError(f"{torch.cuda.get_device_name()} has no bfloat16; wanted dtype='float32' on it.")
     sharding = asked_sharding(compute_dtype, MAX_GRAD_NORM)
     if sharding is not None and quantization is not None:

@@ -26,7 +26,18 @@ from torch import nn
 
 from ..errors import DataError, Interrupted
 from ..features.forecast import Asked, Forecast, decide
-from ..features.store import FORMAT, Features, Pictures, Planned, fill, image_key, is_whole, planned_files, read_plans, write_plan
+from ..features.store import (
+    FORMAT,
+    Features,
+    Pictures,
+    Planned,
+    fill,
+    image_key,
+    is_whole,
+    planned_files,
+    read_plans,
+    write_plan,
+)
 from ..modeling.parts import bare
 from ..modeling.tower import tower_features, tower_layers, tower_positions
 from ..packing.encoding import Encoder, Size
@@ -42,7 +53,14 @@ _SECONDS_BETWEEN_LINES = 5.0
 
 
 # Of the tower's configuration, what does not change its output; a checkpoint that a full stage wrote may say it otherwise.
-_NAMES_ONLY = {"architectures", "dtype", "torch_dtype", "transformers_version", "_name_or_path", "_attn_implementation"}
+_NAMES_ONLY = {
+    "architectures",
+    "dtype",
+    "torch_dtype",
+    "transformers_version",
+    "_name_or_path",
+    "_attn_implementation",
+}
 
 
 Shown = dict[tuple[str, bool], str]  # (path, whether it is alone in its conversation) → a row that shows it
@@ -50,7 +68,11 @@ Shown = dict[tuple[str, bool], str]  # (path, whether it is alone in its convers
 
 def fingerprint(model: nn.Module, encoder: Encoder, dtype: torch.dtype) -> str:
     """SHA-256 of all that features depend on beside the image: the tower's weights, its layers, the processor and the dtype."""
-    config = {key: value for key, value in bare(model).config.vision_config.to_dict().items() if key not in _NAMES_ONLY}
+    config = {
+        key: value
+        for key, value in bare(model).config.vision_config.to_dict().items()
+        if key not in _NAMES_ONLY
+    }
     settings = [FORMAT, transformers.__version__, config, tower_layers(model), str(dtype)]
     settings.append(encoder.processor.image_processor.to_dict())
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -119,7 +141,9 @@ class FeatureCache:
                 return None
         self._fill([(name, plans[name]) for name in broken[self.rank :: self.processes]], keys, shown)
         self.trainer.accelerator.wait_for_everyone()
-        return Features.open(self.folder, names, plans, {path: content for path, (content, _) in found.items()}, self.encoder)
+        return Features.open(
+            self.folder, names, plans, {path: content for path, (content, _) in found.items()}, self.encoder
+        )
 
     def _forecast(self, shown: Shown) -> tuple[int, int, int]:
         """How many different images are shown, how many of them have to be computed, and about the bytes of these.
@@ -141,7 +165,9 @@ class FeatureCache:
         planned = {(name_of(image.path), image.alone): image for images in plans.values() for image in images}
         there = [images for file, images in plans.items() if (self.folder / file).exists()]
         stored = {(name_of(image.path), image.alone) for images in there for image in images}
-        different = {(name, alone): (path, alone) for path, alone in shown if (name := name_of(path)) is not None}
+        different = {
+            (name, alone): (path, alone) for path, alone in shown if (name := name_of(path)) is not None
+        }
         absent = [planned[key] for key in different if key in planned and key not in stored]
         unplanned = [place for key, place in different.items() if key not in planned]
         size = self._bytes(absent) + self.tile_bytes * self._estimated_tiles(unplanned)
@@ -176,7 +202,9 @@ class FeatureCache:
                 continue
         return round(len(places) * sum(tiles) / max(len(tiles), 1))
 
-    def _agree_on(self, asked: Asked, images: int, uncomputed: int, missing: int, passes: float, again: bool = False) -> bool:
+    def _agree_on(
+        self, asked: Asked, images: int, uncomputed: int, missing: int, passes: float, again: bool = False
+    ) -> bool:
         """Decide in one process, which shows it, for all; the second time only where nothing came of it."""
         answer = [False]
         if self.trainer.is_world_process_zero():
@@ -225,7 +253,9 @@ class FeatureCache:
                 broken.append(name)
         return list(gather_object(broken))
 
-    def _fill(self, files: Sequence[tuple[str, tuple[Planned, ...]]], paths: dict[str, str], shown: Shown) -> None:
+    def _fill(
+        self, files: Sequence[tuple[str, tuple[Planned, ...]]], paths: dict[str, str], shown: Shown
+    ) -> None:
         """Compute and write files, one after the other."""
         images = [image for _, together in files for image in together]
         if not images:
@@ -238,11 +268,18 @@ class FeatureCache:
             def tower(tiles: torch.Tensor, number: int = number) -> torch.Tensor:
                 self._obey(f"{number:,} of {len(files):,} files that were missing are whole, and stay")
                 with self.trainer.accelerator.autocast():
-                    return tower_features(self.trainer.model, tiles.to(self.trainer.args.device)).to(self.dtype).cpu()
+                    return (
+                        tower_features(self.trainer.model, tiles.to(self.trainer.args.device))
+                        .to(self.dtype)
+                        .cpu()
+                    )
 
             stored += fill(self.folder / name, together, pixels, tower)
             speed = stored / (time.monotonic() - began)
-            self._progress(f"{stored:,} of {len(images):,} images stored, {speed:,.1f} images/s", last=number + 1 == len(files))
+            self._progress(
+                f"{stored:,} of {len(images):,} images stored, {speed:,.1f} images/s",
+                last=number + 1 == len(files),
+            )
 
     def _progress(self, what: str, last: bool = False) -> None:
         """Every few seconds, and at the end; of several processes the first speaks, of its own share."""

@@ -49,7 +49,9 @@ def enough_to_store_features(trainer: ResumableTrainer) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def enough_to_train(trainer: ResumableTrainer, max_row_tokens: int, gradient_checkpointing: bool) -> Iterator[None]:
+def enough_to_train(
+    trainer: ResumableTrainer, max_row_tokens: int, gradient_checkpointing: bool
+) -> Iterator[None]:
     """While a stage trains and measures its held-out loss.
 
     Raises:
@@ -60,7 +62,11 @@ def enough_to_train(trainer: ResumableTrainer, max_row_tokens: int, gradient_che
     except torch.OutOfMemoryError as error:
         indexes = [index for index in (trainer.train_index, trainer.eval_index) if index is not None]
         longest = max(int(index.column("length").max()) for index in indexes)
-        less = [f"max_row_tokens={max(max_row_tokens // 2, longest)} (now {max_row_tokens})"] if max_row_tokens > longest else []
+        less = (
+            [f"max_row_tokens={max(max_row_tokens // 2, longest)} (now {max_row_tokens})"]
+            if max_row_tokens > longest
+            else []
+        )
         less += [] if gradient_checkpointing else ["gradient_checkpointing=True"]
         advice = f"Make the same call with {' or '.join(less)}; what is learnt stays the same."
         if not less:

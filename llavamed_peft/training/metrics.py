@@ -18,10 +18,16 @@ class Watch(TrainerCallback):
         self.run_log = run_log
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float], **kwargs: Any) -> None:
-        record: dict[str, Any] = {"stage": self.trainer.stage.name, "step": state.global_step, "steps": state.max_steps}
+        record: dict[str, Any] = {
+            "stage": self.trainer.stage.name,
+            "step": state.global_step,
+            "steps": state.max_steps,
+        }
         if "eval_loss" in logs:
             record["eval_loss"] = logs["eval_loss"]
-        elif "loss" in logs and self.trainer.step_supervised_tokens:  # else none of its images could be decoded
+        elif (
+            "loss" in logs and self.trainer.step_supervised_tokens
+        ):  # else none of its images could be decoded
             seconds = self.trainer.training_seconds()
             record["epoch"] = round(state.epoch, 4)
             record["loss"] = logs["loss"]
@@ -31,7 +37,9 @@ class Watch(TrainerCallback):
             record["supervised_tokens_per_second"] = round(self.trainer.seen_supervised_tokens / seconds, 3)
             record["waiting_share"] = round(self.trainer.waiting_seconds / seconds, 4)
             record["seconds"] = round(seconds, 3)
-            record["seconds_left"] = round(seconds / state.global_step * (state.max_steps - state.global_step), 1)
+            record["seconds_left"] = round(
+                seconds / state.global_step * (state.max_steps - state.global_step), 1
+            )
         else:
             return
         self.trainer.history.append(record)

@@ -54,7 +54,13 @@ _COUNTED = (
 
 
 # Methods of the trainer, not documented, that are taken over here.
-_TAKEN_OVER = ("_init_training_state", "_prepare_for_training", "_run_epoch", "_load_rng_state", "_maybe_log_save_evaluate")
+_TAKEN_OVER = (
+    "_init_training_state",
+    "_prepare_for_training",
+    "_run_epoch",
+    "_load_rng_state",
+    "_maybe_log_save_evaluate",
+)
 
 
 class ResumableTrainer(SFTTrainer):
@@ -122,7 +128,10 @@ class ResumableTrainer(SFTTrainer):
         self.history = list(state["history"])
         self._saved_at = checkpoint.step
         self.args.eval_on_start = self.evaluation_due
-        for index, failed in ((self.train_index, state["failed"]["train"]), (self.eval_index, state["failed"]["eval"])):
+        for index, failed in (
+            (self.train_index, state["failed"]["train"]),
+            (self.eval_index, state["failed"]["eval"]),
+        ):
             if index is not None:
                 index.failed.update({row: reason for row, reason in failed})
 
@@ -242,16 +251,22 @@ class ResumableTrainer(SFTTrainer):
             digest.update(np.ascontiguousarray(self.train_index.column(name), dtype=np.int64).tobytes())
         return digest.hexdigest()
 
-    def _init_training_state(self, max_steps: int, steps_per_epoch: int, epochs: int, resume: Any, trial: Any) -> tuple[int, int]:
+    def _init_training_state(
+        self, max_steps: int, steps_per_epoch: int, epochs: int, resume: Any, trial: Any
+    ) -> tuple[int, int]:
         beginning = super()._init_training_state(max_steps, steps_per_epoch, epochs, None, trial)
         if self.checkpoint is None:
             return beginning
         step = self.checkpoint.step
         self.state.global_step, self.state.epoch = step, step / steps_per_epoch
         epoch, within = divmod(step, steps_per_epoch)
-        return (epoch, within) if step < max_steps else (epochs, 0)  # a part of an epoch would be taken up again
+        return (
+            (epoch, within) if step < max_steps else (epochs, 0)
+        )  # a part of an epoch would be taken up again
 
-    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume: Any) -> tuple[nn.Module, Any]:
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume: Any
+    ) -> tuple[nn.Module, Any]:
         prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
         self._began = time.monotonic()
         if self.checkpoint is not None:
@@ -259,7 +274,9 @@ class ResumableTrainer(SFTTrainer):
             self.lr_scheduler.load_state_dict(self.checkpoint.state["scheduler"])
             for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
                 group["lr"] = rate
-            self._began -= self.checkpoint.state["training_seconds"] + self.evaluation_seconds + self.checkpoint_seconds
+            self._began -= (
+                self.checkpoint.state["training_seconds"] + self.evaluation_seconds + self.checkpoint_seconds
+            )
         return prepared
 
     def _run_epoch(self, **settings: Any) -> None:

@@ -127,7 +127,9 @@ def train_stage(
     if computing.layout == "packed":
         device = torch.device("cuda" if on_gpu else "cpu")
         fills = fill_tokens(choose_attention(bare(model), device, computing.dtype))
-    collator = PackedCollator(processor, schedule.max_length, computing.max_row_tokens, computing.layout, fills)
+    collator = PackedCollator(
+        processor, schedule.max_length, computing.max_row_tokens, computing.layout, fills
+    )
     trainer = StageTrainer(model, config, processor, stage, train_index, eval_index, collator, max_rejected)
     unset_hf_deepspeed_config()  # or the next stage's model would be loaded in pieces
     trainer.remove_callback(PrinterCallback)
@@ -135,7 +137,8 @@ def train_stage(
     trainer.begin_from(checkpoint_folder, checkpoint, run_log)
     if not trainer.saves and trainer.is_world_process_zero():
         run_log.show(
-            f"{stage.name:<10} DeepSpeed: saved when it is finished; stopped before, it begins again (FSDP2 saves)", True
+            f"{stage.name:<10} DeepSpeed: saved when it is finished; stopped before, it begins again (FSDP2 saves)",
+            True,
         )
     if start is not None:
         # The trainer rounds a quantised model's trainables to bf16 while it is built; what the stage starts from is put back.
@@ -156,14 +159,18 @@ def train_stage(
         trainer.add_callback(_Masters(unrounded(model, computing.dtype)))
         if stage.trains == "projector":  # what it carries frozen, DeepSpeed would hand on rounded
             carried = {name: tensor for name, tensor in trainable_tensors(model).items() if is_lora(name)}
-    if why := why_nothing_is_learnt(stage, len(train_index.sampler(collator, schedule, seed)), train_index.image_counts().sum()):
+    if why := why_nothing_is_learnt(
+        stage, len(train_index.sampler(collator, schedule, seed)), train_index.image_counts().sum()
+    ):
         warnings.warn(f"Stage {stage.name!r} will learn nothing: {why}", stacklevel=2)
     # autograd's threads, which this does not reach, compile nothing: what they compute again was compiled here
     compiling = torch.compiler.config.patch(recompile_limit=RECOMPILE_LIMIT)
     with trainer.naming_rows(), trainer.stop, compiling:
         if sharding is None:
             with enough_to_store_features(trainer):
-                trainer.collator.features = trainer.stored_features(computing.feature_cache, computing.dtype, feature_folder)
+                trainer.collator.features = trainer.stored_features(
+                    computing.feature_cache, computing.dtype, feature_folder
+                )
         with enough_to_train(trainer, computing.max_row_tokens, computing.gradient_checkpointing):
             trainer.train()
             if eval_index is not None and trainer.evaluated_at != trainer.state.global_step:
@@ -175,7 +182,9 @@ def train_stage(
             run_log.show(f"{stage.name:<10} {lost}, such as: {next(iter(index.failed.values()))}", True)
     if trainer.seen_conversations == 0:
         why = next(iter(train_index.failed.values()), "")
-        raise TrainingError(f"Not one conversation of stage {stage.name!r} could be decoded; nothing was written. {why}")
+        raise TrainingError(
+            f"Not one conversation of stage {stage.name!r} could be decoded; nothing was written. {why}"
+        )
     tensors = trainable_tensors(model) | carried
     if broken := [name for name, tensor in tensors.items() if not tensor.isfinite().all()]:
         raise TrainingError(
@@ -183,7 +192,9 @@ def train_stage(
             "nothing of this stage was written, the stages before it are untouched."
         )
     trained = Trained(tensors, summary(trainer, trainable))
-    del trainer  # it and its callbacks hold one another, the model and the optimizer; the next stage loads its own
+    del (
+        trainer
+    )  # it and its callbacks hold one another, the model and the optimizer; the next stage loads its own
     gc.collect()
     return trained
 

@@ -42,16 +42,25 @@ from .checkpoints import rng_state, standing
 from .filling import FeatureCache
 from .resuming import ResumableTrainer
 
-HANGS_AFTER = 600.0  # seconds that a worker may be at one image; a slow disk takes seconds, a dead one for ever
+HANGS_AFTER = (
+    600.0  # seconds that a worker may be at one image; a slow disk takes seconds, a dead one for ever
+)
 
 
 LOOKS_EVERY = 10.0  # seconds in which training that waits for data looks whether its workers get on
 
 
-_AHEAD = {"train": 1, "eval": 1, "features": 2}  # items that a worker prepares ahead, by use: whole steps, or single images
+_AHEAD = {
+    "train": 1,
+    "eval": 1,
+    "features": 2,
+}  # items that a worker prepares ahead, by use: whole steps, or single images
 
 
-_DIED, _TIMED_OUT = ("DataLoader worker (pid", "DataLoader timed out")  # how torch's errors begin; it has no class for them
+_DIED, _TIMED_OUT = (
+    "DataLoader worker (pid",
+    "DataLoader timed out",
+)  # how torch's errors begin; it has no class for them
 
 
 # torch hands each tensor of a worker over as an open file: 8 workers may have 2,000 under way, and 1,024 is the usual limit.
@@ -86,7 +95,9 @@ class StageTrainer(ResumableTrainer):
         max_rejected: float,
     ):
         self.collator, self.max_rejected = collator, max_rejected
-        self.tile_bytes = collator.encoder.tile_bytes  # of what a device batch holds of an image's tile: pixels, or features
+        self.tile_bytes = (
+            collator.encoder.tile_bytes
+        )  # of what a device batch holds of an image's tile: pixels, or features
         self.workers: dict[str, int] = {}  # of the data loaders of each use
         self.worker_notes: dict[str, WorkerNotes] = {}
         if config.dataloader_num_workers:
@@ -109,11 +120,15 @@ class StageTrainer(ResumableTrainer):
         return self._steps(self.train_index, self.schedule, "train")
 
     def _sampler(self, index: Index, schedule: Schedule) -> StepSampler:
-        return index.sampler(self.collator, schedule, self.args.seed, self.args.process_index, self.args.world_size)
+        return index.sampler(
+            self.collator, schedule, self.args.seed, self.args.process_index, self.args.world_size
+        )
 
     def _steps(self, index: Index, schedule: Schedule, use: str) -> DataLoader[list[DeviceInputs]]:
         share = max(1, min(schedule.global_batch, len(index)) / self.args.world_size)
-        loading = self._loading(use, lambda: share * index.mean_tiles(self.collator.encoder) * self.tile_bytes)
+        loading = self._loading(
+            use, lambda: share * index.mean_tiles(self.collator.encoder) * self.tile_bytes
+        )
         return StepLoader(
             DeviceBatches(index, self.collator, self.worker_notes.get(use)),
             batch_sampler=self._sampler(index, schedule),
@@ -212,7 +227,9 @@ class StageTrainer(ResumableTrainer):
             except StopIteration:
                 return
             except TrainingError as error:  # around whose words torch puts the worker's traceback
-                raise TrainingError(str(error).rpartition(f"{TrainingError.__module__}.TrainingError: ")[2].strip()) from error
+                raise TrainingError(
+                    str(error).rpartition(f"{TrainingError.__module__}.TrainingError: ")[2].strip()
+                ) from error
             except RuntimeError as error:
                 if not str(error).startswith(_TIMED_OUT):
                     raise
@@ -233,12 +250,20 @@ class StageTrainer(ResumableTrainer):
         except (RuntimeError, ConnectionError, EOFError) as error:
             # What a dying worker had sent cannot be fetched, some moments before torch learns of its end: that comes now.
             patience = time.monotonic() + (1 if isinstance(error, RuntimeError) else 10)
-            while self.worker_notes and not any(note.is_dead for note in self._notes()) and time.monotonic() < patience:
+            while (
+                self.worker_notes
+                and not any(note.is_dead for note in self._notes())
+                and time.monotonic() < patience
+            ):
                 with contextlib.suppress(RuntimeError):
                     time.sleep(0.1)
             notes = self._notes()
             ends = [f"died at {note.text}" for note in notes if note.is_dead]
-            ends += [f"has been at {note.text} for {note.seconds:.0f} s" for note in notes if note.seconds > HANGS_AFTER]
+            ends += [
+                f"has been at {note.text} for {note.seconds:.0f} s"
+                for note in notes
+                if note.seconds > HANGS_AFTER
+            ]
             if not ends and not str(error).startswith((_DIED, _TIMED_OUT)):
                 raise
             unknown = "hangs" if str(error).startswith(_TIMED_OUT) else "died"
@@ -251,14 +276,18 @@ class StageTrainer(ResumableTrainer):
     def _notes(self) -> list[WorkerNote]:
         return [note for notes in self.worker_notes.values() for note in notes.read()]
 
-    def get_batch_samples(self, steps: Iterator[list[DeviceInputs]], *arguments: Any) -> tuple[list[list[DeviceInputs]], Any]:
+    def get_batch_samples(
+        self, steps: Iterator[list[DeviceInputs]], *arguments: Any
+    ) -> tuple[list[list[DeviceInputs]], Any]:
         """The next step's data; what it takes is time that the model waits."""
         began = time.monotonic()
         samples = super().get_batch_samples(self._patiently(steps, "train"), *arguments)
         self.waiting_seconds += time.monotonic() - began
         return samples
 
-    def training_step(self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None) -> torch.Tensor:
+    def training_step(
+        self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
         """One optimizer step's gradient: each device batch in turn, scaled by the step's supervised tokens over all processes."""
         model.train()
         before = rng_state()
@@ -280,12 +309,16 @@ class StageTrainer(ResumableTrainer):
             total += loss.detach()
             del loss  # or its graph's memory would still be held while the next batch runs forward
         if not torch.isfinite(total):
-            raise TrainingError(f"The loss of step {self.state.global_step + 1} is {total.item()}. {self.would_recur()}")
+            raise TrainingError(
+                f"The loss of step {self.state.global_step + 1} is {total.item()}. {self.would_recur()}"
+            )
         self.seen_conversations += conversations
         self.seen_supervised_tokens += supervised
         return total
 
-    def evaluate(self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval") -> dict[str, float]:
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
         """The held-out loss: the mean over all supervised tokens of the held-out data.
 
         Raises:
@@ -329,7 +362,9 @@ class StageTrainer(ResumableTrainer):
             if parameter.requires_grad:
                 part = "projector" if PROJECTOR in name else "language_model"
                 decay = self.args.weight_decay if name in decayed else 0.0
-                group = groups.setdefault((part, decay), {"name": part, "lr": rates[part], "weight_decay": decay, "params": []})
+                group = groups.setdefault(
+                    (part, decay), {"name": part, "lr": rates[part], "weight_decay": decay, "params": []}
+                )
                 group["params"].append(parameter)
         return list(groups.values())
 
@@ -356,7 +391,11 @@ class StageTrainer(ResumableTrainer):
             TrainingError: more rows are unusable by now than may be.
         """
         failed = {row: why for batch in inputs for row, why in batch.failed if row not in index.failed}
-        local = [sum(batch.conversations for batch in inputs), sum(batch.supervised_tokens for batch in inputs), len(failed)]
+        local = [
+            sum(batch.conversations for batch in inputs),
+            sum(batch.supervised_tokens for batch in inputs),
+            len(failed),
+        ]
         conversations, supervised, newly_failed = self.agree_on_stopping(*local)
         if newly_failed:
             index.failed.update(gather_object(list(failed.items())))

@@ -41,7 +41,18 @@ from pathlib import Path
 from statistics import mean
 
 import torch
-from scenes import COLORS, FIRST_SEED, IMAGE_SIZE, INSTRUCTIONS, SHAPES, Scene, SceneQuestion, Turns, clinic_scene, general_scene
+from scenes import (
+    COLORS,
+    FIRST_SEED,
+    IMAGE_SIZE,
+    INSTRUCTIONS,
+    SHAPES,
+    Scene,
+    SceneQuestion,
+    Turns,
+    clinic_scene,
+    general_scene,
+)
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -133,7 +144,11 @@ def scene_texts(scenes: Iterable[Scene]) -> Iterable[str]:
 
 def build_processor() -> LlavaProcessor:
     """Tokenizer, image preparation (80 pixels, values from -1 to 1) and chat template."""
-    scenes = (scene_of(FIRST_SEED["base"] + number) for number in range(2_000) for scene_of in (general_scene, clinic_scene))
+    scenes = (
+        scene_of(FIRST_SEED["base"] + number)
+        for number in range(2_000)
+        for scene_of in (general_scene, clinic_scene)
+    )
     image_processor = CLIPImageProcessorPil(  # saved under CLIP's name, so that a machine with torchvision may use that instead
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
@@ -195,7 +210,9 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
             nn.init.normal_(weight, std=std * (2 * layers) ** -0.5 if into_residual else std)
     nn.init.normal_(model.model.vision_tower.embeddings.patch_embedding.weight, std=(3 * PATCH**2) ** -0.5)
     model.generation_config = GenerationConfig(
-        bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
     )
     return model
 
@@ -251,12 +268,17 @@ class RowBuilder:
     def _ask_for_caption(scene: Scene, rng: random.Random) -> Turns:
         return ((rng.choice(INSTRUCTIONS), scene.caption),)
 
-    def _row(self, scene: Scene, talks: list[tuple[str, Turns]], questions: Sequence[SceneQuestion], seen: bool) -> Row:
+    def _row(
+        self, scene: Scene, talks: list[tuple[str, Turns]], questions: Sequence[SceneQuestion], seen: bool
+    ) -> Row:
         report = None if seen else scene.caption
         prefix: tuple[int, ...] = ()
         branches = []
         talks = [(kind, "", turns) for kind, turns in talks]
-        asked = [(question.answer_type, question.kind, ((question.question, question.answer),)) for question in questions]
+        asked = [
+            (question.answer_type, question.kind, ((question.question, question.answer),))
+            for question in questions
+        ]
         for kind, about, turns in chain(talks, asked):
             prefix, ids, supervised = self._encode(turns, report)
             weight = {"closed": CLOSED_WEIGHT, "open": OPEN_WEIGHT}.get(kind, 1.0)
@@ -267,7 +289,9 @@ class RowBuilder:
             branches.append(Branch(kind, about, ids, weights))
         return Row(prefix, tuple(branches))
 
-    def _encode(self, turns: Turns, report: str | None) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    def _encode(
+        self, turns: Turns, report: str | None
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
         """Prefix up to the line break behind the image (or the report), the tokens behind it, and which of them are answer."""
         messages = []
         for number, (request, answer) in enumerate(turns):
@@ -280,7 +304,9 @@ class RowBuilder:
         )
         ids, supervised = tokens["input_ids"], tokens["assistant_masks"]
         cut = ids.index(self._line_break) + 1
-        prefix = chain.from_iterable([token] * (GRID**2 if token == self._image else 1) for token in ids[:cut])
+        prefix = chain.from_iterable(
+            [token] * (GRID**2 if token == self._image else 1) for token in ids[:cut]
+        )
         return tuple(prefix), tuple(ids[cut:]), tuple(supervised[cut:])
 
 
@@ -318,7 +344,9 @@ def collate(rows: Sequence[Row], pixels: Tensor) -> Batch:
             weights[number, begin:end] = torch.tensor(part.weights)
             begin = end
     query, key = branch[:, :, None], branch[:, None, :]
-    mask = ((query == key) | ((key == 0) & (query >= 0))) & torch.ones(length, length, dtype=torch.bool).tril()
+    mask = ((query == key) | ((key == 0) & (query >= 0))) & torch.ones(
+        length, length, dtype=torch.bool
+    ).tril()
     return Batch(ids, positions, branch, weights, mask[:, None], pixels)
 
 
@@ -369,9 +397,13 @@ class PatchProbe(nn.Module):
         self.pixels = nn.Linear(WIDTH, 3 * (PATCH // 2) ** 2)
 
     def forward(self, patches_NPC: Tensor, pixels_N3HW: Tensor, scenes: Sequence[Scene]) -> Tensor:
-        coarse = F.unfold(F.avg_pool2d(pixels_N3HW, 2), kernel_size=PATCH // 2, stride=PATCH // 2).transpose(1, 2)
+        coarse = F.unfold(F.avg_pool2d(pixels_N3HW, 2), kernel_size=PATCH // 2, stride=PATCH // 2).transpose(
+            1, 2
+        )
         loss = 4 * F.mse_loss(self.pixels(patches_NPC), coarse)
-        for head, label_NP in zip(self.classes, torch.stack([self._labels(scene) for scene in scenes], dim=1), strict=True):
+        for head, label_NP in zip(
+            self.classes, torch.stack([self._labels(scene) for scene in scenes], dim=1), strict=True
+        ):
             weight = torch.ones(head.out_features)
             weight[0] = 0.15  # most patches show nothing
             loss = loss + F.cross_entropy(head(patches_NPC).flatten(0, 1), label_NP.flatten(), weight=weight)
@@ -384,7 +416,9 @@ class PatchProbe(nn.Module):
         centres = torch.arange(GRID) * PATCH + PATCH // 2
         for shape in scene.shapes:
             rows, columns = ((centres - middle).abs() < shape.radius + 2 for middle in (shape.y, shape.x))
-            values = torch.tensor([SHAPES.index(shape.name), list(COLORS).index(shape.color), int(shape.large)])
+            values = torch.tensor(
+                [SHAPES.index(shape.name), list(COLORS).index(shape.color), int(shape.large)]
+            )
             labels[:, rows[:, None] & columns] = 1 + values[:, None]
         return labels.flatten(1)
 
@@ -403,7 +437,11 @@ def adamw(learning_rate: float, *modules: nn.Module) -> torch.optim.AdamW:
 
 
 def warm_up_tower(
-    model: LlavaForConditionalGeneration, probe: PatchProbe, processor: LlavaProcessor, seeds: Iterator[int], steps: int
+    model: LlavaForConditionalGeneration,
+    probe: PatchProbe,
+    processor: LlavaProcessor,
+    seeds: Iterator[int],
+    steps: int,
 ) -> None:
     """The vision tower alone on the dense task."""
     optimizer = adamw(2e-3, model.model.vision_tower, probe)
@@ -427,18 +465,26 @@ def scene_to_look_at(seeds: Iterator[int], at_most: int) -> Scene:
 
 
 def train(
-    model: LlavaForConditionalGeneration, probe: PatchProbe, processor: LlavaProcessor, seeds: Iterator[int], steps: int
+    model: LlavaForConditionalGeneration,
+    probe: PatchProbe,
+    processor: LlavaProcessor,
+    seeds: Iterator[int],
+    steps: int,
 ) -> None:
     """The whole model on captions, questions and dialogues; a step takes six general scenes seen and two scenes told in words."""
     rows_of = RowBuilder(processor)
     rng = random.Random(0)
     watched = [general_scene(FIRST_SEED["general_heldout"] + 50_000 + number) for number in range(60)]
     optimizer = adamw(1.5e-3, model, probe)
-    schedule = LambdaLR(optimizer, lambda step: min(1.0, (step + 1) / 100, max(0.03, (1 - step / steps) / 0.3)))
+    schedule = LambdaLR(
+        optimizer, lambda step: min(1.0, (step + 1) / 100, max(0.03, (1 - step / steps) / 0.3))
+    )
     started = time.monotonic()
     for step in range(1, steps + 1):
         seen = [scene_to_look_at(seeds, at_most=1 if step <= steps * SIMPLE_SHARE else 4) for _ in range(6)]
-        told = [clinic_scene(next(seeds)) if rng.random() < 0.6 else general_scene(next(seeds)) for _ in range(2)]
+        told = [
+            clinic_scene(next(seeds)) if rng.random() < 0.6 else general_scene(next(seeds)) for _ in range(2)
+        ]
         rows = [rows_of.sample(scene, rng, seen=True) for scene in seen]
         rows += [rows_of.sample(scene, rng, seen=False) for scene in told]
         batch = collate(rows, pixels_of(processor, seen))
@@ -453,7 +499,10 @@ def train(
         if step % 250 == 0 or step == steps:
             result = evaluate(model, processor, watched)
             minutes = (time.monotonic() - started) / 60
-            print(f"step {step} of {steps}, {minutes:.1f} min: loss {loss.item():.3f}; held-out general {result}", flush=True)
+            print(
+                f"step {step} of {steps}, {minutes:.1f} min: loss {loss.item():.3f}; held-out general {result}",
+                flush=True,
+            )
 
 
 # -------------------------------------------------------------------------------------------------------------- evaluation
@@ -476,7 +525,10 @@ class Result:
 
 @torch.no_grad()
 def evaluate(
-    model: LlavaForConditionalGeneration, processor: LlavaProcessor, scenes: Sequence[Scene], shuffled: bool = False
+    model: LlavaForConditionalGeneration,
+    processor: LlavaProcessor,
+    scenes: Sequence[Scene],
+    shuffled: bool = False,
 ) -> Result:
     """All texts of the scenes; an answer is right if each of its tokens, the end included, is the likeliest after the true ones.
 
@@ -501,27 +553,43 @@ def evaluate(
                     right[f"{branch.kind} {branch.about}"].append(right[branch.kind][-1])
     model.train()
     by_kind = {kind: mean(values) for kind, values in sorted(right.items()) if " " in kind}
-    return Result(mean(right["closed"]), mean(right["open"]), mean(losses["caption"]), mean(losses["dialogue"]), by_kind)
+    return Result(
+        mean(right["closed"]), mean(right["open"]), mean(losses["caption"]), mean(losses["dialogue"]), by_kind
+    )
 
 
 def print_table(model: LlavaForConditionalGeneration, processor: LlavaProcessor) -> None:
     general = [general_scene(FIRST_SEED["general_heldout"] + number) for number in range(250)]
     clinic = [clinic_scene(FIRST_SEED["heldout"] + number) for number in range(250)]
-    print("\n| held-out scenes | closed (guessing .500) | open | caption loss | dialogue loss |\n|---|---|---|---|---|")
-    sets = (("general", general, False), ("general, images shuffled", general, True), ("clinic, never seen", clinic, False))
+    print(
+        "\n| held-out scenes | closed (guessing .500) | open | caption loss | dialogue loss |\n|---|---|---|---|---|"
+    )
+    sets = (
+        ("general", general, False),
+        ("general, images shuffled", general, True),
+        ("clinic, never seen", clinic, False),
+    )
     results = {}
     for name, scenes, shuffled in sets:
         result = evaluate(model, processor, scenes, shuffled)
-        print(f"| {name} | {result.closed:.3f} | {result.open:.3f} | {result.caption:.3f} | {result.dialogue:.3f} |", flush=True)
+        print(
+            f"| {name} | {result.closed:.3f} | {result.open:.3f} | {result.caption:.3f} | {result.dialogue:.3f} |",
+            flush=True,
+        )
         results[name] = result
-    print("\nHeld-out general scenes by kind: " + ", ".join(f"{kind} {x:.2f}" for kind, x in results["general"].by_kind.items()))
+    print(
+        "\nHeld-out general scenes by kind: "
+        + ", ".join(f"{kind} {x:.2f}" for kind, x in results["general"].by_kind.items())
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, required=True, help="folder for the checkpoint")
     parser.add_argument("--steps", type=int, default=4_500, help="training steps of the whole model")
-    parser.add_argument("--tower-steps", type=int, default=800, help="training steps of the vision tower before that")
+    parser.add_argument(
+        "--tower-steps", type=int, default=800, help="training steps of the vision tower before that"
+    )
     options = parser.parse_args()
 
     torch.manual_seed(0)

@@ -81,21 +81,36 @@ class Demo:
 
 def main() -> int:
     """Draw, train, ask, show, for each seed; 1 where a bound is missed."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--output_dir", type=Path, default=Path("runs/demo"), help="emptied of an earlier demo first; default runs/demo"
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--curriculum", type=Path, default=HERE / "curriculum.yaml", help="default: the demo's")
     parser.add_argument(
-        "--seeds", type=int, nargs="+", default=[0], help="of the clinic drawn, the order of its rows, LoRA; default 0"
+        "--output_dir",
+        type=Path,
+        default=Path("runs/demo"),
+        help="emptied of an earlier demo first; default runs/demo",
     )
-    parser.add_argument("--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of batches; default %(default)s")
+    parser.add_argument(
+        "--curriculum", type=Path, default=HERE / "curriculum.yaml", help="default: the demo's"
+    )
+    parser.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="of the clinic drawn, the order of its rows, LoRA; default 0",
+    )
+    parser.add_argument(
+        "--layout", choices=LAYOUTS, default=LAYOUTS[0], help="of batches; default %(default)s"
+    )
     arguments = parser.parse_args()
     curriculum = Curriculum.from_yaml(arguments.curriculum)
     curricula = {seed: replace(curriculum, seed=seed) for seed in arguments.seeds}
     empty(arguments.output_dir)
     several = len(curricula) > 1
-    folders = {seed: arguments.output_dir / f"seed-{seed}" if several else arguments.output_dir for seed in curricula}
+    folders = {
+        seed: arguments.output_dir / f"seed-{seed}" if several else arguments.output_dir for seed in curricula
+    }
     demos = {seed: run(curriculum, folders[seed], arguments.layout) for seed, curriculum in curricula.items()}
     if several:
         table = seeds_table(demos)
@@ -112,7 +127,9 @@ def empty(folder: Path) -> None:
         raise ConfigError(f"output_dir {folder} is a file; wanted a folder.")
     there = sorted(folder.iterdir()) if folder.is_dir() else []
     if foreign := [path.name for path in there if not re.fullmatch(LEFT, path.name)]:
-        raise ConfigError(f"output_dir {folder} holds {', '.join(foreign[:3])}, which no demo left; wanted another folder.")
+        raise ConfigError(
+            f"output_dir {folder} holds {', '.join(foreign[:3])}, which no demo left; wanted another folder."
+        )
     for path in there:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
 
@@ -134,7 +151,10 @@ def run(curriculum: Curriculum, folder: Path, layout: str) -> Demo:
         dtype="float32",  # also where there is a GPU: the bounds were found in it
     )
     trained = time.monotonic()
-    print(f"Asking {QUESTIONS} held-out questions of the base and of each stage, swapped on one model ...", flush=True)
+    print(
+        f"Asking {QUESTIONS} held-out questions of the base and of each stage, swapped on one model ...",
+        flush=True,
+    )
     questions = read_questions(files["vqa_heldout"])[:QUESTIONS]
     exams = examine(adapters, questions, files)
     demo = Demo(exams, trained - began, time.monotonic() - trained)
@@ -142,9 +162,15 @@ def run(curriculum: Curriculum, folder: Path, layout: str) -> Demo:
     (folder / "table.md").write_text(table, encoding="utf-8")
     draw(questions, exams, read_metrics(folder / "stages"), folder / "answers.png")
     print(f"\n{table}")
-    print(f"Training took {demo.training_seconds:.0f} s, asking {demo.asking_seconds:.0f} s. Closed questions come in pairs of")
-    print("opposite answers: guessing scores .50. 'shuffled' is the last stage shown other images. General scenes are what the")
-    print("base came with: the curriculum forgets some of them. The images are drawings and the base had read the clinic's")
+    print(
+        f"Training took {demo.training_seconds:.0f} s, asking {demo.asking_seconds:.0f} s. Closed questions come in pairs of"
+    )
+    print(
+        "opposite answers: guessing scores .50. 'shuffled' is the last stage shown other images. General scenes are what the"
+    )
+    print(
+        "base came with: the curriculum forgets some of them. The images are drawings and the base had read the clinic's"
+    )
     print("sentences: nothing here says anything about medicine.")
     print(f"Stages: {folder}/stages/  Picture: {folder}/answers.png\n")
     return demo
@@ -154,14 +180,18 @@ def read_questions(path: Path) -> list[Question]:
     """The held-out questions: LLaVA JSON whose rows also say which are open and which closed."""
     kinds = [row["answer_type"] for row in json.loads(path.read_text(encoding="utf-8"))]
     asked = [
-        Question(c.id, c.images[0], c.turns[0].text.removeprefix("<image>"), c.turns[1].text, kind, source=c.source)
+        Question(
+            c.id, c.images[0], c.turns[0].text.removeprefix("<image>"), c.turns[1].text, kind, source=c.source
+        )
         for c, kind in zip(llava_json.read(path), kinds, strict=True)
     ]
     step = max(1, len(asked) // QUESTIONS)  # spread over the images
     return asked[::step]
 
 
-def examine(adapters: Mapping[str, StageAdapter], questions: Sequence[Question], files: Mapping[str, Path]) -> dict[str, Exam]:
+def examine(
+    adapters: Mapping[str, StageAdapter], questions: Sequence[Question], files: Mapping[str, Path]
+) -> dict[str, Exam]:
     """Every stage's exam, on one base: stock PEFT loads the folders and swaps them."""
     model, processor = load_checkpoint(BASE)
     exams = {"base": take_exam(model, processor, questions, files)}
@@ -176,13 +206,18 @@ def examine(adapters: Mapping[str, StageAdapter], questions: Sequence[Question],
         exams[name] = take_exam(peft_model.eval(), processor, questions, files)
     assert peft_model is not None
     others = [*questions[len(questions) // 2 :], *questions[: len(questions) // 2]]
-    shuffled = [replace(question, image=other.image) for question, other in zip(questions, others, strict=True)]
+    shuffled = [
+        replace(question, image=other.image) for question, other in zip(questions, others, strict=True)
+    ]
     exams["shuffled"] = take_exam(peft_model, processor, shuffled, None)
     return exams
 
 
 def take_exam(
-    model: torch.nn.Module, processor: ProcessorMixin, questions: Sequence[Question], files: Mapping[str, Path] | None
+    model: torch.nn.Module,
+    processor: ProcessorMixin,
+    questions: Sequence[Question],
+    files: Mapping[str, Path] | None,
 ) -> Exam:
     """Ask the questions and, given the files, measure the losses and what is left of the general scenes."""
     answers = answer_questions(model, processor, questions, max_new_tokens=8, batch_size=64)
@@ -222,7 +257,14 @@ def exam_table(exams: Mapping[str, Exam]) -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for name, exam in exams.items():
-        numbers = (exam.closed, exam.open, exam.caption_loss, exam.dialogue_loss, exam.general_closed, exam.general_open)
+        numbers = (
+            exam.closed,
+            exam.open,
+            exam.caption_loss,
+            exam.dialogue_loss,
+            exam.general_closed,
+            exam.general_open,
+        )
         rows.append(f"| {name} | " + " | ".join("–" if n != n else f"{n:.3f}" for n in numbers) + " |")
     return "\n".join(rows) + "\n"
 
@@ -257,7 +299,9 @@ def seeds_table(demos: Mapping[int, Demo]) -> str:
     return "\n".join(rows) + "\n"
 
 
-def draw(questions: Sequence[Question], exams: Mapping[str, Exam], losses: Sequence[dict[str, object]], path: Path) -> None:
+def draw(
+    questions: Sequence[Question], exams: Mapping[str, Exam], losses: Sequence[dict[str, object]], path: Path
+) -> None:
     """Six held-out images with a question, the truth and every stage's answer, and below them each stage's losses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -295,20 +339,28 @@ def shown(questions: Sequence[Question]) -> list[int]:
         asked = {questions[number].question for number in chosen}
         rest = range(len(questions) * panel // 6, len(questions))
         kind = ("open", "closed")[panel % 2]
-        chosen.append(next(n for n in rest if questions[n].answer_type == kind and questions[n].question not in asked))
+        chosen.append(
+            next(n for n in rest if questions[n].answer_type == kind and questions[n].question not in asked)
+        )
     return chosen
 
 
 def missed_bounds(exams: Mapping[str, Exam]) -> list[str]:
     """What the curriculum should have taught and did not."""
-    base, align, instruct, vqa, shuffled = (exams[name] for name in ("base", "align", "instruct", "vqa", "shuffled"))
+    base, align, instruct, vqa, shuffled = (
+        exams[name] for name in ("base", "align", "instruct", "vqa", "shuffled")
+    )
     reached = {
         "closed": vqa.closed,
         "open": vqa.open,
         "closed above shuffled": vqa.closed - shuffled.closed,
         "open above shuffled": vqa.open - shuffled.open,
     }
-    missed = [f"{name} is {reached[name]:.3f}; wanted {bound} or more" for name, bound in BOUNDS.items() if reached[name] < bound]
+    missed = [
+        f"{name} is {reached[name]:.3f}; wanted {bound} or more"
+        for name, bound in BOUNDS.items()
+        if reached[name] < bound
+    ]
     if base.closed > BASE_CLOSED_AT_MOST:
         missed.append(f"the base's closed is {base.closed:.3f}; wanted {BASE_CLOSED_AT_MOST} at most")
     for what, after, before in (

@@ -33,7 +33,14 @@ IMAGE_SIZE = 80
 INSTRUCTIONS = ("Describe the image.", "Please describe the image.", "Give a short description of the image.")
 
 # First seed of each set. The sets are disjoint: each may take 100,000 seeds, the base's training all from 1,000,000 on.
-FIRST_SEED = {"align": 0, "instruct": 100_000, "vqa": 200_000, "heldout": 300_000, "general_heldout": 400_000, "base": 1_000_000}
+FIRST_SEED = {
+    "align": 0,
+    "instruct": 100_000,
+    "vqa": 200_000,
+    "heldout": 300_000,
+    "general_heldout": 400_000,
+    "base": 1_000_000,
+}
 SEEDS_OF_A_CLINIC = 100_000_000
 
 Color = tuple[int, int, int]
@@ -114,16 +121,22 @@ class _Canvas:
     def disc(self, x: float, y: float, radius: float, color: Color) -> None:
         self.ellipse(x, y, radius, radius, color)
 
-    def ring(self, x: float, y: float, radius: float, color: Color, width: int, fill: Color | None = None) -> None:
+    def ring(
+        self, x: float, y: float, radius: float, color: Color, width: int, fill: Color | None = None
+    ) -> None:
         self._draw.ellipse(self._box(x, y, radius, radius), fill=fill, outline=color, width=width)
 
     def rectangle(self, x: float, y: float, half_width: float, half_height: float, color: Color) -> None:
         self._draw.rectangle(self._box(x, y, half_width, half_height), fill=color)
 
     def polygon(self, points: Iterable[tuple[float, float]], color: Color) -> None:
-        self._draw.polygon([(round(x + self._shift[0]), round(y + self._shift[1])) for x, y in points], fill=color)
+        self._draw.polygon(
+            [(round(x + self._shift[0]), round(y + self._shift[1])) for x, y in points], fill=color
+        )
 
-    def arc(self, x: float, y: float, half_width: float, half_height: float, start: int, end: int, color: Color) -> None:
+    def arc(
+        self, x: float, y: float, half_width: float, half_height: float, start: int, end: int, color: Color
+    ) -> None:
         self._draw.arc(self._box(x, y, half_width, half_height), start, end, fill=color)
 
     def with_noise(self, rng: random.Random, strength: int) -> Image.Image:
@@ -153,13 +166,19 @@ def _article(noun: str) -> str:
 
 def _pair(kind: str, words: str, true: str, false: str) -> list[SceneQuestion]:
     """A closed question and its opposite: `words` with `{}` filled once so that it is true, once so that it is false."""
-    return [SceneQuestion(words.format(true), "yes", "closed", kind), SceneQuestion(words.format(false), "no", "closed", kind)]
+    return [
+        SceneQuestion(words.format(true), "yes", "closed", kind),
+        SceneQuestion(words.format(false), "no", "closed", kind),
+    ]
 
 
 def _presence(kind: str, present: bool, question: str, opposite: str) -> list[SceneQuestion]:
     """Two closed questions after one thing, of which one is true if it is present, the other if it is not."""
     answers = ("yes", "no") if present else ("no", "yes")
-    return [SceneQuestion(words, answer, "closed", kind) for words, answer in zip((question, opposite), answers, strict=True)]
+    return [
+        SceneQuestion(words, answer, "closed", kind)
+        for words, answer in zip((question, opposite), answers, strict=True)
+    ]
 
 
 def _open(kind: str, question: str, answer: str) -> SceneQuestion:
@@ -219,7 +238,9 @@ def general_scene(seed: int) -> Scene:
         _draw_shape(canvas, shapes[-1], _vary(rng, COLORS[color], 12))
     shapes.sort(key=lambda shape: (shape.y >= 40, shape.x))
 
-    caption = " and ".join(f"a {shape.size} {shape.color} {shape.name} in the {shape.place}" for shape in shapes)
+    caption = " and ".join(
+        f"a {shape.size} {shape.color} {shape.name} in the {shape.place}" for shape in shapes
+    )
     caption += f" with {dots} {dot_color} dots" if dots else ""
     caption = f"A{caption[1:]} on a {background} background."
     questions = _general_questions(rng, shapes, colors, dots, background)
@@ -234,7 +255,9 @@ def _draw_shape(canvas: _Canvas, shape: Shape, color: Color) -> None:
     elif shape.name == "square":
         canvas.rectangle(x, y, radius * 0.88, radius * 0.88, color)
     elif shape.name == "triangle":
-        canvas.polygon([(x, y - radius), (x - radius, y + radius * 0.9), (x + radius, y + radius * 0.9)], color)
+        canvas.polygon(
+            [(x, y - radius), (x - radius, y + radius * 0.9), (x + radius, y + radius * 0.9)], color
+        )
     elif shape.name == "ring":
         canvas.ring(x, y, radius, color, width=max(2, round(radius * 0.4)))
     elif shape.name == "cross":
@@ -263,23 +286,41 @@ def _general_questions(
     shown_names = [name for name in SHAPES if any(shape.name == name for shape in shapes)]
     count = COUNTS[len(shapes) - 1]
 
-    shape = rng.choice(shapes)  # the false question differs from the true one in colour or in shape, not in both
-    near = [(color, shape.name) for color in colors] if rng.random() < 0.5 else [(shape.color, name) for name in SHAPES]
+    shape = rng.choice(
+        shapes
+    )  # the false question differs from the true one in colour or in shape, not in both
+    near = (
+        [(color, shape.name) for color in colors]
+        if rng.random() < 0.5
+        else [(shape.color, name) for name in SHAPES]
+    )
     absent = rng.choice([candidate for candidate in near if candidate not in shown])
-    questions = _pair("object", "Is there {}?", _article(f"{shape.color} {shape.name}"), _article(" ".join(absent)))
+    questions = _pair(
+        "object", "Is there {}?", _article(f"{shape.color} {shape.name}"), _article(" ".join(absent))
+    )
     absent_color = rng.choice([color for color in colors if color not in shown_colors])
-    questions += _pair("color", "Is there {} shape?", _article(rng.choice(shown_colors)), _article(absent_color))
+    questions += _pair(
+        "color", "Is there {} shape?", _article(rng.choice(shown_colors)), _article(absent_color)
+    )
     absent_name = rng.choice([name for name in SHAPES if name not in shown_names])
     questions += _pair("shape", "Is there a {}?", rng.choice(shown_names), absent_name)
     shape, words = _mention(rng, shapes)
-    questions += _pair("side", f"Is the {words} on the {{}}?", shape.side, _other(rng, shape.side, ("left", "right")))
+    questions += _pair(
+        "side", f"Is the {words} on the {{}}?", shape.side, _other(rng, shape.side, ("left", "right"))
+    )
     shape, words = _mention(rng, shapes)
-    questions += _pair("size", f"Is the {words} {{}}?", shape.size, _other(rng, shape.size, ("large", "small")))
+    questions += _pair(
+        "size", f"Is the {words} {{}}?", shape.size, _other(rng, shape.size, ("large", "small"))
+    )
     questions += _pair("count", "{}?", _are_there(count), _are_there(_other(rng, count, COUNTS)))
-    questions += _pair("background", "Is the background {}?", background, _other(rng, background, BACKGROUNDS))
+    questions += _pair(
+        "background", "Is the background {}?", background, _other(rng, background, BACKGROUNDS)
+    )
     if dots:
         questions += _pair("dots", "Are there {} dots?", dots, _other(rng, dots, ("few", "many")))
-    if dots or rng.random() < _DOTTED / (1 - _DOTTED):  # as often asked where there are none as where there are some
+    if dots or rng.random() < _DOTTED / (
+        1 - _DOTTED
+    ):  # as often asked where there are none as where there are some
         questions += _presence("dots", bool(dots), "Are there dots?", "Are dots absent?")
 
     for shape in shapes:
@@ -310,7 +351,10 @@ def _general_dialogue(rng: random.Random, shapes: Sequence[Shape], background: s
     first, first_words = _mention(rng, shapes)
     second, second_words = _mention(rng, shapes)
     turns = [
-        (f"Please tell me about the {first_words}.", f"It is a {first.size} {first.color} {first.name} in the {first.place}."),
+        (
+            f"Please tell me about the {first_words}.",
+            f"It is a {first.size} {first.color} {first.name} in the {first.place}.",
+        ),
         (f"Please tell me where the {second_words} is.", f"The {second_words} is on the {second.side} side."),
         ("Please tell me about the background.", f"The background is {background}."),
     ]
@@ -348,7 +392,10 @@ def _chest_xray(rng: random.Random) -> Scene:
     questions = _modality_pair(rng, "chest X-ray")
     if not finding:
         questions += _presence(
-            "finding", True, "Are the lungs clear?", f"Is there {_article(rng.choice(('nodule', 'effusion')))}?"
+            "finding",
+            True,
+            "Are the lungs clear?",
+            f"Is there {_article(rng.choice(('nodule', 'effusion')))}?",
         )
     elif rng.random() < 0.5:
         questions += _presence("finding", True, f"Is there {_article(finding)}?", "Are the lungs clear?")
@@ -396,11 +443,16 @@ def _ct_scan(rng: random.Random) -> Scene:
     if lesion:
         questions += _pair("organ", "Is the lesion in the {}?", organ, _other(rng, organ, organs))
         questions += _pair("look", "Is the lesion {}?", look, _other(rng, look, ("bright", "dark")))
-        questions += [_open("organ", "Which organ is the lesion in?", organ), _open("look", "How bright is the lesion?", look)]
+        questions += [
+            _open("organ", "Which organ is the lesion in?", organ),
+            _open("look", "How bright is the lesion?", look),
+        ]
         turns.append(("Please tell me where the lesion is.", f"The lesion is in the {organ}."))
         turns.append(("Please tell me about the lesion.", f"The lesion is {look}."))
     questions += [_open("modality", "Which modality is this?", "CT scan")]
-    return _clinic_scene(rng, canvas, f"A CT scan of the abdomen showing {shown}.", questions, turns, "CT scan")
+    return _clinic_scene(
+        rng, canvas, f"A CT scan of the abdomen showing {shown}.", questions, turns, "CT scan"
+    )
 
 
 def _brain_mri(rng: random.Random) -> Scene:
@@ -419,7 +471,9 @@ def _brain_mri(rng: random.Random) -> Scene:
     if lesion:
         away = rng.randint(10, 15)
         radius = rng.randint(7, 8) if size == "large" else 3
-        canvas.disc(40 - away if side == "left" else 40 + away, rng.randint(23, 57), radius, _gray(rng, 215, 250))
+        canvas.disc(
+            40 - away if side == "left" else 40 + away, rng.randint(23, 57), radius, _gray(rng, 215, 250)
+        )
 
     shown = f"a {size} lesion on the {side} side" if lesion else "no lesion"
     questions = _modality_pair(rng, "MRI scan") + _lesion_pair(rng, lesion)
@@ -427,11 +481,16 @@ def _brain_mri(rng: random.Random) -> Scene:
     if lesion:
         questions += _side_pair("lesion", side)
         questions += _pair("size", "Is the lesion {}?", size, _other(rng, size, ("large", "small")))
-        questions += [_open("side", "Which side is the lesion on?", side), _open("size", "How large is the lesion?", size)]
+        questions += [
+            _open("side", "Which side is the lesion on?", side),
+            _open("size", "How large is the lesion?", size),
+        ]
         turns.append(("Please tell me where the lesion is.", f"The lesion is on the {side} side."))
         turns.append(("Please tell me about the lesion.", f"The lesion is {size}."))
     questions += [_open("modality", "Which modality is this?", "MRI scan")]
-    return _clinic_scene(rng, canvas, f"An MRI scan of the brain showing {shown}.", questions, turns, "MRI scan")
+    return _clinic_scene(
+        rng, canvas, f"An MRI scan of the brain showing {shown}.", questions, turns, "MRI scan"
+    )
 
 
 def _histology(rng: random.Random) -> Scene:
@@ -443,7 +502,9 @@ def _histology(rng: random.Random) -> Scene:
         canvas.disc(rng.randint(2, 78), rng.randint(2, 78), 2, _vary(rng, (175, 120, 190), 8))
     if glands:
         for x in (rng.randint(15, 32), rng.randint(48, 65)):
-            canvas.ring(x, rng.randint(15, 65), rng.randint(9, 13), (120, 60, 150), width=3, fill=(250, 240, 245))
+            canvas.ring(
+                x, rng.randint(15, 65), rng.randint(9, 13), (120, 60, 150), width=3, fill=(250, 240, 245)
+            )
     for _ in range(rng.randint(11, 16) if mitoses == "many" else rng.randint(1, 3)):
         canvas.ellipse(rng.randint(4, 76), rng.randint(4, 76), 3, 2, _vary(rng, (55, 15, 85), 10))
 
@@ -484,10 +545,14 @@ def _gross_specimen(rng: random.Random) -> Scene:
     canvas.polygon(outline, _vary(rng, _TISSUE_COLORS[color]))
     if necrosis:
         for _ in range(3):
-            canvas.disc(x + radius * rng.uniform(-0.45, 0.45), y + radius * rng.uniform(-0.4, 0.4), 3, (15, 10, 10))
+            canvas.disc(
+                x + radius * rng.uniform(-0.45, 0.45), y + radius * rng.uniform(-0.4, 0.4), 3, (15, 10, 10)
+            )
     canvas.rectangle(14, 75, 10, 1, (240, 240, 240))  # the scale
 
-    caption = f"A gross specimen showing a {size} {color} organ with {'necrosis' if necrosis else 'no necrosis'}."
+    caption = (
+        f"A gross specimen showing a {size} {color} organ with {'necrosis' if necrosis else 'no necrosis'}."
+    )
     questions = _modality_pair(rng, "gross specimen")
     questions += _pair("size", "Is the specimen {}?", size, _other(rng, size, ("large", "small")))
     questions += _pair("color", "Is the specimen {}?", color, _other(rng, color, _TISSUE_COLORS))
@@ -518,11 +583,18 @@ def clinic_scene(seed: int) -> Scene:
 
 
 def _clinic_scene(
-    rng: random.Random, canvas: _Canvas, caption: str, questions: list[SceneQuestion], turns: list[tuple[str, str]], modality: str
+    rng: random.Random,
+    canvas: _Canvas,
+    caption: str,
+    questions: list[SceneQuestion],
+    turns: list[tuple[str, str]],
+    modality: str,
 ) -> Scene:
     """Noise over the drawing, and two turns out of those that fit it."""
     turns = [*turns, ("Please tell me about the modality.", f"This is {_article(modality)}.")]
-    return Scene(canvas.with_noise(rng, rng.randint(2, 12)), caption, tuple(questions), tuple(rng.sample(turns, 2)))
+    return Scene(
+        canvas.with_noise(rng, rng.randint(2, 12)), caption, tuple(questions), tuple(rng.sample(turns, 2))
+    )
 
 
 def _modality_pair(rng: random.Random, modality: str) -> list[SceneQuestion]:
@@ -544,7 +616,13 @@ def _lesion_pair(rng: random.Random, lesion: bool) -> list[SceneQuestion]:
 
 
 def write_dataset(
-    folder: str | Path, seed: int = 0, *, align: int = 1_500, instruct: int = 1_000, vqa: int = 1_500, heldout: int = 250
+    folder: str | Path,
+    seed: int = 0,
+    *,
+    align: int = 1_500,
+    instruct: int = 1_000,
+    vqa: int = 1_500,
+    heldout: int = 250,
 ) -> dict[str, Path]:
     """Draw the curriculum's data: PNG files under `images/` and LLaVA JSON files.
 
@@ -573,15 +651,23 @@ def write_dataset(
             yield name, scene
 
     rows["align"] = [_caption_row(name, scene) for name, scene in draw("align", align, clinic_scene)]
-    rows["instruct"] = [_row(name, name, scene.dialogue) for name, scene in draw("instruct", instruct, clinic_scene)]
-    rows["vqa"] = [row for name, scene in draw("vqa", vqa, clinic_scene) for row in _question_rows(name, scene)]
+    rows["instruct"] = [
+        _row(name, name, scene.dialogue) for name, scene in draw("instruct", instruct, clinic_scene)
+    ]
+    rows["vqa"] = [
+        row for name, scene in draw("vqa", vqa, clinic_scene) for row in _question_rows(name, scene)
+    ]
 
     unseen = list(draw("heldout", heldout, clinic_scene))
     general = draw("general_heldout", heldout, general_scene)
     rows["align_heldout"] = [_caption_row(name, scene) for name, scene in unseen]
     rows["instruct_heldout"] = [_row(name, name, scene.dialogue) for name, scene in unseen]
-    rows["vqa_heldout"] = [row for name, scene in unseen for row in _question_rows(name, scene, with_answer_type=True)]
-    rows["general_heldout"] = [row for name, scene in general for row in _question_rows(name, scene, with_answer_type=True)]
+    rows["vqa_heldout"] = [
+        row for name, scene in unseen for row in _question_rows(name, scene, with_answer_type=True)
+    ]
+    rows["general_heldout"] = [
+        row for name, scene in general for row in _question_rows(name, scene, with_answer_type=True)
+    ]
 
     files = {set_name: folder / f"{set_name}.json" for set_name in rows}
     for set_name, file in files.items():
