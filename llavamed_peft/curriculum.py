@@ -11,17 +11,16 @@ from accelerate import PartialState
 
 from .adapters.record import base_record
 from .adapters.stage_adapter import StageAdapter
-from .datasets.sources import Data, open_sources
-from .errors import ConfigError
+from .datasets.sources import Data, Source, open_sources
 from .llava_med import LLAVA_MED
 from .modeling.load import Quantization, read_config
 from .modeling.processor import load_processor, make_stage_processor
 from .modeling.sharding import launcher_aside
 from .packing.masks import check_window
 from .running.lineage import Lineage
-from .running.preflight import check_architecture, check_files, check_lineage, check_names
+from .running.preflight import check_architecture, check_files, check_lineage, check_names, check_share
 from .running.run import LONGEST_WAIT, OWN_NAMES, Run
-from .stages import Curriculum, Stage
+from .stages import Curriculum
 from .training.computing import choose_computing
 
 
@@ -46,62 +45,76 @@ def curriculum_finetune(
     gradient_checkpointing: bool | None = None,
     feature_cache: Literal["auto"] | bool = "auto",
 ) -> dict[str, StageAdapter]:
-    """Take a LLaVA checkpoint through a curriculum; every stage leaves a self-contained folder in `output_dir`.
+    """Take a LLaVA checkpoint through a curriculum; every stage leaves a self-contained folder in
+    `output_dir`.
 
-    A run that was interrupted, however it was, is gone on with by the same call: finished stages are not trained again, the
-    one that was training goes on from its last whole checkpoint, and what comes out is what would have come out without the
-    interruption, to the bit where the machine computes the same twice (CPUs; on GPUs not measured). SIGTERM and Ctrl-C save
-    first. A finished run is only read. Keywords that only say how it is computed may differ between the calls.
+    A run that was interrupted, however it was, is gone on with by the same call: finished stages are not
+        trained again, the
+    one that was training goes on from its last whole checkpoint, and what comes out is what would have come
+    out without the interruption, to the bit where the machine computes the same twice (CPUs; on GPUs not
+    measured). SIGTERM and Ctrl-C save first. A finished run is only read. Keywords that only say how it is
+    computed may differ between the calls.
 
     Args:
         model: Hub id or folder of any LLaVA checkpoint (LLaVA, LLaVA-NeXT, ViP-LLaVA, LLaVA-OneVision).
-        data: stage name → a LLaVA JSON file, several, or `Conversation` and `Question` values. Every stage has an entry.
-        output_dir: holds `<stage>/` for each stage; beside them `metrics.jsonl`, `rejected.jsonl` (if rows were), `loss.png`,
-            `stages.md`, `index/` (the checked rows with their SHA-256, found again by a later call with the same data; delete it
-            where images were mended), `logs/` (the trackers'), `run.json` (what decides the result) and, until the last stage is
-            finished, `checkpoints/` and `features/`.
-        image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data file's own.
+        data: stage name → a LLaVA JSON file, several, or `Conversation` and `Question` values. Every stage
+            has an entry.
+        output_dir: holds `<stage>/` for each stage; beside them `metrics.jsonl`, `rejected.jsonl` (if rows
+            were), `loss.png`, `stages.md`, `index/` (the checked rows with their SHA-256, found again by a
+            later call with the same data; delete it where images were mended), `logs/` (the trackers'),
+            `run.json` (what decides the result) and, until the last stage is finished, `checkpoints/` and
+            `features/`.
+        image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data
+            file's own.
         curriculum: what to train, how. Default: the paper's stages, the later two as LoRA.
         eval_data: as `data`; stages with an entry report the held-out loss before, during and after.
         quantization: `"nf4"` trains over a 4-bit language model; not for `full` stages.
         start_from: a finished stage to begin behind: a folder, a `StageAdapter`, or a Hub repository.
-        dtype: of frozen weights and autocast; `None`: bfloat16 on CUDA, float32 on a CPU. Trainable tensors are float32.
-        layout: of device batches. `"packed"`: what the conversations of a step begin with alike (a system prompt, an image)
-            stands once, in rows without gaps; with FlexAttention on CUDA (not yet run there), masked `sdpa` elsewhere and where
-            FlexAttention cannot be had.
-            `"padded"`: a row each, padded to the longest. The losses are the same. Under LoRA dropout, what several
-            conversations share is dropped for all of them alike: the same in expectation, with other noise.
-        max_row_tokens: bound of a device batch's tokens, rows × longest; with FlexAttention it is one row. `None`: 4,096 on a
-            CPU, 8,192 on CUDA (not yet measured there).
-        max_rejected: share of unusable rows above which a data set is refused as a whole, before training or, where images turn
-            out to be damaged or vanish, in the midst of it: the last checkpoint stands then.
+        dtype: of frozen weights and autocast; `None`: bfloat16 on CUDA, float32 on a CPU. Trainable tensors
+            are float32.
+        layout: of device batches. `"packed"`: what the conversations of a step begin with alike (a system
+            prompt, an image) stands once, in rows without gaps; with FlexAttention on CUDA (not yet run
+            there), masked `sdpa` elsewhere and where FlexAttention cannot be had. `"padded"`: a row each,
+            padded to the longest. The losses are the same. Under LoRA dropout, what several conversations
+            share is dropped for all of them alike: the same in expectation, with other noise.
+        max_row_tokens: bound of a device batch's tokens, rows × longest; with FlexAttention it is one row.
+            `None`: 4,096 on a CPU, 8,192 on CUDA (not yet measured there).
+        max_rejected: share of unusable rows above which a data set is refused as a whole, before training or,
+            where images turn out to be damaged or vanish, in the midst of it: the last checkpoint stands
+            then.
         eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
-        save_steps: optimizer steps between two checkpoints; `None`: ten of them a stage. What one costs is shown at the first.
-        workers: processes that decode images ahead, for each GPU; `None`: its share of the cores, up to 8; none on a CPU, where
-            they would take the model's cores. Where half of the free /dev/shm has no room for the steps that they hold, fewer
-            start, and a line says so. One that dies, or that is at one image for ten minutes while training waits, is
-            an error that names its row.
+        save_steps: optimizer steps between two checkpoints; `None`: ten of them a stage. What one costs is
+            shown at the first.
+        workers: processes that decode images ahead, for each GPU; `None`: its share of the cores, up to 8;
+            none on a CPU, where they would take the model's cores. Where half of the free /dev/shm has no
+            room for the steps that they hold, fewer start, and a line says so. One that dies, or that is at
+            one image for ten minutes while training waits, is an error that names its row.
         report_to: further trackers, such as `"tensorboard"` or `"trackio"`.
         gradient_checkpointing: `None`: on for CUDA, off for a CPU.
-        feature_cache: store in `features/` what the frozen vision tower makes of each image (about 1.2 MB of an image of 336
-            pixels in 16 bits, more where images have tiles), compute it once, and decode no image again. `"auto"`: where at most
-            half as many images then pass the tower and it fits into 50 GB and half of the free disk; a line says so before
-            each stage. True: always, or an error where it does not fit. Not for a sharded model.
+        feature_cache: store in `features/` what the frozen vision tower makes of each image (about 1.2 MB of
+            an image of 336 pixels in 16 bits, more where images have tiles), compute it once, and decode no
+            image again. `"auto"`: where at most half as many images then pass the tower and it fits into 50
+            GB and half of the free disk; a line says so before each stage. True: always, or an error where it
+            does not fit. Not for a sharded model.
 
-    Launched by `torchrun` or `accelerate launch`, the processes share the work; where the launch configuration asks for FSDP
-    (version 2) or DeepSpeed (ZeRO-2, ZeRO-3), each holds a part of every stage's model. What is learnt stays the same.
+    Launched by `torchrun` or `accelerate launch`, the processes share the work; where the launch
+    configuration asks for FSDP (version 2) or DeepSpeed (ZeRO-2, ZeRO-3), each holds a part of every stage's
+    model. What is learnt stays the same.
 
     Returns:
         Stage name → `StageAdapter`, in order.
 
     Raises:
-        ConfigError: arguments that do not fit together, `output_dir` holds a run of another curriculum, base or data (the message
-            lists the difference), or conversations longer than a sliding window that packed rows would not heed; nothing was
-            trained.
-        CheckpointError, DataError, AdapterError: the base, the data or `start_from` cannot be used; the message says why.
-        TrainingError: a stage cannot begin or go on: a loss that is not finite, too little memory on the GPU, a full disk,
-            images that went away, another run at work in `output_dir`. Finished stages and the last checkpoint stay.
-        interruption.Interrupted: SIGTERM or Ctrl-C while a stage trained; a `KeyboardInterrupt`. The last step was saved.
+        ConfigError: arguments that do not fit together, `output_dir` holds a run of another curriculum, base
+            or data (the message lists the difference), or conversations longer than a sliding window that
+            packed rows would not heed; nothing was trained.
+        CheckpointError, DataError, AdapterError: the base, the data or `start_from` cannot be used; the
+            message says why.
+        TrainingError: a stage cannot begin or go on: a loss that is not finite, too little memory on the GPU,
+            a full disk, images that went away, another run at work in `output_dir`. Finished stages and the
+            last checkpoint stay.
+        errors.Interrupted: SIGTERM or Ctrl-C while a stage trained; a `KeyboardInterrupt`. The last
+        step was saved.
 
     Example:
         >>> adapters = curriculum_finetune(
@@ -115,13 +128,9 @@ def curriculum_finetune(
     eval_data = {} if eval_data is None else eval_data
     check_names(curriculum, data, eval_data, image_folder)
     check_files(output_dir, [*data.values(), *eval_data.values()], OWN_NAMES)
-    if not isinstance(max_rejected, (int, float)) or not 0 <= max_rejected <= 1:
-        raise ConfigError(f"max_rejected is {max_rejected!r}; wanted a share between 0 and 1.")
-    parent = (
-        start_from
-        if isinstance(start_from, StageAdapter) or start_from is None
-        else StageAdapter.load(start_from)
-    )
+    check_share("max_rejected", max_rejected)
+    in_memory = start_from is None or isinstance(start_from, StageAdapter)
+    parent = start_from if in_memory else StageAdapter.load(start_from)
     check_lineage(curriculum, parent, quantization)
     computing = choose_computing(
         dtype=dtype,
@@ -141,52 +150,44 @@ def curriculum_finetune(
         check_architecture(base, parent)
     lineage = Lineage(str(model), base, root=base).behind(parent)
     processor = load_processor(model if parent is None else parent.path, config)
-    stage_processor = make_stage_processor(processor, curriculum.image_aspect_ratio)
-    # the others wait while one checks data or writes a checkpoint
+    processor = make_stage_processor(processor, curriculum.image_aspect_ratio)
+    # The others wait while one checks data or writes a checkpoint.
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
     sources = {
-        use: {
-            stage.name: open_sources(
-                given[stage.name], _folder_of(image_folder, stage), f"{use}[{stage.name!r}]"
-            )
-            for stage in curriculum.stages
-            if stage.name in given
-        }
-        for use, given in (("data", data), ("eval_data", eval_data))
+        "data": _sources(curriculum, "data", data, image_folder),
+        "eval_data": _sources(curriculum, "eval_data", eval_data, image_folder),
     }
-    run = Run(Path(output_dir), curriculum, quantization, computing, stage_processor, processes, max_rejected)
+    run = Run(Path(output_dir), curriculum, quantization, computing, processor, processes, max_rejected)
     identity = run.identity(base, parent, sources)
     if run.is_finished(identity):
         return {stage.name: StageAdapter.load(run.folder / stage.name) for stage in curriculum.stages}
     adapters: dict[str, StageAdapter] = {}
     with run.claimed(identity) as rejects:
-        indexes = {
-            stage.name: [
-                None if found is None else run.index(stage, found, rejects, use)
-                for use, found in (
-                    ("train", sources["data"][stage.name]),
-                    ("eval", sources["eval_data"].get(stage.name)),
-                )
-            ]
-            for stage in curriculum.stages
-            if not run.has(stage)
-        }
+        ledgers = run.ledgers(sources, rejects)
         if layout == "packed":
-            for index in (index for both in indexes.values() for index in both if index is not None):
-                check_window(config, int(index.column("length").max()))
+            for ledger in (ledger for both in ledgers.values() for ledger in both if ledger is not None):
+                check_window(config, int(ledger.index.column("length").max()))
         run.begin(identity)
         for stage in curriculum.stages:
             if run.has(stage):
                 adapters[stage.name] = run.finished_stage(stage, lineage)
             else:
-                train_index, eval_index = indexes[stage.name]
-                assert train_index is not None
                 with launcher_aside():
-                    adapters[stage.name] = run.stage(stage, lineage, train_index, eval_index, rejects)
+                    adapters[stage.name] = run.stage(stage, lineage, *ledgers[stage.name], rejects)
             run.settle(stage)
             lineage = lineage.behind(adapters[stage.name])
     return adapters
 
 
-def _folder_of(image_folder: str | Path | Mapping[str, str | Path] | None, stage: Stage) -> str | Path | None:
-    return image_folder.get(stage.name) if isinstance(image_folder, Mapping) else image_folder
+def _sources(
+    curriculum: Curriculum,
+    argument: str,
+    given: Mapping[str, Data],
+    image_folder: str | Path | Mapping[str, str | Path] | None,
+) -> dict[str, list[Source]]:
+    """Stage name → its data files, opened, for the stages that have any."""
+    sources = {}
+    for name in (stage.name for stage in curriculum.stages if stage.name in given):
+        folder = image_folder.get(name) if isinstance(image_folder, Mapping) else image_folder
+        sources[name] = open_sources(given[name], folder, f"{argument}[{name!r}]")
+    return sources

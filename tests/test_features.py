@@ -15,8 +15,8 @@ import tiny
 import torch
 from PIL import Image
 from safetensors.torch import load_file
+from staged import stage_trainer
 from torch.utils.data import get_worker_info
-from trl import SFTConfig
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -33,24 +33,19 @@ from llavamed_peft import (
     Turn,
     curriculum_finetune,
 )
-from llavamed_peft.batches.checking import build_index
 from llavamed_peft.batches.decoding import DeviceBatches
-from llavamed_peft.datasets.rejects import RejectLog
-from llavamed_peft.datasets.sources import open_sources
 from llavamed_peft.errors import ConfigError, DataError, TrainingError
+from llavamed_peft.features import filling, store
 from llavamed_peft.features import forecast as forecasting
-from llavamed_peft.features import store
+from llavamed_peft.features.filling import fingerprint
 from llavamed_peft.features.forecast import Forecast, decide
 from llavamed_peft.features.store import Features, read_plans
-from llavamed_peft.modeling.load import load_checkpoint
-from llavamed_peft.modeling.scopes import adapter_config, attach
-from llavamed_peft.modeling.tensors import set_dtypes
-from llavamed_peft.modeling.tower import always_look, freeze_tower, tower_layers
+from llavamed_peft.modeling.tower import tower_layers
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.reporting.run_log import RunLog
 from llavamed_peft.storage.images import load_image
-from llavamed_peft.training import filling
-from llavamed_peft.training.filling import fingerprint
+from llavamed_peft.training.computing import Computing
+from llavamed_peft.training.stage import stored_features
 from llavamed_peft.training.trainer import StageTrainer
 
 KINDS = {
@@ -113,30 +108,20 @@ def trainer(
     workers: int = 0,
 ) -> StageTrainer:
     """Of a LoRA stage of three epochs, as `train_stage` has it before it trains."""
-    model, processor = load_checkpoint(base)
-    torch.manual_seed(0)
-    model = attach(model, adapter_config(model, LoraSpec(rank=4, alpha=8, dropout=0.0)), "lora")
-    set_dtypes(model, dtype)
-    freeze_tower(model)
-    always_look(model)
-    folder.mkdir(parents=True, exist_ok=True)
-    collator = PackedCollator(processor, 2048, 4096, layout)
-    with RejectLog(folder / "rejected.jsonl") as rejects:
-        index = build_index(open_sources(rows, None, "data"), collator, folder / "index.arrow", rejects, 0.0)
-    config = SFTConfig(
-        output_dir=str(folder), use_cpu=True, bf16=dtype == torch.bfloat16, max_length=None, report_to="none",
-        dataloader_num_workers=workers,
-    )  # fmt: skip
-    stage = Stage("vqa", "lora", Schedule(epochs=3, learning_rate=1e-3, global_batch=4), LoraSpec())
-    made = StageTrainer(model, config, processor, stage, index, None, collator, max_rejected=0.05)
-    made.begin_from(folder / "checkpoints", None, RunLog(folder))
-    return made
+    schedule = Schedule(epochs=3, learning_rate=1e-3, global_batch=4)
+    stage = Stage("vqa", "lora", schedule, LoraSpec(rank=4, alpha=8, dropout=0.0))
+    return stage_trainer(base, rows, folder, stage, layout=layout, dtype=dtype, workers=workers)
+
+
+def collator_of(made: StageTrainer) -> PackedCollator:
+    return made.train_steps.collator
 
 
 def stored(
     made: StageTrainer, folder: Path, asked_for: bool | str = True, dtype: torch.dtype = torch.float32
 ) -> Features | None:
-    return made.stored_features(asked_for, dtype, folder / "features")
+    computing = Computing(dtype, "packed", 4096, False, feature_cache=asked_for)
+    return stored_features(made, computing, folder / "features", RunLog(folder))
 
 
 def tensors_of(found: Features) -> dict[str, torch.Tensor]:
@@ -166,27 +151,27 @@ def test_at_the_same_tower_batch_cached_is_fresh_to_the_bit(
 ) -> None:
     rows = conversations(images)
     made = trainer(bases[kind], rows, tmp_path / "run", layout)
-    fresh = made.collator.inputs(rows)
-    expected = loss_and_gradients(made.model, made.collator(rows))
-    made.collator.features = stored(made, tmp_path)
-    assert len(made.collator.features) == 6
+    fresh = collator_of(made).inputs(rows)
+    expected = loss_and_gradients(made.model, collator_of(made)(rows))
+    collator_of(made).features = stored(made, tmp_path)
+    assert len(collator_of(made).features) == 6
     for image in images:
         os.remove(image)  # nothing is decoded from now on
-    cached = made.collator.inputs(rows)
+    cached = collator_of(made).inputs(rows)
     assert cached.keys() == fresh.keys()
     for name in fresh.keys() - {"pixel_values", "batch_num_images"}:
         assert torch.equal(cached[name], fresh[name]), name
     vision = made.model.config.vision_config
     assert cached["pixel_values"].shape[-2:] == (len(tower_layers(made.model)), vision.hidden_size)
     assert cached["pixel_values"].shape[:-3] == fresh["pixel_values"].shape[:-3]
-    found = loss_and_gradients(made.model, made.collator(rows))
+    found = loss_and_gradients(made.model, collator_of(made)(rows))
     assert len(found) > 8 and found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    words = made.collator([rows[2]])  # a blank image's turn
+    words = collator_of(made)([rows[2]])  # a blank image's turn
     assert (
         torch.isfinite(made.model(**words).loss)
-        and torch.isfinite(made.model(**made.collator([])).logits).all()
+        and torch.isfinite(made.model(**collator_of(made)([])).logits).all()
     )
 
 
@@ -225,8 +210,8 @@ def test_a_worker_lays_features_down_in_shared_memory(
 
     for kind in ("llava", "llava_next"):
         made = trainer(bases[kind], conversations(images), tmp_path / kind, workers=1)
-        made.collator.features = stored(made, tmp_path / kind)
-        loader = made._steps(made.train_index, made.schedule, "train")
+        collator_of(made).features = stored(made, tmp_path / kind)
+        loader = made.train_steps.loader()
         loader.dataset.__class__ = Shares
         assert sum(batch.conversations for step in loader for batch in step) == 5
 
@@ -236,7 +221,7 @@ def test_what_is_stored_is_asked_for_by_content_tower_layers_processor_and_dtype
 ) -> None:
     made = trainer(bases["llava"], [asked("a", images[0]), asked("b", images[6])], tmp_path / "run")
     assert len(stored(made, tmp_path)) == 1, "equal files are one"
-    encoder = made.collator.encoder
+    encoder = collator_of(made).encoder
     known = {
         fingerprint(made.model, encoder, torch.float32),
         fingerprint(made.model, encoder, torch.bfloat16),
@@ -254,18 +239,18 @@ def test_an_image_mended_since_is_left_out_until_the_next_call(
 ) -> None:
     whole = Path(images[1]).read_bytes()
     made = trainer(bases["llava"], [asked("a", images[0]), asked("b", cut(images[1]))], tmp_path / "run")
-    made.collator.features = stored(made, tmp_path)
+    collator_of(made).features = stored(made, tmp_path)
     with pytest.raises(DataError, match=r"1\.png: cannot be decoded"):
-        made.collator([asked("b", images[1])])
+        collator_of(made)([asked("b", images[1])])
     Path(images[1]).write_bytes(whole)
     with pytest.raises(
         DataError,
         match=r"1\.png: could not be decoded when the stage's features were stored, and can be now; it",
     ):
-        made.collator([asked("b", images[1])])
-    made.collator.features = stored(made, tmp_path)
-    assert len(made.collator.features) == 2 and len(read_plans(made.collator.features.folder)) == 2
-    assert made.collator([asked("b", images[1])])["pixel_values"].shape == (1, tiny.GRID + 1, 1, 64)
+        collator_of(made)([asked("b", images[1])])
+    collator_of(made).features = stored(made, tmp_path)
+    assert len(collator_of(made).features) == 2 and len(read_plans(collator_of(made).features.folder)) == 2
+    assert collator_of(made)([asked("b", images[1])])["pixel_values"].shape == (1, tiny.GRID + 1, 1, 64)
 
 
 # Whole runs
@@ -599,14 +584,14 @@ def test_a_damaged_file_is_dropped_and_its_images_come_out_as_before(
         ):
             stored(made, tmp_path)
         assert plan.read_text() == text
-    made.collator.features = stored(made, tmp_path)
+    collator_of(made).features = stored(made, tmp_path)
     store._open.cache_clear()
     for path in first.folder.glob("*.safetensors"):
         path.unlink()
     with pytest.raises(
         TrainingError, match=r"safetensors: cannot be read any more .* Make the same call again"
     ):
-        made.collator.inputs(conversations(images))
+        collator_of(made).inputs(conversations(images))
 
 
 def test_what_is_no_file_is_replaced_or_refused(
@@ -769,7 +754,7 @@ def test_stopped_while_it_is_filled_it_says_what_stays(place: Path) -> None:
     out = place / "stopped"
     said = call(place, out, at_flush, 5, signal_myself, signal.SIGTERM, exit_code=1)
     assert said.rstrip().endswith(
-        "llavamed_peft.interruption.Interrupted: Stopped by SIGTERM while the feature cache of stage 'align' was filled; 2 of 4 "
+        "llavamed_peft.errors.Interrupted: Stopped by SIGTERM while the feature cache of stage 'align' was filled; 2 of 4 "
         "files that were missing are whole, and stay. No checkpoint of this stage is there; the same call begins it again, "
         "behind the stages that are finished."
     )
@@ -819,14 +804,14 @@ from pathlib import Path
 import torch
 from accelerate import PartialState
 from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, Turn, curriculum_finetune
-from llavamed_peft.features import store
-from llavamed_peft.training import filling
+from llavamed_peft.features import filling, store
+from llavamed_peft.training.optimizer import parameter_groups
 from llavamed_peft.training.trainer import StageTrainer
 
 base, images, out, processes = sys.argv[1:]
 
 def plain_descent(self, model=None):  # Adam would blow rounding up
-    self.optimizer = torch.optim.SGD(self.optimizer_groups(self.model if model is None else model))
+    self.optimizer = torch.optim.SGD(parameter_groups(model or self.model, self.stage.schedule, 0.0, ()))
     return self.optimizer
 
 def fill(path, *how):

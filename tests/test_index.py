@@ -30,6 +30,7 @@ from llavamed_peft import (
 from llavamed_peft.batches import checking
 from llavamed_peft.batches.checking import build_index
 from llavamed_peft.batches.index import Index
+from llavamed_peft.batches.ledger import Ledger
 from llavamed_peft.datasets import vqa_rad
 from llavamed_peft.datasets.rejects import Reject, RejectLog
 from llavamed_peft.datasets.sources import Source, open_sources, question_source
@@ -46,6 +47,10 @@ KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevisi
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     return {kind: tiny.build(folder / kind, kind, *how) for kind, how in KINDS.items()}
+
+
+def account(index: Index) -> list[dict[str, object]]:
+    return Ledger(index, "training", max_rejected=1.0).account()
 
 
 def collator_of(base: Path, max_length: int = 2048, ratio: str = "pad") -> PackedCollator:
@@ -106,12 +111,12 @@ def test_found_again_with_the_same_rows_counts_and_rejects(
     data.with_name("c.png").write_bytes(b"not looked at again")
     found, again = build(data, collator_of(bases["llava"]), tmp_path)
     assert which(tmp_path) == first
-    assert again == rejected and found.account() == built.account()
-    (entry,) = found.account()
+    assert again == rejected and account(found) == account(built)
+    (entry,) = account(found)
     counts = {"missing image": 1, "unreadable image": 1, "cannot be encoded": 1, "empty answer": 1}
     assert (entry["rows"], entry["used"], entry["rejected"], entry["failed"]) == (7, 3, counts, 0)
     assert [found.conversation(i) for i in range(3)] == [built.conversation(i) for i in range(3)]
-    assert Index.open(tmp_path / "index.arrow").account() == built.account(), (
+    assert account(Index.open(tmp_path / "index.arrow")) == account(built), (
         "for the processes that did not build it"
     )
 
@@ -177,10 +182,10 @@ def test_a_row_that_fails_while_training_is_listed_with_its_files_path(
     bases: dict[str, Path], data: Path, tmp_path: Path
 ) -> None:
     _, rejected = build(data, collator_of(bases["llava"]), tmp_path)
-    found = Index.open(tmp_path / "index.arrow")
-    found.failed[2] = "c.png: cannot be decoded"
+    ledger = Ledger(Index.open(tmp_path / "index.arrow"), "training", max_rejected=1.0)
+    ledger.failed[2] = "c.png: cannot be decoded"
     with RejectLog(tmp_path / "failed.jsonl") as log:
-        found.report_failures(log, "vqa")
+        ledger.list_failed(log, "vqa")
     line = json.loads((tmp_path / "failed.jsonl").read_text(encoding="utf-8"))
     assert (line["file"], line["row"], line["id"]) == (str(data), 7, "id-7") and line["file"] == rejected[0][
         "file"
@@ -383,7 +388,7 @@ def test_a_damaged_index_is_built_anew(
         which(tmp_path) != first
         and found.rows.to_list() == rows
         and again == rejected
-        and found.account() == built.account()
+        and account(found) == account(built)
     )
     second = which(tmp_path)
     build(data, collator, tmp_path)
@@ -403,7 +408,7 @@ def test_rows_are_counted_across_batches_and_shown_as_they_are_checked(
     assert (
         pieces.rows.to_list() == whole.rows.to_list()
         and again == rejected
-        and pieces.account() == whole.account()
+        and account(pieces) == account(whole)
     )
     assert [(line.partition(", ")[0], last) for line, last in shown] == [
         *((f"index: {rows} rows checked", False) for rows in (2, 4, 6, 7)),

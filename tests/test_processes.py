@@ -34,6 +34,7 @@ from accelerate import PartialState
 from torch.distributed.tensor import DTensor
 from llavamed_peft import Conversation, Curriculum, LoraSpec, Schedule, Stage, Turn, curriculum_finetune
 from llavamed_peft.modeling.parts import bare
+from llavamed_peft.training.optimizer import parameter_groups
 from llavamed_peft.training.trainer import StageTrainer
 
 base, images, out, processes, how, dtype, stopped, attention = sys.argv[1:]
@@ -44,7 +45,7 @@ if attention == "flex_attention":
 
 def plain_descent(self, model=None):  # Adam would blow rounding up
     assert bare(self.model).config.text_config._attn_implementation == attention
-    groups = self.optimizer_groups(self.model if model is None else model)
+    groups = parameter_groups(model or self.model, self.stage.schedule, 0.0, ())
     self.optimizer = torch.optim.SGD(groups)
     trained = [parameter for group in groups for parameter in group["params"]]
     if how == "fsdp2":  # really in shards, about equal ones
@@ -118,9 +119,10 @@ import os, time
 from dataclasses import dataclass
 from pathlib import Path
 from llavamed_peft import Conversation, Curriculum, Schedule, Stage, Turn, curriculum_finetune
-from llavamed_peft.arguments import start
+from llavamed_peft.cli.launching import start
 from llavamed_peft.errors import DataError, TrainingError
 from llavamed_peft.packing import collator
+from llavamed_peft.training.optimizer import parameter_groups
 from llavamed_peft.training.trainer import StageTrainer
 
 @dataclass

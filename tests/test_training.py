@@ -12,23 +12,19 @@ import tiny
 import torch
 from accelerate import skip_first_batches
 from PIL import Image
+from staged import prepared, stage_trainer
 from transformers import Trainer
-from trl import SFTConfig
 
 from llavamed_peft import Conversation, LoraSpec, Schedule, Stage, Turn
-from llavamed_peft.batches.checking import build_index
 from llavamed_peft.batches.decoding import DeviceBatches, DeviceInputs
-from llavamed_peft.batches.index import Index
-from llavamed_peft.datasets.rejects import RejectLog
-from llavamed_peft.datasets.sources import open_sources
 from llavamed_peft.errors import TrainingError
-from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.parts import bare, language_linears
-from llavamed_peft.modeling.scopes import adapter_config, attach, check_trainable, unfreeze_full
+from llavamed_peft.modeling.scopes import check_trainable
 from llavamed_peft.modeling.tensors import set_dtypes, trainable_tensors
-from llavamed_peft.modeling.tower import always_look, freeze_tower
+from llavamed_peft.modeling.tower import freeze_tower
 from llavamed_peft.packing import PackedCollator
 from llavamed_peft.packing.masks import DENSE_FILL
+from llavamed_peft.training.checkpointing import order_of
 from llavamed_peft.training.trainer import StageTrainer
 
 LORA = LoraSpec(rank=4, alpha=8, dropout=0.0)
@@ -55,12 +51,9 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation
     ]
 
 
-def prepared(base: Path, trains: str, quantization: str | None = None) -> tuple[torch.nn.Module, object]:
-    model, processor = load_checkpoint(base, quantization)
-    torch.manual_seed(0)
-    if trains == "full":
-        return unfreeze_full(model), processor
-    return attach(model, adapter_config(model, LORA if trains == "lora" else None), trains), processor
+def stage_of(trains: str, **schedule: object) -> Stage:
+    how = {"epochs": 1, "learning_rate": 1e-3, "global_batch": 6, **schedule}
+    return Stage("s", trains, Schedule(**how), LORA if trains == "lora" else None)
 
 
 def trainer(
@@ -73,34 +66,13 @@ def trainer(
     fill: int | None = DENSE_FILL,
     **schedule: object,
 ) -> StageTrainer:
-    model, processor = prepared(base, trains)
-    set_dtypes(model, torch.float32)
-    freeze_tower(model)
-    always_look(model)
-    stage = Stage(
-        "s", trains, Schedule(**{"epochs": 1, "learning_rate": 1e-3, "global_batch": 6, **schedule})
+    stage = stage_of(trains, **schedule)
+    made = stage_trainer(
+        base, conversations, folder, stage, layout=layout, max_row_tokens=max_row_tokens, fill_tokens=fill
     )
-    collator = PackedCollator(processor, 2048, max_row_tokens, layout, fill)
-    index = indexed(conversations, collator, folder)
-    config = SFTConfig(
-        output_dir=str(folder),
-        use_cpu=True,
-        bf16=False,
-        max_length=None,
-        report_to="none",
-        weight_decay=stage.schedule.weight_decay,
-    )
-    made = StageTrainer(model, config, processor, stage, index, None, collator, max_rejected=0.05)
     made.create_optimizer()
     made.current_gradient_accumulation_steps = 1
     return made
-
-
-def indexed(conversations: list[Conversation], collator: PackedCollator, folder: Path) -> Index:
-    with RejectLog(folder / "rejected.jsonl") as rejects:
-        return build_index(
-            open_sources(conversations, None, "data"), collator, folder / "index.arrow", rejects, 0.0
-        )
 
 
 def gradients(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -220,6 +192,9 @@ def test_a_checkpoints_order_is_of_the_rows_and_images_wherever_they_lie(
         (tmp_path / name).mkdir(exist_ok=True)
         return trainer(bases["llava"], given, tmp_path / name)
 
+    def order(made: StageTrainer) -> str:
+        return order_of(made.train_steps.index)
+
     def asked(first: str, second: str) -> Conversation:
         turns = (Turn("user", first), Turn("assistant", "yes"), Turn("user", second), Turn("assistant", "no"))
         return Conversation("two", turns, conversations[0].images + conversations[1].images)
@@ -229,14 +204,14 @@ def test_a_checkpoints_order_is_of_the_rows_and_images_wherever_they_lie(
         replace(c, images=tuple(shutil.copy(image, tmp_path / "moved") for image in c.images))
         for c in conversations
     ]
-    order = made("here", conversations)._order()
-    assert made("moved", moved)._order() == order
+    here = order(made("here", conversations))
+    assert order(made("moved", moved)) == here
     Image.effect_noise((60, 60), 50).convert("RGB").save(moved[2].images[0])
-    assert made("other", moved)._order() != order, "another image of the same size in tokens"
+    assert order(made("other", moved)) != here, "another image of the same size in tokens"
     both_first = made("both", [asked("<image> <image> what ?", "why ?")])
     one_later = made("one", [asked("<image> what ?", "<image> why ?")])
-    assert both_first.train_index.column("length") == one_later.train_index.column("length")
-    assert both_first._order() != one_later._order()
+    assert both_first.train_steps.index.column("length") == one_later.train_steps.index.column("length")
+    assert order(both_first) != order(one_later)
 
 
 @pytest.mark.parametrize("trains", ["projector", "lora", "full"])
@@ -249,7 +224,7 @@ def test_a_batch_without_images_or_rows_gives_the_projector_a_zero_gradient(
     tmp_path: Path,
 ) -> None:
     stage = trainer(bases["llava"], conversations, tmp_path, trains)
-    batch = DeviceBatches(stage.train_index, stage.collator)[rows]
+    batch = DeviceBatches(stage.train_steps.index, stage.train_steps.collator)[rows]
     assert batch.conversations == len(rows) and "pixel_values" not in batch.inputs
     stage.training_step(stage.model, [batch])
     found = gradients(stage.model)
@@ -263,7 +238,7 @@ def test_a_batch_without_images_or_rows_gives_the_projector_a_zero_gradient(
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("trains", ["projector", "lora", "full"])
 def test_exactly_the_scope_trains(kind: str, trains: str, bases: dict[str, Path]) -> None:
-    model, _ = prepared(bases[kind], trains)
+    model, _ = prepared(bases[kind], stage_of(trains))
     trained = {name for name, p in model.named_parameters() if p.requires_grad}
     assert not any("vision_tower" in name or "image_newline" in name for name in trained)
     assert any("multi_modal_projector" in name for name in trained)
@@ -281,7 +256,7 @@ def test_exactly_the_scope_trains(kind: str, trains: str, bases: dict[str, Path]
 
 
 def test_a_parameter_too_many_or_too_few_stops_the_stage(bases: dict[str, Path]) -> None:
-    model, _ = prepared(bases["llava"], "projector")
+    model, _ = prepared(bases["llava"], stage_of("projector"))
     wanted = {name for name, p in model.named_parameters() if p.requires_grad}
     tower = next(p for name, p in model.named_parameters() if "vision_tower" in name)
     tower.requires_grad_(True)
@@ -297,7 +272,7 @@ def test_a_parameter_too_many_or_too_few_stops_the_stage(bases: dict[str, Path])
 def test_tower_runs_without_a_graph_and_in_eval_mode_even_when_checkpointing(
     trains: str, bases: dict[str, Path], conversations: list[Conversation]
 ) -> None:
-    model, processor = prepared(bases["llava"], trains)
+    model, processor = prepared(bases["llava"], stage_of(trains))
     freeze_tower(model)
     model.train()
     bare(model).gradient_checkpointing_enable({"use_reentrant": False})
@@ -316,7 +291,7 @@ def test_tower_runs_without_a_graph_and_in_eval_mode_even_when_checkpointing(
 def test_trainables_are_fp32_and_the_rest_has_the_compute_dtype(
     trains: str, quantization: str | None, tmp_path: Path
 ) -> None:
-    model, _ = prepared(tiny.build(tmp_path / "base", dtype=torch.bfloat16), trains, quantization)
+    model, _ = prepared(tiny.build(tmp_path / "base", dtype=torch.bfloat16), stage_of(trains), quantization)
     set_dtypes(model, torch.bfloat16)
     for name, parameter in model.named_parameters():
         wanted = torch.float32 if parameter.requires_grad else torch.bfloat16
@@ -345,6 +320,6 @@ def test_two_learning_rates_and_decay_are_in_the_optimizers_groups(
 
 
 def test_dummy_target_string_still_means_modules_to_save_only(bases: dict[str, Path]) -> None:
-    model, _ = prepared(bases["llava"], "projector")
+    model, _ = prepared(bases["llava"], stage_of("projector"))
     assert not any("lora_" in name for name, _ in model.named_parameters())
     assert len(trainable_tensors(model)) == 4

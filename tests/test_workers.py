@@ -18,8 +18,10 @@ import torch
 from PIL import Image
 
 from llavamed_peft import Conversation, Curriculum, Question, Schedule, Stage, Turn, curriculum_finetune
+from llavamed_peft.batches import loader
 from llavamed_peft.batches.checking import build_index
 from llavamed_peft.batches.decoding import DeviceBatches, DeviceInputs
+from llavamed_peft.batches.loader import StepLoader
 from llavamed_peft.batches.steps import StepSampler
 from llavamed_peft.batches.workers import WorkerNotes, workers_with_room
 from llavamed_peft.datasets.rejects import RejectLog
@@ -31,7 +33,6 @@ from llavamed_peft.modeling.processor import load_processor, make_stage_processo
 from llavamed_peft.packing import PackedCollator, collator
 from llavamed_peft.training import trainer
 from llavamed_peft.training.computing import _decoders
-from llavamed_peft.training.trainer import StepLoader
 
 KINDS = {
     "llava": (),
@@ -209,8 +210,8 @@ def test_training_names_the_row_at_which_a_worker_hangs(
         return load_image(path)
 
     monkeypatch.setattr(collator, "load_image", hangs)
-    monkeypatch.setattr(trainer, "HANGS_AFTER", 4.0)
-    monkeypatch.setattr(trainer, "LOOKS_EVERY", 0.5)
+    monkeypatch.setattr(loader, "HANGS_AFTER", 4.0)
+    monkeypatch.setattr(loader, "LOOKS_EVERY", 0.5)
     question = [Question("asked", str(tmp_path / "6.png"), "what?", "a heart", "closed")]
     data, eval_data = ({"vqa": rows[:6]}, {"vqa": question}) if held_out else ({"vqa": rows}, None)
     with pytest.raises(TrainingError) as raised:
@@ -255,8 +256,8 @@ def test_a_step_slower_than_the_limit_of_one_image_is_waited_for(
             patch.setattr(trainer.StageTrainer, "training_step", one_step)
             call(save_steps=1)
     monkeypatch.setattr(collator, "load_image", slow)
-    monkeypatch.setattr(trainer, "HANGS_AFTER", 5.0)
-    monkeypatch.setattr(trainer, "LOOKS_EVERY", 0.2)
+    monkeypatch.setattr(loader, "HANGS_AFTER", 5.0)
+    monkeypatch.setattr(loader, "LOOKS_EVERY", 0.2)
     metrics = call(workers=1)["vqa"].metrics
     assert metrics["steps"] == 2 and metrics["conversations"] == 8
 
@@ -289,13 +290,13 @@ def test_a_signal_to_a_worker_that_is_not_yet_prepared_waits(
     bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A scheduler signals every process of a job, also one that has just been started."""
-    prepare = trainer.prepare_worker
+    prepare = loader.prepare_worker
 
     def signalled_before(*how: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         prepare(*how)
 
-    monkeypatch.setattr(trainer, "prepare_worker", signalled_before)
+    monkeypatch.setattr(loader, "prepare_worker", signalled_before)
     call = {"curriculum": ONE_STAGE, "workers": 1, "eval_data": {"vqa": rows[:2]}, "feature_cache": True}
     assert curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", **call)["vqa"].metrics[
         "conversations"
@@ -306,8 +307,8 @@ def test_a_worker_that_hangs_at_no_image_is_an_error_all_the_same(
     bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DeviceBatches, "__getitem__", lambda self, rows: time.sleep(3600))
-    monkeypatch.setattr(trainer, "HANGS_AFTER", 1.0)
-    monkeypatch.setattr(trainer, "LOOKS_EVERY", 0.2)
+    monkeypatch.setattr(loader, "HANGS_AFTER", 1.0)
+    monkeypatch.setattr(loader, "LOOKS_EVERY", 0.2)
     with pytest.raises(
         TrainingError,
         match=r"A worker that decodes images hangs \(DataLoader timed out after 0.2 seconds\)\.",
@@ -459,10 +460,10 @@ def test_what_has_no_room_is_decoded_in_the_training_process_and_a_line_says_so(
         )  # fmt: skip
         return adapters["vqa"].tensors()
 
-    monkeypatch.setattr(trainer, "free_shared_memory", lambda: 1_000_000_000)
+    monkeypatch.setattr(loader, "free_shared_memory", lambda: 1_000_000_000)
     wanted = run("room", 2)
     assert "workers instead of" not in capsys.readouterr().err
-    monkeypatch.setattr(trainer, "free_shared_memory", lambda: 2 * 3 * 56 * 56 * 4)  # a step's pixels
+    monkeypatch.setattr(loader, "free_shared_memory", lambda: 2 * 3 * 56 * 56 * 4)  # a step's pixels
     for module in (collator, store):
         monkeypatch.setattr(module, "load_image", in_training_process)
     found = run("none", 2)

@@ -12,7 +12,8 @@ ANOTHER_BATCH = (
 
 
 def alike(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Items of about one size into bins, each taking up as much as its bin's largest: as little in all as can be had.
+    """Items of about one size into bins, each taking up as much as its bin's largest: as little in all as can
+    be had.
 
     Args:
         items: which of the sizes.
@@ -43,7 +44,8 @@ def alike(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[lis
 
 
 def even(sizes: Sequence[int], capacity: int, multiple: int) -> tuple[list[list[int]], list[int]]:
-    """Items into about as few bins as hold them, a multiple of some number, all about equally full; one too large has its own.
+    """Items into about as few bins as hold them, a multiple of some number, all about equally full; one too
+    large has its own.
 
     Returns:
         The items of each bin, and their sum.

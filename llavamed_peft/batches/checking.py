@@ -1,14 +1,16 @@
 """Checking a data set and writing its index, or finding the one that was written before.
 
-Each conversation is encoded once, with its images' sizes read from their headers, so that what cannot be used is known before
-training begins and is counted, and so that a worker which prepares a batch has nothing left to do but decode images.
+Each conversation is encoded once, with its images' sizes read from their headers, so that what cannot be used
+is known before training begins and is counted, and so that a worker which prepares a batch has nothing left
+to do but decode images.
 
-An index knows what it was made from (a fingerprint of the data files, the processor and the limits), so the next call with the
-same data takes it as it is, as long as it has the SHA-256 that stands in a file beside it. Image files are not part of that: one
-that changed, vanished or came back since is not noticed before it is decoded. Whoever mends images deletes the index.
+An index knows what it was made from (a fingerprint of the data files, the processor and the limits), so the
+next call with the same data takes it as it is, as long as it has the SHA-256 that stands in a file beside it.
+Image files are not part of that: one that changed, vanished or came back since is not noticed before it is
+decoded. Whoever mends images deletes the index.
 
-Conversations are grouped for shuffling by the paths of their images, links resolved; what they begin with, by which steps are
-packed, is the same for images of equal content.
+Conversations are grouped for shuffling by the paths of their images, links resolved; what they begin with, by
+which steps are packed, is the same for images of equal content.
 """
 
 from __future__ import annotations
@@ -37,6 +39,7 @@ from ..storage.equal_images import ContentNames
 from ..storage.hashing import file_sha256
 from ..storage.images import MAX_PIXELS, image_size
 from .index import FILES, FINGERPRINT, REJECTED, SCHEMA, FileCount, Index, notes, row_number
+from .ledger import fault
 
 FORMAT = 3  # goes up with every change of what is checked, how it is encoded, or what the file holds
 
@@ -67,16 +70,21 @@ def build_index(
     max_rejected: float | None,
     show: Show | None = None,
 ) -> Index:
-    """Check every row of the sources and write the usable ones to `path`, unless it holds an index of these very data.
+    """Check every row of the sources and write the usable ones to `path`, unless it holds an index of these
+    very data.
 
     Args:
         collator: its encoder and `max_length` decide what fits.
-        rejects: where unusable rows go, each with file, row, id and reason; those of an index that is there, again.
-        max_rejected: share of the rows above which the data are refused as a whole; `None`: whatever there is, none included.
-        show: takes a line now and then where checking takes long, and one where an index that is there is used.
+        rejects: where unusable rows go, each with file, row, id and reason; those of an index that is there,
+            again.
+        max_rejected: share of the rows above which the data are refused as a whole; `None`: whatever there
+            is, none included.
+        show: takes a line now and then where checking takes long, and one where an index that is there is
+            used.
 
     Raises:
-        DataError: a file that cannot be read, too many rejected rows (the commonest reasons are named), or none left.
+        DataError: a file that cannot be read, too many rejected rows (the commonest reasons are named), or
+            none left.
 
     Warns:
         UserWarning: the index that is there was damaged or not finished; the rows are checked again.
@@ -92,19 +100,19 @@ def build_index(
         path.parent.mkdir(parents=True, exist_ok=True)
         _write_index(sources, collator, partial, fingerprint, rejects, show)
     index = Index.open(path if found else partial)
-    if max_rejected is not None and (fault := index.fault(max_rejected)):
+    if max_rejected is not None and (why := fault(index.files, 0, max_rejected)):
         if any(count.rejected for count in index.files):
             needed = _needed_length(path if found else partial)
             longer = f", or give max_length={needed}, which the longest row needs" if needed else ""
             lenient = ", or raise max_rejected" if len(index) else ""
-            fault += f" Each row is listed in {rejects.path.name}. Mend the data{longer}{lenient}."
+            why += f" Each row is listed in {rejects.path.name}. Mend the data{longer}{lenient}."
         for file in (
             path,
             partial,
             digest,
         ):  # what will be mended may be images, which the fingerprint does not know
             file.unlink(missing_ok=True)
-        raise DataError(fault)
+        raise DataError(why)
     if not found:
         written = file_sha256(partial)
         os.replace(partial, path)
@@ -114,7 +122,8 @@ def build_index(
         return Index.open(path)
     if show is not None:
         show(
-            f"{path.stem}: {len(index):,} conversations, checked before ({path}; delete it if image files have changed)",
+            f"{path.stem}: {len(index):,} conversations, checked before ({path}; delete it if image files "
+            "have changed)",
             True,
         )
     return index
@@ -150,7 +159,8 @@ def _is_of(path: Path, fingerprint: str) -> bool:
 
 
 def _needed_length(path: Path) -> int:
-    """The `max_length` with which no row would be too long; 0 where most rejected rows were rejected for something else."""
+    """The `max_length` with which no row would be too long; 0 where most rejected rows were rejected for
+    something else."""
     rejected, lengths = 0, [0]
     for reject in (reject for note in notes(path) for reject in note.get(REJECTED, [])):
         rejected += 1
@@ -277,7 +287,8 @@ def _check(
 
 
 def _real_path(image: str) -> str:
-    """`os.path.realpath`, which asks the file system about every folder on the way, with the folders remembered."""
+    """`os.path.realpath`, which asks the file system about every folder on the way, with the folders
+    remembered."""
     folder, name = os.path.split(os.path.abspath(image))  # what is remembered may not depend on where one is
     real = os.path.join(_real_folder(folder), name)
     return os.path.realpath(real) if os.path.islink(real) else real
@@ -289,11 +300,13 @@ def _real_folder(folder: str) -> str:
 
 
 def _bounded(image: str, size: tuple[int, int]) -> tuple[int, int]:
-    """Refuse a strip: padded to a square, or with its short side made as long as a tile's, it would fill the memory."""
+    """Refuse a strip: padded to a square, or with its short side made as long as a tile's, it would fill the
+    memory."""
     long, short = max(size), min(size)
     if long**2 > MAX_PIXELS or long > LONGEST_STRIP * short:
         raise DataError(
-            f"{image} is {size[1]} × {size[0]} pixels; wanted a longer side of at most {int(MAX_PIXELS**0.5):,} and "
-            f"{LONGEST_STRIP} times the shorter one, since it is padded to a square."
+            f"{image} is {size[1]} × {size[0]} pixels; wanted a longer side of at most "
+            f"{int(MAX_PIXELS**0.5):,} and {LONGEST_STRIP} times the shorter one, since it is padded to a "
+            "square."
         )
     return size

@@ -1,7 +1,7 @@
 """Rows of the index → one device batch, decoding in whatever worker asks: what the data loader loads.
 
-An image whose header was fine and whose pixels are not is found here: its conversations leave their step, which gets smaller,
-and are handed on as failed.
+An image whose header was fine and whose pixels are not is found here: its conversations leave their step,
+which gets smaller, and are handed on as failed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ class DeviceInputs:
     failed: tuple[tuple[int, str], ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What is small goes through the worker's pipe: in shared memory each tensor is an open file, and as slow as 100 KB."""
+        """What is small goes through the worker's pipe: in shared memory each tensor is an open file, and as
+        slow as 100 KB."""
         inputs = {
             name: values if values.is_floating_point() else values.numpy()
             for name, values in self.inputs.items()
@@ -50,7 +51,8 @@ def _received(inputs: dict[str, torch.Tensor | np.ndarray], *others: Any) -> Dev
 
 
 class DeviceBatches:
-    """The index as a torch data set: rows of one device batch → `DeviceInputs`, decoding in whatever worker asks.
+    """The index as a torch data set: rows of one device batch → `DeviceInputs`, decoding in whatever worker
+    asks.
 
     Args:
         index: the rows.

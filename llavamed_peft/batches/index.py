@@ -1,17 +1,15 @@
-"""A data set with everything checked but the pixels: one Arrow file beside the run, read lazily; `indexing.py` writes it.
+"""A data set with everything checked but the pixels: one Arrow file in the run's folder, read lazily.
 
-Beside the rows the file holds what it was made from, what was rejected, and what became of each data file's rows. An image whose
-header is fine and whose pixels are not is found when it is decoded, while training: its conversations leave their step, which
-gets smaller, and are counted as failed. More of them than may be rejected end the training.
+`checking.py` writes it. Apart from the rows, the file holds what it was made from, which rows were rejected,
+and the counts of each data file. Rows whose pixels turn out to be damaged are in the `Ledger`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
-from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,6 @@ import pyarrow.compute as pc
 from datasets import Dataset
 
 from ..conversations import Conversation, Turn
-from ..datasets.rejects import Reject, RejectLog
 from ..errors import DataError
 from ..packing.collator import PackedCollator
 from ..packing.encoding import Encoder, Tokenized, Tokens
@@ -48,13 +45,8 @@ SCHEMA = pa.schema(
 )
 
 
-FINGERPRINT, REJECTED, FILES = (
-    b"fingerprint",
-    b"rejected",
-    b"files",
-)  # keys of what stands in the file beside the rows
-
-
+# Keys of what the file holds apart from the rows.
+FINGERPRINT, REJECTED, FILES = b"fingerprint", b"rejected", b"files"
 _ROWS_LOOKED_AT = 200  # to estimate how many tiles conversations have
 
 
@@ -70,19 +62,17 @@ class FileCount:
     rejected: dict[str, int]
 
 
-@dataclass(slots=True)
+@dataclass(frozen=True, slots=True)
 class Index:
     """The usable conversations of some data.
 
     Args:
         rows: one per conversation, columns as `SCHEMA`; memory-mapped.
         files: what became of the rows of each file.
-        failed: row → reason, of conversations whose images could not be decoded while training, the same on all processes.
     """
 
     rows: Dataset
     files: list[FileCount]
-    failed: dict[int, str] = field(default_factory=dict)
 
     @classmethod
     def open(cls, path: Path) -> Index:
@@ -104,7 +94,8 @@ class Index:
     def sampler(
         self, collator: PackedCollator, schedule: Schedule, seed: int, rank: int = 0, world_size: int = 1
     ) -> StepSampler:
-        """Deals these rows out in optimizer steps, in device batches such as the collator lays out; see `StepSampler`.
+        """Deals these rows out in optimizer steps, in device batches such as the collator lays out; see
+        `StepSampler`.
 
         Args:
             collator: with a bound on a device batch's tokens.
@@ -127,7 +118,8 @@ class Index:
         return np.asarray(pc.list_value_length(self.rows.data.column("images")))
 
     def mean_tiles(self, encoder: Encoder) -> float:
-        """What the vision tower sees of a conversation's images; where they have several tiles, from the headers of some."""
+        """What the vision tower sees of a conversation's images; where they have several tiles, from the
+        headers of some."""
         if not encoder.sends_image_sizes:
             return float(self.image_counts().mean())
         looked_at = range(0, len(self), max(1, len(self) // _ROWS_LOOKED_AT))
@@ -164,63 +156,15 @@ class Index:
         images = tuple(cells["images"].as_py())
         return Tokenized(cells["id"].as_py(), images, cells["source"].as_py(), Tokens(ids, supervised))
 
-    def fault(self, max_rejected: float) -> str | None:
-        """Why the data are refused as a whole, in a sentence that names the commonest reasons; `None` where they are not.
-
-        Args:
-            max_rejected: share of the rows above which they are, rejected and failed ones taken together.
-        """
-        rows, used = (
-            sum(count.rows for count in self.files),
-            sum(count.used for count in self.files) - len(self.failed),
-        )
-        names = ", ".join(count.name for count in self.files)
-        if rows == 0:
-            return f"{names}: no rows; wanted at least one conversation."
-        if (rows - used) / rows <= max_rejected and used > 0:
-            return None
-        reasons = Counter({"an image cannot be decoded": len(self.failed)} if self.failed else {})
-        for count in self.files:
-            reasons.update(count.rejected)
-        commonest = "; ".join(f"{reason} ({number})" for reason, number in reasons.most_common(3))
-        return (
-            f"{names}: {rows - used} of {rows} rows cannot be used ({(rows - used) / rows:.1%}; max_rejected is "
-            f"{max_rejected:.1%}). Commonest: {commonest}."
-        )
-
-    def report_failures(self, rejects: RejectLog, stage: str) -> None:
-        """Name each row that failed in a stage in the log of rejected ones."""
-        file_of_row = self.column("file")
-        for row, reason in sorted(self.failed.items()):
-            source, id = (self.rows.data.column(name)[row].as_py() for name in ("source", "id"))
-            rejects.append(
-                Reject(self.files[file_of_row[row]].path, row_number(source), id, failed_in(stage), reason)
-            )
-
-    def account(self) -> list[dict[str, object]]:
-        """For `stage.json`: each file with its hash and rows = used + rejected + failed."""
-        file_of_row = self.column("file")
-        failed = Counter(int(file_of_row[row]) for row in self.failed)
-        return [
-            {
-                "file": count.name,
-                "sha256": count.sha256,
-                "rows": count.rows,
-                "used": count.used - failed[file],
-                "rejected": count.rejected,
-                "failed": failed[file],
-            }
-            for file, count in enumerate(self.files)
-        ]
-
-
-def failed_in(stage: str) -> str:
-    """The reason under which rows are listed whose images could not be decoded while a stage trained."""
-    return f"failed while training {stage}"
+    def source_and_id(self, row: int) -> tuple[str, str]:
+        """Where a conversation comes from, such as `"file.json:17"`, and its id."""
+        source, id = (self.rows.data.column(name)[int(row)].as_py() for name in ("source", "id"))
+        return source, id
 
 
 def notes(path: Path) -> Iterator[dict[bytes, list[dict[str, object]]]]:
-    """What stands beside the rows of each of the file's batches: rejected rows, and with the last the counts of the files."""
+    """What stands beside the rows of each of the file's batches: rejected rows, and with the last the counts
+    of the files."""
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
         while True:
             try:

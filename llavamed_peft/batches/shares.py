@@ -29,8 +29,8 @@ def share_of_step(
 ) -> list[list[DeviceBatch]]:
     """Deal a step's conversations to the processes and cut each share into device batches.
 
-    Sorted by length and dealt to and fro, every process gets about the same number of tokens; neighbours in length share a
-    device batch, so that little is padded.
+    Sorted by length and dealt to and fro, every process gets about the same number of tokens; neighbours in
+    length share a device batch, so that little is padded.
     """
     ordered = sorted(step, key=lambda row: (-int(lengths[row]), int(row)))
     hands: list[list[int]] = [[] for _ in range(world_size)]
@@ -61,8 +61,10 @@ def packed_share_of_step(
 ) -> list[list[DeviceBatch]]:
     """Deal a step's conversations to the processes in rows of at most `max_row_tokens` tokens.
 
-    Conversations with one beginning stay together, so that it stands once; only where they are longer than a row it is repeated.
-    No process waits for a much longer one unless few images make a large step: cutting their conversations apart would cost more
+    Conversations with one beginning stay together, so that it stands once; only where they are longer than a
+    row it is repeated.
+    No process waits for a much longer one unless few images make a large step: cutting their conversations
+        apart would cost more
     than it saves.
     """
     alike: dict[Hashable, list[int]] = {}
@@ -90,7 +92,8 @@ def packed_share_of_step(
 
 
 def _share_rows(sizes: Sequence[int], max_row_tokens: int, world_size: int) -> list[list[list[int]]]:
-    """Each process's device batches of lots, each batch one row: about as few rows as hold all lots, as many for each process."""
+    """Each process's device batches of lots, each batch one row: about as few rows as hold all lots, as many
+    for each process."""
     rows, loads = even(sizes, max_row_tokens, world_size)
     shares: list[list[list[int]]] = [[] for _ in range(world_size)]
     costs = [0] * world_size
@@ -105,7 +108,8 @@ def _share_rows(sizes: Sequence[int], max_row_tokens: int, world_size: int) -> l
 def _share_lots(
     sizes: Sequence[int], masked: Sequence[bool], max_row_tokens: int, fill_tokens: int, world_size: int
 ) -> list[list[list[int]]]:
-    """Each process's device batches of lots, each lot one row: about as many tokens for each, rows of one length together."""
+    """Each process's device batches of lots, each lot one row: about as many tokens for each, rows of one
+    length together."""
     hands, _ = even(sizes, sum(sizes), world_size)
     shares = [
         alike([lot for lot in hand if masked[lot]], sizes, fill_tokens)

@@ -1,8 +1,8 @@
 """SIGTERM and Ctrl-C while a stage trains: noted at once, obeyed where the run can be gone on with.
 
-A scheduler that stops a job sends SIGTERM and kills half a minute later; a person presses Ctrl-C, which the terminal sends to
-every process it started. Neither may tear a step apart: the trainer asks `StopSignals` between device batches, saves, and
-raises `Interrupted`. What it saves is `resumption.py`'s business.
+A scheduler that stops a job sends SIGTERM and kills half a minute later; a person presses Ctrl-C, which the
+terminal sends to every process it started. Neither may tear a step apart: the trainer asks `StopSignals`
+between device batches, saves, and raises `Interrupted`. What it saves is `resumption.py`'s business.
 """
 
 from __future__ import annotations
@@ -25,10 +25,12 @@ _SECONDS_TO_REPEAT = 1.0  # a launcher hands a terminal's Ctrl-C on, so one keys
 
 
 class StopSignals:
-    """A context in which SIGTERM and SIGINT do not end the process but set `received`; a second Ctrl-C does end it.
+    """A context in which SIGTERM and SIGINT do not end the process but set `received`; a second Ctrl-C does
+    end it.
 
-    Signals that the process ignores stay ignored, as the shell means it for jobs in the background. Outside the main thread,
-    where Python allows no handlers, it does nothing. A signal that nobody has obeyed is delivered again at the end.
+    Signals that the process ignores stay ignored, as the shell means it for jobs in the background. Outside
+    the main thread, where Python allows no handlers, it does nothing. A signal that nobody has obeyed is
+    delivered again at the end.
     """
 
     def __init__(self) -> None:
@@ -71,7 +73,8 @@ class StopSignals:
 
 @contextlib.contextmanager
 def signals_held() -> Iterator[None]:
-    """Let SIGTERM and SIGINT wait while workers are started, in the workers until `prepare_worker` can take them."""
+    """Let SIGTERM and SIGINT wait while workers are started, in the workers until `prepare_worker` can take
+    them."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _OBEYED)
     try:
         yield
@@ -82,8 +85,8 @@ def signals_held() -> Iterator[None]:
 def prepare_worker(trains: ctypes.c_byte, worker: int) -> None:
     """For `DataLoader(worker_init_fn=...)`: keep signals from a worker while its trainer trains.
 
-    A terminal and a scheduler signal every process, but the trainer needs its workers until it has saved. Afterwards SIGTERM is
-    how Python ends them. Should the trainer die, they notice by themselves.
+    A terminal and a scheduler signal every process, but the trainer needs its workers until it has saved.
+    Afterwards SIGTERM is how Python ends them. Should the trainer die, they notice by themselves.
 
     Args:
         trains: `StopSignals.trains` of the trainer.

@@ -1,12 +1,13 @@
 """Which conversations make which optimizer step, on which process, in which device batches.
 
-Everything is worked out from lengths and images alone, the same on every process and after an interruption: an epoch's order
-is a function of the seed and the epoch's number. Each step has exactly `global_batch` conversations (the last of an epoch what
-is left), whatever the number of processes and however they are cut into device batches.
+Everything is worked out from lengths and images alone, the same on every process and after an interruption:
+an epoch's order is a function of the seed and the epoch's number. Each step has exactly `global_batch`
+conversations (the last of an epoch what is left), whatever the number of processes and however they are cut
+into device batches.
 
-Packed, a device batch is one row, or (off CUDA) several of about one length. It is planned before any token is read, from how
-long each conversation is and what it begins with up to its image; what else is shared, such as a question asked twice, makes a
-row a little shorter than planned.
+Packed, a device batch is one row, or (off CUDA) several of about one length. It is planned before any token
+is read, from how long each conversation is and what it begins with up to its image; what else is shared, such
+as a question asked twice, makes a row a little shorter than planned.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ from .shares import DeviceBatch, Prefixes, packed_share_of_step, share_of_step
 
 
 def steps_in_all(steps_per_epoch: int, schedule: Schedule) -> int:
-    """Optimizer steps of a whole stage, as the Hugging Face trainer counts them: a part of an epoch ends behind a whole step."""
+    """Optimizer steps of a whole stage, as the Hugging Face trainer counts them: a part of an epoch ends
+    behind a whole step."""
     return math.ceil(steps_per_epoch * schedule.epochs)
 
 
@@ -34,8 +36,8 @@ def why_nothing_is_learnt(stage: Stage, steps_per_epoch: int, images: int) -> st
     """
     if steps_in_all(steps_per_epoch, stage.schedule) == 1 and stage.schedule.warmup_ratio > 0:
         return (
-            "warm-up begins at rate 0, and there is one optimizer step. Give it more data or epochs, a smaller global_batch, "
-            "or warmup_ratio=0."
+            "warm-up begins at rate 0, and there is one optimizer step. Give it more data or epochs, a "
+            "smaller global_batch, or warmup_ratio=0."
         )
     if stage.trains == "projector" and images == 0:
         return "it trains the projector alone, and not one of its conversations shows an image. Give it such that do."
@@ -43,21 +45,24 @@ def why_nothing_is_learnt(stage: Stage, steps_per_epoch: int, images: int) -> st
 
 
 class StepSampler(Sampler[list[DeviceBatch]]):
-    """Deals an epoch out in optimizer steps; one item is one process's share of one step, a list of device batches.
+    """Deals an epoch out in optimizer steps; one item is one process's share of one step, a list of device
+    batches.
 
-    Every process gets the same number of device batches in a step, some of them empty, so that none waits for another.
+    Every process gets the same number of device batches in a step, some of them empty, so that none waits for
+    another.
 
     Args:
         lengths: [conversations], tokens of each.
         groups: [conversations], equal numbers for conversations about the same images.
         schedule: `global_batch` and `shuffle` are read.
-        max_row_tokens: a device batch has rows × longest of at most this many tokens; a conversation longer than it stands
-            alone.
+        max_row_tokens: a device batch has rows × longest of at most this many tokens; a conversation longer
+            than it stands alone.
         seed: of the order.
         rank, world_size: this process, and how many there are.
         prefixes: what the conversations begin with, for the packed layout; `None`: the padded one.
-        fill_tokens: packed: `None`: a device batch is one row, filled up to its bound. Else what shares no beginning stands in
-            rows of its own, and rows of about one length make a device batch, of at most this many tokens where they need a mask.
+        fill_tokens: packed: `None`: a device batch is one row, filled up to its bound. Else what shares no
+            beginning stands in rows of its own, and rows of about one length make a device batch, of at most
+            this many tokens where they need a mask.
     """
 
     def __init__(
@@ -110,7 +115,8 @@ class StepSampler(Sampler[list[DeviceBatch]]):
 
 
 def shuffled(groups: np.ndarray, shuffle: str, seed: int, epoch: int) -> np.ndarray:
-    """An epoch's order of the conversations: plain, or image by image with each image's conversations together and in turn."""
+    """An epoch's order of the conversations: plain, or image by image with each image's conversations
+    together and in turn."""
     generator = np.random.default_rng([seed, epoch])
     if shuffle == "conversations":
         return generator.permutation(len(groups))

@@ -1,7 +1,9 @@
-"""Data-loading workers: how many have room in shared memory, and what each is at, kept there so that it outlives the worker.
+"""Data-loading workers: how many have room in shared memory, and what each is at, kept there so that it
+outlives the worker.
 
-A worker that dies in a decoder, or never comes back from one, cannot say which image it was. So each writes it down before it
-decodes, some microseconds an image, and the training process reads it when the data loader gives up. Left out: why a worker died.
+A worker that dies in a decoder, or never comes back from one, cannot say which image it was. So each writes
+it down before it decodes, some microseconds an image, and the training process reads it when the data loader
+gives up. Left out: why a worker died.
 """
 
 from __future__ import annotations
@@ -32,10 +34,12 @@ def free_shared_memory() -> int | None:
 
 
 def workers_with_room(asked: int, item_bytes: float, free: int | None, processes: int) -> int:
-    """How many of the workers asked for can decode ahead: as much as each has ready, the training process holds once more.
+    """How many of the workers asked for can decode ahead: as much as each has ready, the training process
+    holds once more.
 
     Args:
-        item_bytes: of what one worker has ready, in the mean: it may be more, so that half of what is free is taken.
+        item_bytes: of what one worker has ready, in the mean: it may be more, so that half of what is free is
+            taken.
         free: bytes of shared memory.
         processes: that train on this machine and share it.
     """
@@ -90,7 +94,8 @@ class WorkerNotes:
         self.write("")
 
     def get_on(self, within: float) -> bool:
-        """Some worker wrote in the last `within` seconds, and none is at something for longer; those without work are silent."""
+        """Some worker wrote in the last `within` seconds, and none is at something for longer; those without
+        work are silent."""
         last = max(_HEAD.unpack(slot[: _HEAD.size].tobytes())[1] for slot in self._slots.numpy())
         return time.monotonic() - last <= within and all(note.seconds <= within for note in self.read())
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -9,8 +10,10 @@ from typing import Literal
 
 import numpy as np
 
-from ..batches.steps import StepSampler
+from ..batches.loader import ExactSteps
+from ..batches.steps import StepSampler, steps_in_all
 from ..errors import TrainingError
+from ..reporting.text import in_bytes
 
 Asked = Literal["auto"] | bool
 
@@ -29,11 +32,11 @@ class Forecast:
     """What a stage's feature cache would take and save.
 
     Args:
-        images: different images that the stage shows: equal files are one (OneVision tiles lone images only: one that is shown
-            alone and among others is two), and one that cannot be read is none.
+        images: different images that the stage shows: equal files are one (OneVision tiles lone images only:
+            one that is shown alone and among others is two), and one that cannot be read is none.
         uncomputed: of them, those whose features are not stored yet.
-        passes: images that pass the tower without a cache, over the stage's epochs and held-out losses; an estimate where an
-            epoch has many steps.
+        passes: images that pass the tower without a cache, over the stage's epochs and held-out losses; an
+            estimate where an epoch has many steps.
         stored: bytes that the run's features take on disk.
         missing: bytes that the stage would add; until it is planned an estimate where images have tiles.
         free: bytes of the disk.
@@ -63,8 +66,9 @@ class Forecast:
 
     def __str__(self) -> str:
         return (
-            f"{self.images:,} images, {in_bytes(self.stored + self.missing)} on disk, {in_bytes(self.missing)} of them to be "
-            f"added ({in_bytes(self.free)} free); {self.uncomputed:,} images pass the vision tower instead of {self.passes:,}"
+            f"{self.images:,} images, {in_bytes(self.stored + self.missing)} on disk, "
+            f"{in_bytes(self.missing)} of them to be added ({in_bytes(self.free)} free); {self.uncomputed:,} "
+            f"images pass the vision tower instead of {self.passes:,}"
         )
 
 
@@ -80,22 +84,15 @@ def decide(forecast: Forecast, asked: Asked, stage: str, folder: Path) -> tuple[
     """
     if asked is True and not forecast.fits:
         raise TrainingError(
-            f"feature_cache is True, and the features of stage {stage!r} do not fit into {folder}: {forecast}. Wanted at most "
-            f"{in_bytes(forecast.room)} to be added: {in_bytes(MAX_BYTES)} in all and half of the free disk. Make room, choose "
-            "another output_dir, or call with feature_cache='auto' or False."
+            f"feature_cache is True, and the features of stage {stage!r} do not fit into {folder}: "
+            f"{forecast}. Wanted at most {in_bytes(forecast.room)} to be added: {in_bytes(MAX_BYTES)} in all "
+            "and half of the free disk. Make room, choose another output_dir, or call with "
+            "feature_cache='auto' or False."
         )
     on = asked is True or (forecast.pays and forecast.fits)
     too_many = f"; more than the {in_bytes(forecast.room)} that may be added"
     why = "" if on else "; too few to pay" if not forecast.pays else too_many
     return on, f"{stage:<10} feature cache {'on' if on else 'off'}: {forecast}{why}"
-
-
-def in_bytes(number: float) -> str:
-    """`1.2 GB`."""
-    unit, name = next(
-        ((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if number >= unit), (1e3, "kB")
-    )
-    return f"{number / unit:,.1f} {name}"
 
 
 def passes_in_an_epoch(sampler: StepSampler, images: np.ndarray) -> float:
@@ -114,3 +111,20 @@ def passes_in_an_epoch(sampler: StepSampler, images: np.ndarray) -> float:
                 rows = rows[np.unique(sampler.groups[rows], return_index=True)[1]]
             passes += int(images[rows].sum())
     return passes * len(images) / max(conversations, 1)
+
+
+def tower_passes(train: ExactSteps, held_out: ExactSteps | None, eval_steps: float) -> float:
+    """How many images pass the vision tower in a whole stage without a cache.
+
+    Args:
+        train, held_out: the stage's steps.
+        eval_steps: optimizer steps between two held-out losses; below 1, a share of the stage's steps.
+    """
+    sampler = train.sampler()
+    passes = train.schedule.epochs * passes_in_an_epoch(sampler, train.index.image_counts())
+    if held_out is None:
+        return passes
+    steps = steps_in_all(len(sampler), train.schedule)
+    every = eval_steps if eval_steps >= 1 else math.ceil(steps * eval_steps)
+    evaluations = 1 + math.ceil(steps / every)
+    return passes + evaluations * passes_in_an_epoch(held_out.sampler(), held_out.index.image_counts())

@@ -1,13 +1,15 @@
-"""What the frozen vision tower makes of each image, kept on disk: planned in files, filled, checked, found again.
+"""What the frozen vision tower makes of each image, kept on disk: planned in files, filled, checked, found
+again.
 
-A folder is of one tower, the layers that are asked of it, one image processor and one dtype; images are known by the SHA-256 of
-their files. A plan (`plan-*.json`) says which images stand together in which file (`*.safetensors`, one tensor an image). It is
-written before the first of its files and never changed, and an image stands in one file only. A file's images pass the tower
-together, cut into batches the same way each time, so an image's features are the same bits whenever they are computed, by
-whatever process, and whatever was there before. A file is written under another name, flushed and renamed, and holds the SHA-256
+A folder is of one tower, the layers that are asked of it, one image processor and one dtype; images are known
+by the SHA-256 of their files. A plan (`plan-*.json`) says which images stand together in which file
+(`*.safetensors`, one tensor an image). It is written before the first of its files and never changed, and an
+image stands in one file only. A file's images pass the tower together, cut into batches the same way each
+time, so an image's features are the same bits whenever they are computed, by whatever process, and whatever
+was there before. A file is written under another name, flushed and renamed, and holds the SHA-256
 of its name and content: one that is damaged, or another one, is removed and computed again.
 
-Left out: whether it pays, and which tower it is (`feature_cache.py`).
+Left out: whether it pays, and which tower it is (`forecast.py`, `filling.py`).
 """
 
 from __future__ import annotations
@@ -113,7 +115,8 @@ def read_plans(folder: Path) -> Plans:
 
 
 def planned_files(plans: Plans) -> dict[str, str]:
-    """Key → the file that it is planned for; the first, should two processes have planned it at the same moment."""
+    """Key → the file that it is planned for; the first, should two processes have planned it at the same
+    moment."""
     files: dict[str, str] = {}
     for name in sorted(plans):
         for image in plans[name]:
@@ -194,7 +197,8 @@ def fill(
 
     Args:
         images: as they are planned.
-        pixels: of each, [tiles, 3, height, width], from `Pictures`; `None`: it cannot be decoded and is left out.
+        pixels: of each, [tiles, 3, height, width], from `Pictures`; `None`: it cannot be decoded and is left
+            out.
         tower: [tiles, 3, height, width] → [tiles, positions, layers, width] in the stored dtype, on the CPU.
 
     Raises:
@@ -235,8 +239,9 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise TrainingError(
-            f"{path}: cannot be written ({error}); nothing was left under that name. Make room or mend the folder, and the same "
-            "call goes on with the features that are stored; or give it feature_cache=False, which stores none."
+            f"{path}: cannot be written ({error}); nothing was left under that name. Make room or mend the "
+            "folder, and the same call goes on with the features that are stored; or give it "
+            "feature_cache=False, which stores none."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -244,9 +249,11 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
 
 
 class Pictures(Dataset[torch.Tensor | None]):
-    """Planned images → their pixels, [tiles, 3, height, width]; `None` for what cannot be decoded or is another image by now.
+    """Planned images → their pixels, [tiles, 3, height, width]; `None` for what cannot be decoded or is
+    another image by now.
 
-    What is `None` is missing in its file of features for good. So an image of this stage whose file cannot be read any more is
+    What is `None` is missing in its file of features for good. So an image of this stage whose file cannot be
+    read any more is
     an error: its disk may come back.
 
     Args:
@@ -299,8 +306,8 @@ class Pictures(Dataset[torch.Tensor | None]):
             if image.key not in self.paths:
                 raise
             raise TrainingError(
-                f"{error} It could be read when the feature cache was planned; bring it back. What is stored stays, and the same "
-                "call goes on; an image that is gone for good is left out then."
+                f"{error} It could be read when the feature cache was planned; bring it back. What is stored "
+                "stays, and the same call goes on; an image that is gone for good is left out then."
             ) from error
 
 
@@ -310,6 +317,7 @@ class Features:
 
     Args:
         folder: of the files.
+        tile_bytes: of what the tower makes of one tile.
         contents: path → SHA-256 of the image's file.
         sizes: SHA-256 → (height, width) in pixels.
         files: key → name of the file that holds it.
@@ -317,6 +325,7 @@ class Features:
     """
 
     folder: Path
+    tile_bytes: int
     contents: dict[str, str]
     sizes: dict[str, Size]
     files: dict[str, str]
@@ -325,7 +334,13 @@ class Features:
 
     @classmethod
     def open(
-        cls, folder: Path, names: Iterable[str], plans: Plans, contents: Mapping[str, str], encoder: Encoder
+        cls,
+        folder: Path,
+        names: Iterable[str],
+        plans: Plans,
+        contents: Mapping[str, str],
+        encoder: Encoder,
+        tile_bytes: int,
     ) -> Features:
         """Find what the whole files of these names hold.
 
@@ -341,9 +356,8 @@ class Features:
                 if image.key in stored:
                     files[image.key] = name
                     sizes[image.content] = (image.height, image.width)
-        return cls(
-            folder, dict(contents), sizes, files, encoder.tiles_lone_images_only, encoder.sends_image_sizes
-        )
+        lone, sizes_sent = encoder.tiles_lone_images_only, encoder.sends_image_sizes
+        return cls(folder, tile_bytes, dict(contents), sizes, files, lone, sizes_sent)
 
     def _key(self, content: str, alone: bool) -> str:
         return image_key(content, alone, self.tiles_lone_images_only)
@@ -364,8 +378,9 @@ class Features:
             alone: of each, whether it is alone in its conversation.
 
         Returns:
-            `pixel_values`, [images, positions, layers, width]; where the class sends sizes, [images, tiles, positions, layers,
-            width], padded with zeros to the most tiles, and `image_sizes`, [images, 2] int64.
+            `pixel_values`, [images, positions, layers, width]; where the class sends sizes, [images, tiles,
+            positions, layers, width], padded with zeros to the most tiles, and `image_sizes`, [images, 2]
+            int64.
         """
         found = []
         for content, lone in zip(contents, alone, strict=True):
@@ -375,8 +390,8 @@ class Features:
                 found.append(_open(path).get_tensor(key))
             except (OSError, SafetensorError) as error:
                 raise TrainingError(
-                    f"{path}: cannot be read any more ({error}); wanted what was stored before the stage trained. Make the same "
-                    "call again: what is missing or damaged is computed anew."
+                    f"{path}: cannot be read any more ({error}); wanted what was stored before the stage "
+                    "trained. Make the same call again: what is missing or damaged is computed anew."
                 ) from error
         if not self.sends_image_sizes:
             return {"pixel_values": default_collate([tiles[0] for tiles in found])}

@@ -15,12 +15,16 @@ class StoredFeatures(Protocol):
     """What `features.store.Features` is to the collator.
 
     folder: of the files.
+    tile_bytes: of what the tower makes of one tile.
     contents: path → SHA-256 of the image's file.
     sizes: SHA-256 → (height, width) in pixels.
     """
 
     @property
     def folder(self) -> Path: ...
+
+    @property
+    def tile_bytes(self) -> int: ...
 
     @property
     def contents(self) -> Mapping[str, str]: ...

@@ -59,3 +59,11 @@ def histogram(values: np.ndarray, width: int) -> list[str]:
     room = min(max(width - len(heads[0]) - 2, 1), _LONGEST_BAR)
     bars = ["#" * max(round(room * int(count) / int(counts.max())), int(count > 0)) for count in counts]
     return [f"{head}  {bar}".rstrip() for head, bar in zip(heads, bars, strict=True)]
+
+
+def in_bytes(number: float) -> str:
+    """`1.2 GB`."""
+    unit, name = next(
+        ((unit, name) for unit, name in ((1e9, "GB"), (1e6, "MB")) if number >= unit), (1e3, "kB")
+    )
+    return f"{number / unit:,.1f} {name}"

@@ -1,8 +1,9 @@
 """Whose folder an `output_dir` is: which run it belongs to, who is at work in it, what was left half written.
 
-`run.json` says what decides a run's result. It is written when the first stage is about to train, so that data can be mended
-and the call repeated until then; afterwards a call that would give another result is refused with the difference, field by
-field. `run.lock` is locked while a process is at work. Which stages are finished and from which step one goes on is not
+`run.json` says what decides a run's result. It is written when the first stage is about to train, so that
+data can be mended and the call repeated until then; afterwards a call that would give another result is
+refused with the difference, field by field. `run.lock` is locked while a process is at work. Which stages are
+finished and from which step one goes on is not
 written here: the stages' folders and their checkpoints say it.
 """
 
@@ -81,8 +82,8 @@ def check_same_run(folder: Path, identity: Mapping[str, Any]) -> bool:
             f"{folder}: holds another run, which differs from this call in\n  "
             + "\n  ".join(differing)
             + "\n"
-            "To go on with it, make the call as it was. Otherwise choose another output_dir; there, start_from= builds on a "
-            "finished stage."
+            "To go on with it, make the call as it was. Otherwise choose another output_dir; there, "
+            "start_from= builds on a finished stage."
         )
     return True
 
@@ -91,8 +92,9 @@ def differences(there: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """`["stages.vqa.schedule.epochs: 3 there, 5 now"]`; empty where both give the same result.
 
     Args:
-        there, now: what identifies a run: `stages`, by name in their order, and anything else that JSON holds. `base` is
-            compared as far as both know it: by the content of the weights, else by id and revision.
+        there, now: what identifies a run: `stages`, by name in their order, and anything else that JSON
+            holds. `base` is compared as far as both know it: by the content of the weights, else by id and
+            revision.
     """
     found = []
     names = [list(run["stages"]) for run in (there, now)]
@@ -143,7 +145,8 @@ def _shown(value: Any) -> str:
 
 @contextlib.contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Be the one process at work in a folder. The lock ends with the process, however it ends; data-loader workers have no part.
+    """Be the one process at work in a folder. The lock ends with the process, however it ends; data-loader
+    workers have no part.
 
     Raises:
         TrainingError: another process is; or the folder cannot be written.
@@ -160,8 +163,9 @@ def locked(folder: Path) -> Iterator[None]:
             if error.errno in (errno.EACCES, errno.EAGAIN):
                 file.seek(0)
                 raise TrainingError(
-                    f"{folder}: {file.read().strip() or 'another process'} is at work in it; wanted one run at a time. Wait for "
-                    "its end or stop it, then make this call again; or choose another output_dir."
+                    f"{folder}: {file.read().strip() or 'another process'} is at work in it; wanted one run "
+                    "at a time. Wait for its end or stop it, then make this call again; or choose another "
+                    "output_dir."
                 ) from error
             warnings.warn(
                 f"{folder}: its file system has no locks ({error}); see to it that only one run uses it.",
@@ -186,8 +190,8 @@ def disk_faults(folder: Path) -> Iterator[None]:
         if error.errno not in _OF_THE_DISK:
             raise
         raise TrainingError(
-            f"{folder}: the disk refused ({error}). Finished stages and the last checkpoint stand; make room or mend the "
-            "folder, and the same call goes on."
+            f"{folder}: the disk refused ({error}). Finished stages and the last checkpoint stand; make room "
+            "or mend the folder, and the same call goes on."
         ) from error
 
 

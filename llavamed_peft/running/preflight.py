@@ -1,7 +1,9 @@
-"""What a call of `curriculum_finetune` must fulfil before anything is read or made, and how it will be computed.
+"""What a call of `curriculum_finetune` must fulfil before anything is read or made, and how it will be
+computed.
 
-Each function looks at arguments alone (and at what `start_from` says of itself) and raises `ConfigError` or `AdapterError` with
-what came, what was wanted and what to do. What data, checkpoint and folder must fulfil is said where they are opened.
+Each function looks at arguments alone (and at what `start_from` says of itself) and raises `ConfigError` or
+`AdapterError` with what came, what was wanted and what to do. What data, checkpoint and folder must fulfil is
+said where they are opened.
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ def check_names(
     missing = [name for name in names if name not in data]
     if missing:
         raise ConfigError(
-            f"data has nothing for stage {missing[0]!r}; wanted an entry for each of {', '.join(names)}. To train fewer "
-            f"stages, give a curriculum without {missing[0]!r}."
+            f"data has nothing for stage {missing[0]!r}; wanted an entry for each of {', '.join(names)}. To "
+            f"train fewer stages, give a curriculum without {missing[0]!r}."
         )
 
 
@@ -66,19 +68,26 @@ def check_files(output_dir: str | Path, data: Sequence[Data], own_names: Collect
             )
 
 
+def check_share(argument: str, share: float) -> None:
+    """A number between 0 and 1."""
+    if not isinstance(share, (int, float)) or not 0 <= share <= 1:
+        raise ConfigError(f"{argument} is {share!r}; wanted a share between 0 and 1.")
+
+
 def check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantization: Quantization) -> None:
     """The stages can be trained so, and continue what `start_from` left."""
     check_quantization(quantization)
     for stage in curriculum.stages:
         if stage.trains == "full" and quantization is not None:
             raise ConfigError(
-                f"Stage {stage.name!r} trains 'full' and quantization is {quantization!r}; wanted None, since 4-bit weights "
-                "cannot be trained. Use trains='lora'."
+                f"Stage {stage.name!r} trains 'full' and quantization is {quantization!r}; wanted None, "
+                "since 4-bit weights cannot be trained. Use trains='lora'."
             )
     if parent is not None and parent.record["image_aspect_ratio"] != curriculum.image_aspect_ratio:
         raise ConfigError(
-            f"Curriculum.image_aspect_ratio is {curriculum.image_aspect_ratio!r}, start_from was trained with "
-            f"{parent.record['image_aspect_ratio']!r}; wanted the same, since its processor is carried on."
+            f"Curriculum.image_aspect_ratio is {curriculum.image_aspect_ratio!r}, start_from was trained "
+            f"with {parent.record['image_aspect_ratio']!r}; wanted the same, since its processor is carried "
+            "on."
         )
     carried = None if parent is None or parent.is_checkpoint else carried_lora(parent)
     for stage in curriculum.stages:
@@ -86,8 +95,9 @@ def check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantizat
             return
         if carried and stage.lora and (stage.lora.rank, stage.lora.alpha) != (carried.rank, carried.alpha):
             raise ConfigError(
-                f"Stage {stage.name!r} has LoRA rank {stage.lora.rank} and alpha {stage.lora.alpha:g}, start_from rank "
-                f"{carried.rank} and alpha {carried.alpha:g}; wanted equal numbers, since the stage continues its tensors."
+                f"Stage {stage.name!r} has LoRA rank {stage.lora.rank} and alpha {stage.lora.alpha:g}, "
+                f"start_from rank {carried.rank} and alpha {carried.alpha:g}; wanted equal numbers, since "
+                "the stage continues its tensors."
             )
 
 
@@ -96,6 +106,6 @@ def check_architecture(base: Mapping[str, Any], parent: StageAdapter) -> None:
     for part in ("model_type", "language_model", "vision_tower"):
         if base[part] != parent.record["base"][part]:
             raise AdapterError(
-                f"start_from ({parent.path.name}) was trained on {part} {parent.record['base'][part]!r}, the base's is "
-                f"{base[part]!r}; wanted the same architecture."
+                f"start_from ({parent.path.name}) was trained on {part} {parent.record['base'][part]!r}, the "
+                f"base's is {base[part]!r}; wanted the same architecture."
             )

@@ -1,7 +1,8 @@
-"""One run of a curriculum: its data's indexes, its stages trained one after the other, and what stands in its folder.
+"""One run of a curriculum: its data's indexes, its stages trained one after the other, and what stands in its
+folder.
 
-Of several processes one writes, the others read what it wrote. Whose folder it is, is `run_folder.py`'s business, how a stage is
-trained `training.py`'s, what it leaves `adapters.py`'s.
+Of several processes one writes, the others read what it wrote. Whose folder it is, is `run_folder.py`'s
+business, how a stage is trained `training.py`'s, what it leaves `adapters.py`'s.
 """
 
 from __future__ import annotations
@@ -23,32 +24,31 @@ from typing import Any
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from peft import LoraConfig, PeftModel
-from transformers import PreTrainedModel, ProcessorMixin, set_seed
+from transformers import ProcessorMixin
 
 from ..adapters.card import card_text
 from ..adapters.record import public_name, read_record
-from ..adapters.stage_adapter import StageAdapter, check_arrived, check_fits, warn_of_another_base
+from ..adapters.stage_adapter import StageAdapter
 from ..adapters.writing import write_adapter, write_checkpoint
 from ..batches.checking import build_index
-from ..batches.index import Index, failed_in
+from ..batches.index import Index
+from ..batches.ledger import Ledger, failed_in
 from ..datasets.rejects import RejectLog
 from ..datasets.sources import Source
 from ..errors import AdapterError, ConfigError, TrainingError
-from ..modeling.load import Quantization, load_checkpoint
+from ..modeling.load import Quantization
 from ..modeling.parts import bare
-from ..modeling.scopes import adapter_config, attach, unfreeze_full
-from ..modeling.tensors import load_tensors, set_dtypes
 from ..packing.collator import PackedCollator
 from ..reporting.run_log import METRICS, RunLog
 from ..stages import Curriculum, Stage
 from ..training.checkpoints import Checkpoint, newest_checkpoint, remove_folder, standing
 from ..training.computing import Computing
 from ..training.gpu_memory import enough_for_model
-from ..training.stage import Trained, train_stage
+from ..training.stage import Folders, Trained, train_stage
 from ..version import __version__
 from .folder import LOCK, RUN, check_same_run, disk_faults, locked, remove_partial, write_run
-from .lineage import Lineage, carried_lora, parent_of
+from .lineage import Lineage, parent_of
+from .stage_model import stage_model
 from .summary import CURVE, TABLE, draw_losses, read_metrics, stage_table
 
 REJECTED, INDEX, LOGS, CHECKPOINTS, FEATURES = ("rejected.jsonl", "index", "logs", "checkpoints", "features")
@@ -84,6 +84,11 @@ class Run:
     max_rejected: float
 
     @property
+    def seed(self) -> int:
+        """Of the order of the data, and of what begins or drops at random."""
+        return self.curriculum.seed
+
+    @property
     def writes(self) -> bool:
         """One process writes; the others read what it wrote. If it fails, the launcher ends them."""
         return self.processes.is_main_process
@@ -94,7 +99,8 @@ class Run:
         parent: StageAdapter | None,
         sources: Mapping[str, Mapping[str, Sequence[Source]]],
     ) -> dict[str, Any]:
-        """What decides the run's result, for `run.json`: how it is computed is no part of it, but for the dtype."""
+        """What decides the run's result, for `run.json`: how it is computed is no part of it, but for the
+        dtype."""
         curriculum = self.curriculum.to_dict()
         return {
             "base": base,
@@ -124,14 +130,16 @@ class Run:
         taken = [stage.name for stage in self.curriculum.stages if stage.name in OWN_NAMES]
         if taken:
             raise ConfigError(
-                f"Stage.name is {taken[0]!r}, which the run needs for itself (as {', '.join(OWN_NAMES)}); wanted another name."
+                f"Stage.name is {taken[0]!r}, which the run needs for itself (as {', '.join(OWN_NAMES)}); "
+                "wanted another name."
             )
         goes_on = check_same_run(self.folder, identity)
         there = [stage.name for stage in self.curriculum.stages if os.path.lexists(self.folder / stage.name)]
         if there and not goes_on:
             raise TrainingError(
-                f"{self.folder}: holds {', '.join(there)} already, but no {RUN} that says of which run; wanted a folder without "
-                "these stages. Choose another output_dir; there, start_from= builds on a finished stage."
+                f"{self.folder}: holds {', '.join(there)} already, but no {RUN} that says of which run; "
+                "wanted a folder without these stages. Choose another output_dir; there, start_from= builds "
+                "on a finished stage."
             )
         finished = goes_on and all(self.has(stage) for stage in self.curriculum.stages)
         finished = finished and not any((self.folder / name).exists() for name in (CHECKPOINTS, FEATURES))
@@ -157,7 +165,8 @@ class Run:
                 for inner in (folder, *folder.glob("*")):
                     remove_partial(inner)
             with RejectLog(self.folder / REJECTED, keep=goes_on) as rejects:
-                # what was not decoded in a stage that goes on may be by now; what its checkpoint counts is written again
+                # what was not decoded in a stage that goes on may be by now; what its checkpoint counts is
+                # written again
                 rejects.forget(
                     failed_in(stage.name) for stage in self.curriculum.stages if not self.has(stage)
                 )
@@ -173,14 +182,36 @@ class Run:
         """The stage is finished."""
         return (self.folder / stage.name).exists()
 
-    def index(self, stage: Stage, sources: list[Source], rejects: RejectLog, use: str) -> Index:
-        """Check a stage's training or held-out data and keep what was found beside the run, for the next call as well."""
+    def ledgers(
+        self, sources: Mapping[str, Mapping[str, list[Source]]], rejects: RejectLog
+    ) -> dict[str, tuple[Ledger, Ledger | None]]:
+        """Check the training and held-out data of every stage that is not finished.
+
+        Args:
+            sources: `"data"` and `"eval_data"` → stage name → data files.
+
+        Returns:
+            Stage name → the ledgers of its training and of its held-out data.
+        """
+        found = {}
+        for stage in self.curriculum.stages:
+            if not self.has(stage):
+                held_out = sources["eval_data"].get(stage.name)
+                found[stage.name] = (
+                    self._ledger(stage, sources["data"][stage.name], rejects, "train"),
+                    None if held_out is None else self._ledger(stage, held_out, rejects, "eval"),
+                )
+        return found
+
+    def _ledger(self, stage: Stage, sources: list[Source], rejects: RejectLog, use: str) -> Ledger:
+        """Check a stage's training or held-out data, or take what an earlier call found out about them."""
         path = self.folder / INDEX / f"{stage.name}-{use}.arrow"
         with _others_wait(self.processes):
             if self.writes:
                 collator = PackedCollator(self.processor, stage.schedule.max_length)
                 build_index(sources, collator, path, rejects, self.max_rejected, RunLog(self.folder).show)
-        return Index.open(path)
+        kind = {"train": "training", "eval": "held-out"}[use]
+        return Ledger(Index.open(path), kind, self.max_rejected)
 
     def finished_stage(self, stage: Stage, lineage: Lineage) -> StageAdapter:
         """A stage that an earlier call finished.
@@ -191,48 +222,52 @@ class Run:
         adapter = StageAdapter.load(self.folder / stage.name)
         if adapter.parent != parent_of(lineage):
             raise TrainingError(
-                f"{adapter.path}: was trained behind {adapter.parent}, what stands before it now is {parent_of(lineage)}. Remove "
-                f"{adapter.path.name} to train it again, or choose another output_dir."
+                f"{adapter.path}: was trained behind {adapter.parent}, what stands before it now is "
+                f"{parent_of(lineage)}. Remove {adapter.path.name} to train it again, or choose another "
+                "output_dir."
             )
         return adapter
 
     def stage(
-        self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None, rejects: RejectLog
+        self, stage: Stage, lineage: Lineage, train: Ledger, held_out: Ledger | None, rejects: RejectLog
     ) -> StageAdapter:
-        """Train one stage behind its lineage, from its last checkpoint on, and write its folder."""
-        checkpoints = self.folder / CHECKPOINTS / stage.name
-        checkpoint = self._newest_checkpoint(checkpoints)
+        """Train one stage of a lineage, from its last checkpoint if there is one, and write its folder."""
+        folders = Folders(
+            logs=self.folder / LOGS / stage.name,
+            checkpoints=self.folder / CHECKPOINTS / stage.name,
+            features=self.folder / FEATURES,
+        )
+        checkpoint = self._newest_checkpoint(folders.checkpoints)
         run_log = RunLog(self.folder)
         if self.writes:
             run_log.rewind(stage.name, [] if checkpoint is None else checkpoint.state["history"])
         try:
             with enough_for_model(stage):
-                model, config = self._model(stage, lineage)
+                model, config = stage_model(
+                    stage, lineage, self.quantization, self.computing.dtype, self.seed
+                )
                 trained = train_stage(
                     model,
                     self.processor,
                     stage,
-                    train_index,
-                    eval_index,
+                    train,
+                    held_out,
                     computing=self.computing,
-                    seed=self.curriculum.seed,
-                    max_rejected=self.max_rejected,
-                    work_folder=self.folder / LOGS / stage.name,
-                    checkpoint_folder=checkpoints,
-                    feature_folder=self.folder / FEATURES,
+                    seed=self.seed,
+                    folders=folders,
                     checkpoint=checkpoint,
                     run_log=run_log,
                 )
         finally:
-            for index in (train_index, eval_index):
-                if index is not None and self.writes:
-                    index.report_failures(rejects, stage.name)
+            for ledger in (train, held_out):
+                if ledger is not None and self.writes:
+                    ledger.list_failed(rejects, stage.name)
         base_class = type(bare(model))
         del model  # a full stage's folder needs the base once more
         gc.collect()  # its parts refer to one another
         folder = self.folder / stage.name
         if self.writes:
-            record = self._record(stage, lineage, train_index, eval_index, trained)
+            record = self._record(stage, lineage, train, held_out, trained)
             card = functools.partial(card_text, base_name=public_name(lineage.record))
             try:
                 if config is None:
@@ -240,26 +275,9 @@ class Run:
                 else:
                     write_adapter(folder, trained.tensors, config, base_class, self.processor, record, card)
             except AdapterError as error:
-                raise TrainingError(f"{error} {standing(checkpoints)}") from error
+                raise TrainingError(f"{error} {standing(folders.checkpoints)}") from error
         self.processes.wait_for_everyone()
         return StageAdapter.load(folder)
-
-    def _model(self, stage: Stage, lineage: Lineage) -> tuple[torch.nn.Module, LoraConfig | None]:
-        """The stage's model as its training begins, and its adapter's configuration; a full stage has none."""
-        model, _ = load_checkpoint(
-            lineage.base, self.quantization
-        )  # in the stored dtype: what trains begins unrounded
-        set_seed(self.curriculum.seed)
-        if stage.trains == "full":
-            config, model = None, _full_model(model, lineage)
-        else:
-            config = adapter_config(model, stage.lora or carried_lora(lineage.adapter))
-            model = attach(model, config, stage.trains)
-        set_dtypes(model, self.computing.dtype)
-        if config is not None and lineage.adapter is not None:
-            load_tensors(model, lineage.adapter.tensors())
-            warn_of_another_base(lineage.record, lineage.adapter)
-        return model, config
 
     def _newest_checkpoint(self, folder: Path) -> Checkpoint | None:
         """The one that all processes go on from."""
@@ -268,7 +286,8 @@ class Run:
         return found[0]
 
     def settle(self, stage: Stage) -> None:
-        """Behind a finished stage: the table and the loss curves so far, then its checkpoints go; what is there was not done.
+        """Behind a finished stage: the table and the loss curves so far, then its checkpoints go; what is
+        there was not done.
 
         Behind the last one, the features go as well.
         """
@@ -290,7 +309,7 @@ class Run:
         self.processes.wait_for_everyone()
 
     def _record(
-        self, stage: Stage, lineage: Lineage, train_index: Index, eval_index: Index | None, trained: Trained
+        self, stage: Stage, lineage: Lineage, train: Ledger, held_out: Ledger | None, trained: Trained
     ) -> dict[str, Any]:
         computing = asdict(self.computing)
         return {
@@ -300,8 +319,8 @@ class Run:
             "base": lineage.record,
             "root": lineage.root,
             "parent": parent_of(lineage),
-            "data": train_index.account(),
-            "eval_data": [] if eval_index is None else eval_index.account(),
+            "data": train.account(),
+            "eval_data": [] if held_out is None else held_out.account(),
             "metrics": trained.metrics,
             "computing": {
                 **computing,
@@ -331,18 +350,6 @@ def _others_wait(processes: PartialState) -> Iterator[None]:
     yield
     torch.distributed.barrier(group=group)
     torch.distributed.destroy_process_group(group)
-
-
-def _full_model(model: PreTrainedModel, lineage: Lineage) -> torch.nn.Module:
-    """The bare model with everything the scope trains in fp32, and the parent's adapter merged into it there."""
-    set_dtypes(unfreeze_full(model), model.dtype)
-    if lineage.adapter is None:
-        return model
-    check_fits(model, lineage.adapter)
-    warn_of_another_base(lineage.record, lineage.adapter)
-    peft_model = PeftModel.from_pretrained(model, str(lineage.adapter.path))
-    check_arrived(peft_model, lineage.adapter)
-    return unfreeze_full(peft_model.merge_and_unload())
 
 
 def _versions() -> dict[str, str | None]:

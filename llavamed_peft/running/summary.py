@@ -63,10 +63,12 @@ def stage_table(records: Sequence[dict[str, Any]]) -> str:
     for record in records:
         metrics, data = record["metrics"], record["data"]
         rows.append(
-            f"| {record['stage']['name']} | {record['stage']['trains']} | {metrics['trainable_parameters']:,} | "
-            f"{sum(entry['used'] for entry in data)} | {sum(sum(entry['rejected'].values()) for entry in data)} | "
+            f"| {record['stage']['name']} | {record['stage']['trains']} | "
+            f"{metrics['trainable_parameters']:,} | {sum(entry['used'] for entry in data)} | "
+            f"{sum(sum(entry['rejected'].values()) for entry in data)} | "
             f"{sum(entry['failed'] for entry in data)} | {metrics['steps']} | "
             f"{number(metrics['loss_first'])} → {number(metrics['loss_last'])} | "
-            f"{number(metrics['eval_loss_before'])} → {number(metrics['eval_loss_after'])} | {metrics['seconds']:.1f} |"
+            f"{number(metrics['eval_loss_before'])} → {number(metrics['eval_loss_after'])} | "
+            f"{metrics['seconds']:.1f} |"
         )
     return "\n".join(rows) + "\n"

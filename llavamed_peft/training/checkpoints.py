@@ -1,9 +1,11 @@
-"""Checkpoints of a stage that is still training: what is in one, how it is written whole, and which one to go on from.
+"""Checkpoints of a stage that is still training: what is in one, how it is written whole, and which one to go
+on from.
 
-`<output_dir>/checkpoints/<stage>/step-<n>/` holds `tensors.safetensors` (what trains), `optimizer.safetensors` (its state, by
-parameter name), `state.json` (schedule, random numbers of each process, losses so far, rows that failed) and
-`checkpoint.json`, which lists the three with size and SHA-256. A folder is written under another name, flushed and renamed, so
-it is there whole or not at all; the hashes find what a disk or a copy damaged later. The two newest are kept.
+`<output_dir>/checkpoints/<stage>/step-<n>/` holds `tensors.safetensors` (what trains),
+`optimizer.safetensors` (its state, by parameter name), `state.json` (schedule, random numbers of each
+process, losses so far, rows that failed) and `checkpoint.json`, which lists the three with size and SHA-256.
+A folder is written under another name, flushed and renamed, so it is there whole or not at all; the hashes
+find what a disk or a copy damaged later. The two newest are kept.
 
 The order of the data is in none of it: it is a function of seed, epoch and step.
 """
@@ -169,7 +171,8 @@ def fault(path: Path) -> str | None:
 def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Tensors:
     """The optimizer's state on the CPU, as `<parameter>/<entry>`, such as `lm_head.weight/exp_avg`.
 
-    Where the model is sharded, every process has to call this, and the main one gets the tensors, the others an empty mapping.
+    Where the model is sharded, every process has to call this, and the main one gets the tensors, the others
+    an empty mapping.
     """
     free_gathered(model)
     keeps = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -185,7 +188,8 @@ def optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> Ten
 def load_optimizer_tensors(
     model: nn.Module, optimizer: torch.optim.Optimizer, tensors: Mapping[str, torch.Tensor]
 ) -> None:
-    """The inverse of `optimizer_tensors`, whatever order the groups hold their parameters in, over any number of processes.
+    """The inverse of `optimizer_tensors`, whatever order the groups hold their parameters in, over any number
+    of processes.
 
     Raises:
         TrainingError: a tensor belongs to no parameter of the optimizer.
@@ -201,8 +205,9 @@ def load_optimizer_tensors(
     homeless = sorted(set(states) - set(order))
     if homeless:
         raise TrainingError(
-            f"The checkpoint holds optimizer state of {len(homeless)} parameter(s) that do not train ({homeless[0]}). The "
-            "installed peft or transformers names modules otherwise; use the versions it was saved with."
+            f"The checkpoint holds optimizer state of {len(homeless)} parameter(s) that do not train "
+            f"({homeless[0]}). The installed peft or transformers names modules otherwise; use the versions "
+            "it was saved with."
         )
     parameters = dict(model.named_parameters())
     state = {

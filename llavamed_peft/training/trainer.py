@@ -1,86 +1,79 @@
-"""TRL's `SFTTrainer` over exact optimizer steps of conversations: the one subclass behind every stage.
+"""TRL's `SFTTrainer` over exact optimizer steps of conversations: the one subclass, for every stage.
 
-Four things are ours and everything else is the trainer's: the data loader (one item is one process's share of one optimizer
-step, a list of device batches, so `gradient_accumulation_steps` is 1 and accelerate does not re-shard it), the step (the mean
-over all of the step's supervised tokens, however they are cut), the held-out loss (the same mean), and the optimizer's groups
-(two learning rates). Logits are computed at supervised positions only. That a killed stage goes on bit for bit is
-`resumption.py`'s business.
+The trainer's loop is used as it is; only hooks are overridden. One item of the data loader is this process's
+share of one optimizer step, a list of device batches, so `gradient_accumulation_steps` is 1. The loss of a
+step is the mean over all of its supervised tokens, however they are cut into device batches, and logits are
+computed at supervised positions only. The trainer's own checkpoints hold the model's state dict, are taken as
+they are found, and come after the evaluation; ours hold what trains, are checked, and come before it
+(`checkpointing.py`).
 """
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import math
-import os
-import resource
+import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import torch
+import transformers
+import trl
 from accelerate.utils import gather_object
 from torch import nn
 from torch.utils.data import DataLoader
 from transformers import ProcessorMixin
-from trl import SFTConfig
+from trl import SFTConfig, SFTTrainer
 
-from ..batches.decoding import DeviceBatches, DeviceInputs
-from ..batches.index import Index
-from ..batches.signals import prepare_worker, signals_held
-from ..batches.steps import StepSampler, steps_in_all
-from ..batches.workers import WorkerNote, WorkerNotes, free_shared_memory, workers_with_room
-from ..errors import TrainingError
-from ..features.forecast import Asked, in_bytes, passes_in_an_epoch
-from ..features.store import Features, Pictures
-from ..modeling.parts import PROJECTOR, bare
-from ..packing import PackedCollator
+from ..batches.decoding import DeviceInputs
+from ..batches.loader import ExactSteps
+from ..batches.signals import StopSignals
+from ..errors import Interrupted, TrainingError
+from ..modeling.parts import bare
+from ..packing.encoding import IGNORED
 from ..packing.masks import attention_inputs
-from ..stages import Schedule, Stage
-from .checkpoints import rng_state, standing
-from .filling import FeatureCache
-from .resuming import ResumableTrainer
+from ..stages import Stage
+from .checkpointing import Checkpointing
+from .checkpoints import rng_state
+from .metrics import Measured
+from .optimizer import parameter_groups
 
-HANGS_AFTER = (
-    600.0  # seconds that a worker may be at one image; a slow disk takes seconds, a dead one for ever
+# Undocumented methods of the Hugging Face trainer that are overridden here; tests/test_compatibility.py pins
+# them.
+UNDOCUMENTED = (
+    "_init_training_state",
+    "_prepare_for_training",
+    "_run_epoch",
+    "_load_rng_state",
+    "_maybe_log_save_evaluate",
 )
 
 
-LOOKS_EVERY = 10.0  # seconds in which training that waits for data looks whether its workers get on
+class StepTotals(NamedTuple):
+    """Of one step, over all processes."""
+
+    conversations: int
+    supervised_tokens: int
+    newly_failed: int  # rows whose images could not be decoded
+    asked_to_stop: int  # processes that got a signal
 
 
-_AHEAD = {
-    "train": 1,
-    "eval": 1,
-    "features": 2,
-}  # items that a worker prepares ahead, by use: whole steps, or single images
-
-
-_DIED, _TIMED_OUT = (
-    "DataLoader worker (pid",
-    "DataLoader timed out",
-)  # how torch's errors begin; it has no class for them
-
-
-# torch hands each tensor of a worker over as an open file: 8 workers may have 2,000 under way, and 1,024 is the usual limit.
-OPEN_FILES = 65_536
-
-
-Loaded = TypeVar("Loaded")
-
-
-class StageTrainer(ResumableTrainer):
-    """TRL's trainer over exact steps of conversations.
+class StageTrainer(SFTTrainer):
+    """Trains a stage.
 
     Args:
         model: with the stage's trainable parameters.
         config: the trainer's settings.
         processor: the stage's.
-        stage: its schedule's batch, order and learning rates.
-        train_index, eval_index: the data.
-        collator: lays a device batch out; its `max_row_tokens` bounds one.
-        max_rejected: share of the rows that may be unusable.
+        stage: its learning rates are read.
+        train: the steps to learn from.
+        held_out: the steps to measure the held-out loss on; `None`: none is measured.
+        checkpointing: saves the stage, and knows where it resumes.
+        measured: takes what is counted and timed.
+        stop: notes SIGTERM and Ctrl-C.
+
+    Raises:
+        TrainingError: the installed trainer lacks a method that is overridden.
     """
 
     def __init__(
@@ -89,213 +82,76 @@ class StageTrainer(ResumableTrainer):
         config: SFTConfig,
         processor: ProcessorMixin,
         stage: Stage,
-        train_index: Index,
-        eval_index: Index | None,
-        collator: PackedCollator,
-        max_rejected: float,
+        train: ExactSteps,
+        held_out: ExactSteps | None,
+        checkpointing: Checkpointing,
+        measured: Measured,
+        stop: StopSignals,
     ):
-        self.collator, self.max_rejected = collator, max_rejected
-        self.tile_bytes = (
-            collator.encoder.tile_bytes
-        )  # of what a device batch holds of an image's tile: pixels, or features
-        self.workers: dict[str, int] = {}  # of the data loaders of each use
-        self.worker_notes: dict[str, WorkerNotes] = {}
-        if config.dataloader_num_workers:
-            allow_open_files()
-        self.rates: dict[str, float] = {}  # of the step just taken, by part
+        if missing := [name for name in UNDOCUMENTED if not hasattr(SFTTrainer, name)]:
+            raise TrainingError(
+                f"The trainer of transformers {transformers.__version__} and trl {trl.__version__} has no "
+                f"{', '.join(missing)}, so a stage could not be saved and resumed; wanted transformers 5.23 "
+                "and trl 1.16 (constraints.txt)."
+            )
+        self.stage, self.train_steps, self.held_out_steps = stage, train, held_out
+        self.checkpointing, self.measured, self.stop = checkpointing, measured, stop
         super().__init__(
-            stage,
-            train_index,
-            eval_index,
             model=model,
             args=config,
             data_collator=_as_is,
-            train_dataset=train_index.rows,
-            eval_dataset=None if eval_index is None else eval_index.rows,
+            train_dataset=train.index.rows,
+            eval_dataset=None if held_out is None else held_out.index.rows,
             processing_class=processor,
         )
+        resumed = checkpointing.resumed is not None
+        self.args.eval_on_start = measured.counted.evaluation_due if resumed else held_out is not None
+
+    # The data: one item of the loader is one process's share of one step.
 
     def get_train_dataloader(self) -> DataLoader[list[DeviceInputs]]:
-        """This process's share of every step of an epoch; not prepared by accelerate, which would shard it again."""
-        return self._steps(self.train_index, self.schedule, "train")
-
-    def _sampler(self, index: Index, schedule: Schedule) -> StepSampler:
-        return index.sampler(
-            self.collator, schedule, self.args.seed, self.args.process_index, self.args.world_size
-        )
-
-    def _steps(self, index: Index, schedule: Schedule, use: str) -> DataLoader[list[DeviceInputs]]:
-        share = max(1, min(schedule.global_batch, len(index)) / self.args.world_size)
-        loading = self._loading(
-            use, lambda: share * index.mean_tiles(self.collator.encoder) * self.tile_bytes
-        )
-        return StepLoader(
-            DeviceBatches(index, self.collator, self.worker_notes.get(use)),
-            batch_sampler=self._sampler(index, schedule),
-            collate_fn=_as_is,
-            **loading,
-        )
-
-    def _loading(self, use: str, item_bytes: Callable[[], float]) -> dict[str, Any]:
-        """How a data loader decodes ahead: by the workers asked for, or as many as have room, decided once for each use."""
-        if use not in self.workers:
-            asked = self.args.dataloader_num_workers
-            self.workers[use] = self._workers_with_room(use, item_bytes()) if asked else 0
-            if self.workers[use]:
-                self.worker_notes[use] = WorkerNotes(self.workers[use])
-        workers = self.workers[use]
-        return {
-            "num_workers": workers,
-            "prefetch_factor": _AHEAD[use] if workers else None,
-            "worker_init_fn": functools.partial(prepare_worker, self.stop.trains),
-            "timeout": LOOKS_EVERY if workers else 0,
-            "generator": torch.Generator(),  # or each epoch and evaluation would draw a number from dropout's
-        }
-
-    def _workers_with_room(self, use: str, item_bytes: float) -> int:
-        """As many of the workers asked for as shared memory has room for; says so where they are fewer."""
-        asked, free = self.args.dataloader_num_workers, free_shared_memory()
-        processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-        workers = workers_with_room(asked, _AHEAD[use] * item_bytes, free, processes)
-        if workers < asked and self.run_log is not None and self.is_world_process_zero():
-            item = {"train": "a step", "eval": "a held-out step", "features": "an image"}[use]
-            what = "pixels" if use == "features" or self.collator.features is None else "features"
-            shared = f" for {processes} processes" if processes > 1 else ""
-            self.run_log.show(
-                f"{self.stage.name:<10} {workers} worker{'' if workers == 1 else 's'} instead of {asked}: {item} has about "
-                f"{in_bytes(item_bytes)} of {what}, and /dev/shm has {in_bytes(free)} free{shared}",
-                True,
-            )
-        return workers
-
-    def stored_features(self, asked: Asked, dtype: torch.dtype, folder: Path) -> Features | None:
-        """The features of the stage's images, stored now if they are not; `None` where they are not to be.
-
-        Args:
-            asked: always, never, or where it pays.
-            dtype: in which they are stored.
-            folder: of the run's feature cache.
-        """
-        if asked is False:
-            return None
-
-        def load(pictures: Pictures) -> Iterator[torch.Tensor | None]:
-            largest = max(image.tiles for image in pictures.images) * encoder.tile_bytes
-            loading = self._loading("features", lambda: largest)
-            pictures.notes = self.worker_notes.get("features")
-            return self._patiently(DataLoader(pictures, batch_size=None, **loading), "features")
-
-        encoder = self.collator.encoder
-        cache = FeatureCache(self, encoder, dtype, folder, load)
-        began = time.monotonic()
-        features = cache.prepare(asked, self._tower_passes())
-        self.features_seconds += time.monotonic() - began
-        if features is not None:
-            self.tile_bytes = cache.tile_bytes
-        return features
-
-    def _tower_passes(self) -> float:
-        """Images that pass the vision tower in the whole stage without a cache."""
-        sampler = self._sampler(self.train_index, self.schedule)
-        passes = self.schedule.epochs * passes_in_an_epoch(sampler, self.train_index.image_counts())
-        if self.eval_index is None:
-            return passes
-        steps = steps_in_all(len(sampler), self.schedule)
-        every = self.args.eval_steps if self.args.eval_steps >= 1 else math.ceil(steps * self.args.eval_steps)
-        evaluations = 1 + math.ceil(steps / every)
-        return passes + evaluations * passes_in_an_epoch(
-            self._sampler(self.eval_index, self._once()), self.eval_index.image_counts()
-        )
-
-    def _once(self) -> Schedule:
-        """Of a held-out loss."""
-        return Schedule(epochs=1, learning_rate=1, global_batch=self.schedule.global_batch)
-
-    def _patiently(self, loader: Iterable[Loaded], use: str) -> Iterator[Loaded]:
-        """What a data loader yields, waited for as long as its workers get on: a large step of slow images may take long.
-
-        Raises:
-            RuntimeError: of torch's, a worker died, or is at one image for longer than `HANGS_AFTER`.
-            TrainingError: a worker's.
-        """
-        with signals_held():
-            items = iter(loader)
-        asked = time.monotonic()
-        while True:
-            try:
-                item = next(items)
-            except StopIteration:
-                return
-            except TrainingError as error:  # around whose words torch puts the worker's traceback
-                raise TrainingError(
-                    str(error).rpartition(f"{TrainingError.__module__}.TrainingError: ")[2].strip()
-                ) from error
-            except RuntimeError as error:
-                if not str(error).startswith(_TIMED_OUT):
-                    raise
-                if time.monotonic() - asked > HANGS_AFTER and not self.worker_notes[use].get_on(HANGS_AFTER):
-                    raise
-            else:
-                yield item
-                asked = time.monotonic()
-
-    @contextlib.contextmanager
-    def naming_rows(self) -> Iterator[None]:
-        """Where a worker dies or hangs, an error that names the row it was at.
-
-        A worker's death is raised in whatever the training process does at that moment, not only where it asks for data.
-        """
-        try:
-            yield
-        except (RuntimeError, ConnectionError, EOFError) as error:
-            # What a dying worker had sent cannot be fetched, some moments before torch learns of its end: that comes now.
-            patience = time.monotonic() + (1 if isinstance(error, RuntimeError) else 10)
-            while (
-                self.worker_notes
-                and not any(note.is_dead for note in self._notes())
-                and time.monotonic() < patience
-            ):
-                with contextlib.suppress(RuntimeError):
-                    time.sleep(0.1)
-            notes = self._notes()
-            ends = [f"died at {note.text}" for note in notes if note.is_dead]
-            ends += [
-                f"has been at {note.text} for {note.seconds:.0f} s"
-                for note in notes
-                if note.seconds > HANGS_AFTER
-            ]
-            if not ends and not str(error).startswith((_DIED, _TIMED_OUT)):
-                raise
-            unknown = "hangs" if str(error).startswith(_TIMED_OUT) else "died"
-            raise TrainingError(
-                f"A worker that decodes images {'; another '.join(ends or [unknown])} ({str(error).strip()}). Look at the image "
-                "in a process of its own, and leave the row out if it is the cause; if memory ran out, take fewer workers (now "
-                f"{max(self.workers.values())}). {standing(self.checkpoint_folder)}"
-            ) from error
-
-    def _notes(self) -> list[WorkerNote]:
-        return [note for notes in self.worker_notes.values() for note in notes.read()]
+        """`Trainer.get_train_dataloader`: not prepared by accelerate, which would shard the steps again."""
+        return self.train_steps.loader()
 
     def get_batch_samples(
-        self, steps: Iterator[list[DeviceInputs]], *arguments: Any
+        self, epoch_iterator: Iterator[list[DeviceInputs]], num_batches: int, device: torch.device
     ) -> tuple[list[list[DeviceInputs]], Any]:
-        """The next step's data; what it takes is time that the model waits."""
+        """`Trainer.get_batch_samples`: waits for slow workers, and measures how long the model waits."""
         began = time.monotonic()
-        samples = super().get_batch_samples(self._patiently(steps, "train"), *arguments)
-        self.waiting_seconds += time.monotonic() - began
+        steps = self.train_steps.patiently(epoch_iterator)
+        samples = super().get_batch_samples(steps, num_batches, device)
+        self.measured.counted.waiting_seconds += time.monotonic() - began
         return samples
+
+    # The step and the held-out loss.
 
     def training_step(
         self, model: nn.Module, inputs: list[DeviceInputs], num_items_in_batch: Any = None
     ) -> torch.Tensor:
-        """One optimizer step's gradient: each device batch in turn, scaled by the step's supervised tokens over all processes."""
+        """`Trainer.training_step`: the gradient of one optimizer step, device batch by device batch.
+
+        Args:
+            inputs: this process's device batches of the step; as many on every process, some may be empty.
+
+        Returns:
+            This process's part of the step's loss, a scalar: the mean over the processes is the step's.
+
+        Raises:
+            Interrupted: a process was asked to stop.
+            TrainingError: too many rows failed, or the loss is not finite.
+        """
         model.train()
-        before = rng_state()
-        conversations, supervised = self._total(self.train_index, inputs)
-        self.step_supervised_tokens = supervised
-        self.rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
-        # DDP averages gradients over processes; the step's loss is a mean over tokens, wherever they are
-        scale = self.accelerator.num_processes / max(supervised, 1)
+        before = rng_state()  # as the step before it ended: what a checkpoint of that step needs
+        totals = self._totals(inputs, self.train_steps)
+        if totals.asked_to_stop:
+            self.save_and_stop(before)
+        if totals.newly_failed:
+            self._record_failures(inputs, self.train_steps)
+        self.measured.step_supervised_tokens = totals.supervised_tokens
+        self.measured.rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        # DDP averages gradients over processes. The step's loss is a mean over tokens, wherever they are, so
+        # each sum of losses is divided by all of the step's tokens and multiplied by the number of processes.
+        scale = self.accelerator.num_processes / max(totals.supervised_tokens, 1)
         total = torch.zeros((), device=self.args.device)
         for position, batch in enumerate(inputs):
             if self.stop.received and self.accelerator.num_processes == 1:  # several agree between steps
@@ -310,124 +166,191 @@ class StageTrainer(ResumableTrainer):
             del loss  # or its graph's memory would still be held while the next batch runs forward
         if not torch.isfinite(total):
             raise TrainingError(
-                f"The loss of step {self.state.global_step + 1} is {total.item()}. {self.would_recur()}"
+                f"The loss of step {self.state.global_step + 1} is {total.item()}. "
+                f"{self.checkpointing.would_recur()}"
             )
-        self.seen_conversations += conversations
-        self.seen_supervised_tokens += supervised
+        self.measured.counted.seen_conversations += totals.conversations
+        self.measured.counted.seen_supervised_tokens += totals.supervised_tokens
         return total
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The held-out loss: the mean over all supervised tokens of the held-out data.
+        """`Trainer.evaluate`: the mean loss over all supervised tokens of the held-out data.
 
         Raises:
-            Interrupted, TrainingError: as `_total`.
+            Interrupted: a process was asked to stop.
+            TrainingError: too many rows failed.
         """
-        assert self.eval_index is not None
+        steps = self.held_out_steps
+        if steps is None:
+            raise TrainingError(f"Stage {self.stage.name!r} has no held-out data to measure a loss on.")
         began = time.monotonic()
         model = self.model_wrapped
         model.eval()
         summed = torch.zeros((), dtype=torch.float64, device=self.args.device)
-        supervised = 0
+        supervised = 0  # tokens, over all processes
         with torch.no_grad():
-            for inputs in self._patiently(self._steps(self.eval_index, self._once(), "eval"), "eval"):
-                supervised += self._total(self.eval_index, inputs)[1]
+            for inputs in steps.patiently(steps.loader()):
+                totals = self._totals(inputs, steps)
+                if totals.asked_to_stop:
+                    self.save_and_stop(rng_state())
+                if totals.newly_failed:
+                    self._record_failures(inputs, steps)
+                supervised += totals.supervised_tokens
                 for batch in inputs:
                     with self.compute_loss_context_manager():
                         summed += self._summed_loss(model, batch)
         loss = self.accelerator.reduce(summed, "sum").item() / supervised
-        self.evaluated_at, self.evaluation_due = self.state.global_step, False
-        self.evaluation_seconds += time.monotonic() - began
+        counted = self.measured.counted
+        counted.evaluated_at, counted.evaluation_due = self.state.global_step, False
+        counted.evaluation_seconds += time.monotonic() - began
         metrics = {f"{metric_key_prefix}_loss": loss}
         self.log(dict(metrics))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
-    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
-        """AdamW (or what `args.optim` names) over the trainables, projector and language model in groups of their own rates."""
-        if self.optimizer is None:
-            model = self.model if model is None else model
-            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
-            self.optimizer = kind(self.optimizer_groups(model), **settings)
-        return self.optimizer
-
-    def optimizer_groups(self, model: nn.Module) -> list[dict[str, Any]]:
-        """Parameter groups, each with its name, learning rate and weight decay; norms and biases are not decayed."""
-        decayed = set(self.get_decay_parameter_names(model))
-        rates = {"language_model": self.schedule.learning_rate}
-        rates["projector"] = self.schedule.projector_learning_rate or self.schedule.learning_rate
-        groups: dict[tuple[str, float], dict[str, Any]] = {}
-        for name, parameter in model.named_parameters():
-            if parameter.requires_grad:
-                part = "projector" if PROJECTOR in name else "language_model"
-                decay = self.args.weight_decay if name in decayed else 0.0
-                group = groups.setdefault(
-                    (part, decay), {"name": part, "lr": rates[part], "weight_decay": decay, "params": []}
-                )
-                group["params"].append(parameter)
-        return list(groups.values())
-
     def _summed_loss(self, model: nn.Module, batch: DeviceInputs) -> torch.Tensor:
-        """Cross-entropy summed over a device batch's supervised tokens; zero, with a graph, for a batch without any."""
+        """Cross-entropy summed over a device batch's supervised tokens, a scalar.
+
+        A batch without any gives zero with a graph, so that every trainable tensor has a gradient.
+        """
         inputs: dict[str, Any] = self._prepare_input(dict(batch.inputs))
-        if "ends" in inputs:
+        if "ends" in inputs:  # packed; the mask is made on the device
             inputs |= attention_inputs(inputs.pop("ends"), bare(self.model).config)
-        labels = inputs.pop("labels")[:, 1:]
-        learnt = labels != -100
-        asked = nn.functional.pad(learnt, (0, 1))  # the position before a supervised token predicts it
+        labels = inputs.pop("labels")[:, 1:]  # [rows, tokens - 1]: position i predicts token i + 1
+        learnt = labels != IGNORED
+        asked = nn.functional.pad(learnt, (0, 1))  # [rows, tokens] boolean: where logits are computed
         if batch.supervised_tokens == 0:
             asked[0, 0] = True
-        logits = model(**inputs, logits_to_keep=asked, use_cache=False).logits.float()
+        logits = model(
+            **inputs, logits_to_keep=asked, use_cache=False
+        ).logits.float()  # [supervised, vocabulary]
         if batch.supervised_tokens == 0:
             return logits.sum() * 0.0
         return nn.functional.cross_entropy(logits, labels[learnt], reduction="sum")
 
-    def _total(self, index: Index, inputs: list[DeviceInputs]) -> tuple[int, int]:
-        """Conversations and supervised tokens of a step, over all processes; here they also agree on stopping before it.
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """`Trainer.create_optimizer`: what `args.optim` names (AdamW), with a learning rate for each part."""
+        if self.optimizer is None:
+            model = self.model if model is None else model
+            decayed = set(self.get_decay_parameter_names(model))
+            groups = parameter_groups(model, self.stage.schedule, self.args.weight_decay, decayed)
+            kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
+            self.optimizer = kind(groups, **settings)
+        return self.optimizer
+
+    # What the processes tell one another.
+
+    def _totals(self, inputs: list[DeviceInputs], steps: ExactSteps) -> StepTotals:
+        """What this process has of a step, summed over the processes in one message."""
+        return StepTotals(
+            *self._sum(
+                sum(batch.conversations for batch in inputs),
+                sum(batch.supervised_tokens for batch in inputs),
+                len(steps.ledger.newly_failed(inputs)),
+                int(self.stop.received is not None),
+            )
+        )
+
+    def _sum(self, *numbers: int) -> Sequence[int]:
+        if self.accelerator.num_processes == 1:
+            return numbers
+        return self.accelerator.reduce(torch.tensor(numbers, device=self.args.device), "sum").tolist()
+
+    def _record_failures(self, inputs: list[DeviceInputs], steps: ExactSteps) -> None:
+        """Let every process know which rows failed in a step.
 
         Raises:
-            Interrupted: one process was asked to stop.
-            TrainingError: more rows are unusable by now than may be.
+            TrainingError: more rows cannot be used by now than may be.
         """
-        failed = {row: why for batch in inputs for row, why in batch.failed if row not in index.failed}
-        local = [
-            sum(batch.conversations for batch in inputs),
-            sum(batch.supervised_tokens for batch in inputs),
-            len(failed),
-        ]
-        conversations, supervised, newly_failed = self.agree_on_stopping(*local)
-        if newly_failed:
-            index.failed.update(gather_object(list(failed.items())))
-            if fault := index.fault(self.max_rejected):
-                assert self.checkpoint_folder is not None
-                kind = "training" if index is self.train_index else "held-out"
-                raise TrainingError(
-                    f"{fault} Of the {kind} data of stage {self.stage.name!r}, met while it trained: "
-                    f"{next(reversed(index.failed.values()))} Each row is listed in rejected.jsonl. Bring the images back or "
-                    f"mend them, or raise max_rejected. {standing(self.checkpoint_folder)}"
-                )
-        return conversations, supervised
+        ledger = steps.ledger
+        ledger.failed.update(gather_object(list(ledger.newly_failed(inputs).items())))
+        if fault := ledger.fault():
+            raise TrainingError(
+                f"{fault} Of the {ledger.kind} data of stage {self.stage.name!r}, met while it trained: "
+                f"{next(reversed(ledger.failed.values()))} Each row is listed in rejected.jsonl. Bring the "
+                f"images back or mend them, or raise max_rejected. {self.checkpointing.how_to_resume()}"
+            )
 
+    def asked_to_stop(self) -> bool:
+        """Whether any process got SIGTERM or Ctrl-C; all processes call it."""
+        return self._sum(int(self.stop.received is not None))[0] > 0
 
-def allow_open_files() -> None:
-    """Raise this process's own limit of open files as far as it may itself, up to `OPEN_FILES`."""
-    least, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = OPEN_FILES if most == resource.RLIM_INFINITY else min(OPEN_FILES, most)
-    if least != resource.RLIM_INFINITY and least < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, most))
+    def save_and_stop(self, rng: dict[str, Any]) -> None:
+        """Save the stage as it was after its last step, and stop. All processes call it.
 
+        Args:
+            rng: the random numbers at the end of that step.
 
-class StepLoader(DataLoader[list[DeviceInputs]]):
-    """A data loader whose sampler knows epochs; the trainer tells it through `set_epoch`, which torch's own does not have."""
+        Raises:
+            Interrupted: always.
+        """
+        step = self.state.global_step
+        if self.checkpointing.has_news(step):
+            self.checkpointing.save(step, self.model, self.optimizer, self.lr_scheduler, rng)
+        number = self.stop.received or signal.SIGTERM  # another process's, which they all obey
+        raise Interrupted(
+            number,
+            f"Stopped by {signal.Signals(number).name} behind step {step} of {self.state.max_steps} of stage "
+            f"{self.stage.name!r}. {self.checkpointing.how_to_resume()}",
+        )
 
-    def __iter__(self) -> Any:
-        with signals_held():
-            return super().__iter__()
+    # Resuming: the trainer's loop is told where to begin, and what it would load and save is ours.
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch whose order the next iteration follows."""
-        self.batch_sampler.set_epoch(epoch)
+    def _init_training_state(
+        self,
+        max_steps: int,
+        num_update_steps_per_epoch: int,
+        num_train_epochs: int,
+        resume_from_checkpoint: Any,
+        trial: Any,
+    ) -> tuple[int, int]:
+        """`Trainer._init_training_state`: the epoch to begin with, and the steps of it that are done."""
+        beginning = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, None, trial
+        )
+        checkpoint = self.checkpointing.resumed
+        if checkpoint is None:
+            return beginning
+        self.state.global_step = checkpoint.step
+        self.state.epoch = checkpoint.step / num_update_steps_per_epoch
+        if checkpoint.step >= max_steps:  # also in the middle of an epoch, which would be resumed otherwise
+            return num_train_epochs, 0
+        return divmod(checkpoint.step, num_update_steps_per_epoch)
+
+    def _prepare_for_training(
+        self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: Any
+    ) -> tuple[nn.Module, Any]:
+        """`Trainer._prepare_for_training`: once the optimizer is there, it gets back its state."""
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        self.measured.begin(self.checkpointing.seconds_before())
+        self.checkpointing.restore_optimizer(self.model, self.optimizer, self.lr_scheduler)
+        return prepared
+
+    def _run_epoch(self, **settings: Any) -> None:
+        """`Trainer._run_epoch`: told that it resumes, it passes over the steps of an epoch that are done (so
+        no image is decoded for them), fetches the next step, and only then asks for the random numbers."""
+        super()._run_epoch(**settings | {"resume_from_checkpoint": self.checkpointing.resumed})
+
+    def _load_rng_state(self, checkpoint: Any) -> None:
+        """`Trainer._load_rng_state`: from our checkpoint."""
+        if checkpoint is not None:
+            self.checkpointing.restore_random_numbers(self.args.seed)
+
+    def _maybe_log_save_evaluate(self, *arguments: Any, **settings: Any) -> None:
+        """`Trainer._maybe_log_save_evaluate`: logs, saves, and only then evaluates, so that a stage that is
+        killed while it evaluates resumes with the evaluation."""
+        save_due, evaluation_due = self.control.should_save, self.control.should_evaluate
+        self.measured.counted.evaluation_due = evaluation_due
+        self.control.should_save = self.control.should_evaluate = False
+        super()._maybe_log_save_evaluate(*arguments, **settings)
+        if save_due:
+            self.checkpointing.save_on_schedule(
+                self.state.global_step, self.state.save_steps, self.model, self.optimizer, self.lr_scheduler
+            )
+        if evaluation_due:
+            self.evaluate()
 
 
 def _as_is(batches: Any) -> Any:

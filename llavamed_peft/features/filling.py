@@ -1,11 +1,11 @@
-"""The feature cache of a stage: whether it pays, and filling it before the stage trains.
+"""Filling a stage's feature cache before the stage trains, where it pays.
 
-The vision tower is frozen in every stage, so what it makes of an image can be computed once instead of in every epoch and every
-held-out loss, and then no image is decoded either. Before that, a forecast says what it takes and what it saves; by default that
-decides. Several processes divide the files between them, and all wait for all. How files are laid out, checked and found again
-is `packing/features.py`'s business.
+The vision tower is frozen in every stage, so what it makes of an image can be computed once instead of in
+every epoch and every held-out loss, and no image is decoded again either. First a forecast says what that
+takes and saves; by default it decides. Several processes share the files between them, and all wait for all.
 
-Left out: models in shards, whose processes must run the tower's layers together.
+`store.py` lays the files out, checks them and finds them again. Left out: models in shards, whose processes
+must run the tower's layers together.
 """
 
 from __future__ import annotations
@@ -16,17 +16,27 @@ import json
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 import transformers
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import nn
+from torch.utils.data import DataLoader
 
+from ..batches.index import Index
+from ..batches.loader import STORING, Workers
 from ..errors import DataError, Interrupted
-from ..features.forecast import Asked, Forecast, decide
-from ..features.store import (
+from ..modeling.parts import bare
+from ..modeling.tower import tower_features, tower_layers, tower_positions
+from ..packing.encoding import Encoder, Size
+from ..reporting.run_log import RunLog
+from ..storage.equal_images import ContentNames, content_key
+from ..storage.images import image_size
+from .forecast import Asked, Forecast, decide
+from .store import (
     FORMAT,
     Features,
     Pictures,
@@ -38,21 +48,11 @@ from ..features.store import (
     read_plans,
     write_plan,
 )
-from ..modeling.parts import bare
-from ..modeling.tower import tower_features, tower_layers, tower_positions
-from ..packing.encoding import Encoder, Size
-from ..storage.equal_images import ContentNames, content_key
-from ..storage.images import image_size
-from .checkpoints import standing
-from .resuming import ResumableTrainer
 
 _HEADERS_READ = 1000  # to estimate how many tiles images have
-
-
 _SECONDS_BETWEEN_LINES = 5.0
-
-
-# Of the tower's configuration, what does not change its output; a checkpoint that a full stage wrote may say it otherwise.
+# Of the tower's configuration, what does not change its output: a full stage's checkpoint may word it
+# otherwise.
 _NAMES_ONLY = {
     "architectures",
     "dtype",
@@ -62,17 +62,14 @@ _NAMES_ONLY = {
     "_attn_implementation",
 }
 
-
 Shown = dict[tuple[str, bool], str]  # (path, whether it is alone in its conversation) → a row that shows it
 
 
 def fingerprint(model: nn.Module, encoder: Encoder, dtype: torch.dtype) -> str:
-    """SHA-256 of all that features depend on beside the image: the tower's weights, its layers, the processor and the dtype."""
-    config = {
-        key: value
-        for key, value in bare(model).config.vision_config.to_dict().items()
-        if key not in _NAMES_ONLY
-    }
+    """SHA-256 of all that features depend on apart from the image: the tower's weights, the layers that the
+    projector takes, the image processor and the dtype."""
+    vision = bare(model).config.vision_config.to_dict()
+    config = {key: value for key, value in vision.items() if key not in _NAMES_ONLY}
     settings = [FORMAT, transformers.__version__, config, tower_layers(model), str(dtype)]
     settings.append(encoder.processor.image_processor.to_dict())
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode())
@@ -82,79 +79,100 @@ def fingerprint(model: nn.Module, encoder: Encoder, dtype: torch.dtype) -> str:
     return digest.hexdigest()
 
 
+def shown_images(indexes: Iterable[Index], encoder: Encoder) -> Shown:
+    """The image files that some data show, each once, in their order."""
+    shown: Shown = {}
+    for index in indexes:
+        for row, images in index.shown_images():
+            alone = len(images) == 1 or not encoder.tiles_lone_images_only
+            for path in images:
+                shown.setdefault((path, alone), row)
+    return shown
+
+
 class FeatureCache:
-    """Fills a stage's feature cache.
+    """Fills the feature cache of a stage. All processes make one and call it together.
 
     Args:
-        trainer: of the stage, its model in place with the tower frozen.
-        encoder: of its collator.
-        dtype: to store features in: the one that is computed in.
+        model: on its device, the tower frozen.
+        encoder: of the stage's collator.
+        dtype: to store features in: the one that training computes in.
         folder: of the run's features.
-        load: a data loader over pictures, which decodes ahead where there are workers.
+        stage: its name.
+        workers: decode images ahead.
+        run_log: shows what is done.
+        how_to_resume: a sentence for an interruption.
     """
 
     def __init__(
         self,
-        trainer: ResumableTrainer,
+        model: nn.Module,
         encoder: Encoder,
         dtype: torch.dtype,
         folder: Path,
-        load: Callable[[Pictures], Iterable[torch.Tensor | None]],
+        *,
+        stage: str,
+        workers: Workers,
+        run_log: RunLog,
+        how_to_resume: Callable[[], str],
     ):
-        self.trainer, self.encoder, self.dtype, self.load = (trainer, encoder, dtype, load)
-        self.root, self.folder = (folder, folder / fingerprint(trainer.model, encoder, dtype)[:32])
-        vision = bare(trainer.model).config.vision_config
-        positions = tower_positions(bare(trainer.model).model.vision_tower)
-        self.tile_bytes = positions * len(tower_layers(trainer.model)) * vision.hidden_size * dtype.itemsize
-        self.rank, self.processes = trainer.args.process_index, trainer.args.world_size
+        self.model, self.encoder, self.dtype, self.stage = model, encoder, dtype, stage
+        self.workers, self.run_log, self.how_to_resume = workers, run_log, how_to_resume
+        self.processes = PartialState()
+        self.root, self.folder = folder, folder / fingerprint(model, encoder, dtype)[:32]
+        width = bare(model).config.vision_config.hidden_size
+        positions = tower_positions(bare(model).model.vision_tower)
+        self.tile_bytes = positions * len(tower_layers(model)) * width * dtype.itemsize
         self.line_shown = time.monotonic()
 
-    def prepare(self, asked: Asked, passes: float) -> Features | None:
-        """Make the features of all the stage's images be there, where that was asked for or pays; all processes call it.
+    def prepare(self, shown: Shown, asked: Asked, passes: float) -> Features | None:
+        """Store the features of these images that are not stored yet, if that was asked for or pays.
 
         Args:
+            shown: the stage's images, from `shown_images`.
             asked: `"auto"` or True.
             passes: images that pass the tower without the cache, over the whole stage.
 
         Returns:
-            Where they lie; `None`: there are no images, or no cache is used.
+            Where they are; `None`: there are no images, or no cache is used.
 
         Raises:
-            TrainingError: it was asked for and does not fit; a file cannot be written.
-            Interrupted: SIGTERM or Ctrl-C came; whole files stay.
+            TrainingError: it was asked for and does not fit, or a file cannot be written.
+            Interrupted: SIGTERM or Ctrl-C came; complete files stay.
         """
-        shown = self._shown()
         if not shown or not self._agree_on(asked, *self._forecast(shown), passes):
             return None
         found = self._contents(list(dict.fromkeys(path for path, _ in shown)))
         keys = {self._key(found[path][0], alone): path for path, alone in shown if path in found}
-        if self.trainer.is_world_process_zero():
+        if self.processes.is_main_process:
             self._plan(shown, found)
-        self.trainer.accelerator.wait_for_everyone()
+        self.processes.wait_for_everyone()
         plans = read_plans(self.folder)
         file_of = planned_files(plans)
         names = list(dict.fromkeys(file_of[key] for key in keys))
-        broken = self._broken(names)
-        if self.encoder.sends_image_sizes:  # what was an estimate is known now
-            images = [image for name in broken for image in plans[name]]
+        missing = self._missing(names)
+        if self.encoder.sends_image_sizes:  # the number of tiles was an estimate, and is known now
+            images = [image for name in missing for image in plans[name]]
             if not self._agree_on(asked, len(keys), len(images), self._bytes(images), passes, again=True):
                 return None
-        self._fill([(name, plans[name]) for name in broken[self.rank :: self.processes]], keys, shown)
-        self.trainer.accelerator.wait_for_everyone()
-        return Features.open(
-            self.folder, names, plans, {path: content for path, (content, _) in found.items()}, self.encoder
-        )
+        mine = self._share(missing)
+        self._fill([(name, plans[name]) for name in mine], keys, shown)
+        self.processes.wait_for_everyone()
+        contents = {path: content for path, (content, _) in found.items()}
+        return Features.open(self.folder, names, plans, contents, self.encoder, self.tile_bytes)
+
+    def _share(self, things: Sequence[str]) -> Sequence[str]:
+        """This process's share of the paths or names."""
+        return things[self.processes.process_index :: self.processes.num_processes]
 
     def _forecast(self, shown: Shown) -> tuple[int, int, int]:
-        """How many different images are shown, how many of them have to be computed, and about the bytes of these.
-
-        No image is decoded, and only files that look alike are read in full.
-        """
+        """How many different images are shown, how many of them have to be computed, and about how many bytes
+        these take. No image is decoded, and only files that look alike are read in full."""
         content_name = ContentNames()
 
         @functools.cache
         def name_of(path: str) -> str | None:
-            self._obey("equal images were being found")
+            self._stop_if_asked("equal images were being found")
             self._progress(f"{name_of.cache_info().currsize:,} images looked at for equal ones")
             try:
                 return content_name(path)
@@ -176,16 +194,6 @@ class FeatureCache:
     def _bytes(self, images: Iterable[Planned]) -> int:
         return self.tile_bytes * sum(image.tiles for image in images)
 
-    def _shown(self) -> Shown:
-        """The image files of the stage's training and held-out data, each once, in their order."""
-        shown: Shown = {}
-        for index in (self.trainer.train_index, self.trainer.eval_index):
-            for row, images in index.shown_images() if index is not None else ():
-                alone = len(images) == 1 or not self.encoder.tiles_lone_images_only
-                for path in images:
-                    shown.setdefault((path, alone), row)
-        return shown
-
     def _key(self, content: str, alone: bool) -> str:
         return image_key(content, alone, self.encoder.tiles_lone_images_only)
 
@@ -205,24 +213,24 @@ class FeatureCache:
     def _agree_on(
         self, asked: Asked, images: int, uncomputed: int, missing: int, passes: float, again: bool = False
     ) -> bool:
-        """Decide in one process, which shows it, for all; the second time only where nothing came of it."""
+        """Decide in one process, which says so, for all; the second time it says so only if it is off now."""
         answer = [False]
-        if self.trainer.is_world_process_zero():
+        if self.processes.is_main_process:
             stored = sum(file.stat().st_size for file in self.root.rglob("*.safetensors") if file.is_file())
             free = shutil.disk_usage(self.root.parent).free
             forecast = Forecast(images, uncomputed, round(passes), stored, missing, free)
-            answer[0], line = decide(forecast, asked, self.trainer.stage.name, self.root)
+            answer[0], line = decide(forecast, asked, self.stage, self.root)
             if not (again and answer[0]):
-                self._show(line, True)
+                self.run_log.show(line, True)
         broadcast_object_list(answer)
         return answer[0]
 
     def _contents(self, paths: Sequence[str]) -> dict[str, tuple[str, Size]]:
-        """Path → SHA-256 of the file and (height, width) of the image, of those that can be read; read in shares."""
+        """Path → SHA-256 of the file and (height, width) of the image, for those that can be read."""
         found: list[tuple[str, tuple[str, Size]]] = []
-        mine = paths[self.rank :: self.processes]
+        mine = self._share(paths)
         for number, path in enumerate(mine):
-            self._obey("its images were being read")
+            self._stop_if_asked("its images were being read")
             self._progress(f"{number:,} of {len(mine):,} images read")
             try:
                 found.append((path, (content_key(path), image_size(path))))
@@ -231,6 +239,7 @@ class FeatureCache:
         return dict(gather_object(found))
 
     def _plan(self, shown: Shown, found: dict[str, tuple[str, Size]]) -> None:
+        """Plan files for the images that no earlier plan has."""
         planned = planned_files(read_plans(self.folder))
         new: dict[str, Planned] = {}
         for path, alone in shown:
@@ -242,16 +251,16 @@ class FeatureCache:
         if new:
             write_plan(self.folder, list(new.values()), self.tile_bytes)
 
-    def _broken(self, names: Sequence[str]) -> list[str]:
-        """Of these files, those that are missing or were damaged; read in shares."""
-        broken = []
-        mine = names[self.rank :: self.processes]
+    def _missing(self, names: Sequence[str]) -> list[str]:
+        """Of these files, those that are not there or were damaged."""
+        missing = []
+        mine = self._share(names)
         for number, name in enumerate(mine):
-            self._obey("its files were being checked")
+            self._stop_if_asked("its files were being checked")
             self._progress(f"{number:,} of {len(mine):,} files checked")
             if not is_whole(self.folder / name):
-                broken.append(name)
-        return list(gather_object(broken))
+                missing.append(name)
+        return list(gather_object(missing))
 
     def _fill(
         self, files: Sequence[tuple[str, tuple[Planned, ...]]], paths: dict[str, str], shown: Shown
@@ -261,46 +270,49 @@ class FeatureCache:
         if not images:
             return
         rows = {path: row for (path, _), row in shown.items()}
-        pixels = iter(self.load(Pictures(images, paths, rows, self.encoder)))
+        pixels = self._pixels(Pictures(images, paths, rows, self.encoder))
         began, stored = time.monotonic(), 0
         for number, (name, together) in enumerate(files):
-
-            def tower(tiles: torch.Tensor, number: int = number) -> torch.Tensor:
-                self._obey(f"{number:,} of {len(files):,} files that were missing are whole, and stay")
-                with self.trainer.accelerator.autocast():
-                    return (
-                        tower_features(self.trainer.model, tiles.to(self.trainer.args.device))
-                        .to(self.dtype)
-                        .cpu()
-                    )
-
-            stored += fill(self.folder / name, together, pixels, tower)
+            self._files_done = f"{number:,} of {len(files):,} files that were missing are whole, and stay"
+            stored += fill(self.folder / name, together, pixels, self._look)
             speed = stored / (time.monotonic() - began)
             self._progress(
                 f"{stored:,} of {len(images):,} images stored, {speed:,.1f} images/s",
                 last=number + 1 == len(files),
             )
 
+    def _pixels(self, pictures: Pictures) -> Iterator[torch.Tensor | None]:
+        """Each picture's pixels, [tiles, 3, height, width], decoded ahead where there are workers."""
+        largest = max(image.tiles for image in pictures.images) * self.encoder.tile_bytes
+        settings = self.workers.settings(STORING, lambda: largest, "pixels")
+        pictures.notes = self.workers.notes.get(STORING)
+        return self.workers.patiently(DataLoader(pictures, batch_size=None, **settings), STORING)
+
+    def _look(self, tiles: torch.Tensor) -> torch.Tensor:
+        """[tiles, 3, height, width] → [tiles, positions, layers, width] in the stored dtype, on the CPU."""
+        self._stop_if_asked(self._files_done)
+        device = self.processes.device
+        # As the trainer computes: autocast with bfloat16, plain in float32.
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+            return tower_features(self.model, tiles.to(device)).to(self.dtype).cpu()
+
     def _progress(self, what: str, last: bool = False) -> None:
         """Every few seconds, and at the end; of several processes the first speaks, of its own share."""
         if last or time.monotonic() - self.line_shown > _SECONDS_BETWEEN_LINES:
             self.line_shown = time.monotonic()
-            if self.trainer.is_world_process_zero():
-                self._show(f"{self.trainer.stage.name:<10} feature cache: {what}", last)
+            if self.processes.is_main_process:
+                self.run_log.show(f"{self.stage:<10} feature cache: {what}", last)
 
-    def _show(self, line: str, keep: bool) -> None:
-        self.trainer.run_log.show(line, keep)
-
-    def _obey(self, done: str) -> None:
-        """Stop if that was asked.
+    def _stop_if_asked(self, done: str) -> None:
+        """Stop if that was asked for.
 
         Raises:
             Interrupted: it was.
         """
-        number = self.trainer.stop.received
+        number = self.workers.stop.received
         if number is not None:
             raise Interrupted(
                 number,
-                f"Stopped by {signal.Signals(number).name} while the feature cache of stage {self.trainer.stage.name!r} was "
-                f"filled; {done}. {standing(self.trainer.checkpoint_folder)}",
+                f"Stopped by {signal.Signals(number).name} while the feature cache of stage {self.stage!r} "
+                f"was filled; {done}. {self.how_to_resume()}",
             )
