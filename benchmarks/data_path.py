@@ -211,8 +211,8 @@ def index_of(folder: Path, layout: str = "packed") -> tuple[Any, Any]:
 
 def loader_of(batches: Any, workers: int) -> Any:
     """The training loader over an index."""
+    from llavamed_peft.batches.loader import HANGS_AFTER, StepLoader
     from llavamed_peft.stages import Schedule
-    from llavamed_peft.training.trainer import HANGS_AFTER, StepLoader
 
     schedule = Schedule(epochs=1, learning_rate=1, global_batch=GLOBAL_BATCH)
     sampler = batches.index.sampler(batches.collator, schedule, SEED)

@@ -48,73 +48,71 @@ def curriculum_finetune(
     """Take a LLaVA checkpoint through a curriculum; every stage leaves a self-contained folder in
     `output_dir`.
 
-    A run that was interrupted, however it was, is gone on with by the same call: finished stages are not
-        trained again, the
-    one that was training goes on from its last whole checkpoint, and what comes out is what would have come
-    out without the interruption, to the bit where the machine computes the same twice (CPUs; on GPUs not
-    measured). SIGTERM and Ctrl-C save first. A finished run is only read. Keywords that only say how it is
-    computed may differ between the calls.
+    To resume an interrupted run, make the same call again. Finished stages are not trained again, and the one
+    that was training resumes from its last intact checkpoint. The result is what it would have been without
+    the interruption, to the bit where the machine computes the same twice (CPUs; not measured on GPUs).
+    SIGTERM and Ctrl-C save first. A finished run is only read. Keywords that only say how it is computed may
+    differ between the calls.
 
     Args:
         model: Hub id or folder of any LLaVA checkpoint (LLaVA, LLaVA-NeXT, ViP-LLaVA, LLaVA-OneVision).
         data: stage name → a LLaVA JSON file, several, or `Conversation` and `Question` values. Every stage
             has an entry.
-        output_dir: holds `<stage>/` for each stage; beside them `metrics.jsonl`, `rejected.jsonl` (if rows
-            were), `loss.png`, `stages.md`, `index/` (the checked rows with their SHA-256, found again by a
-            later call with the same data; delete it where images were mended), `logs/` (the trackers'),
-            `run.json` (what decides the result) and, until the last stage is finished, `checkpoints/` and
-            `features/`.
-        image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data
-            file's own.
-        curriculum: what to train, how. Default: the paper's stages, the later two as LoRA.
-        eval_data: as `data`; stages with an entry report the held-out loss before, during and after.
+        output_dir: gets `<stage>/` for each stage, `metrics.jsonl`, `rejected.jsonl` (if rows were rejected),
+            `loss.png`, `stages.md`, `index/` (the checked rows with their SHA-256, which a later call with
+            the same data uses again; delete it after fixing images), `logs/` (the trackers'), `run.json`
+            (what decides the result) and, until the last stage is finished, `checkpoints/` and `features/`.
+        image_folder: what image paths are relative to: one folder, or stage name → folder; `None`: the folder
+            of each data file.
+        curriculum: what to train, and how. Default: the paper's stages, the later two as LoRA.
+        eval_data: as `data`; stages with an entry report the held-out loss before, during and after training.
         quantization: `"nf4"` trains over a 4-bit language model; not for `full` stages.
-        start_from: a finished stage to begin behind: a folder, a `StageAdapter`, or a Hub repository.
+        start_from: a finished stage to continue: a folder, a `StageAdapter`, or a Hub repository.
         dtype: of frozen weights and autocast; `None`: bfloat16 on CUDA, float32 on a CPU. Trainable tensors
             are float32.
-        layout: of device batches. `"packed"`: what the conversations of a step begin with alike (a system
-            prompt, an image) stands once, in rows without gaps; with FlexAttention on CUDA (not yet run
-            there), masked `sdpa` elsewhere and where FlexAttention cannot be had. `"padded"`: a row each,
-            padded to the longest. The losses are the same. Under LoRA dropout, what several conversations
-            share is dropped for all of them alike: the same in expectation, with other noise.
+        layout: of device batches. `"packed"`: what several conversations of a step begin with (a system
+            prompt, an image) is there once, in rows without gaps; with FlexAttention on CUDA (not yet run
+            there), with a mask and `sdpa` elsewhere and where FlexAttention is not available. `"padded"`: a
+            row for each conversation, padded to the longest. The losses are the same. Under LoRA dropout, the
+            shared part is dropped for all of its conversations alike: the same in expectation, with other
+            noise.
         max_row_tokens: bound of a device batch's tokens, rows × longest; with FlexAttention it is one row.
             `None`: 4,096 on a CPU, 8,192 on CUDA (not yet measured there).
-        max_rejected: share of unusable rows above which a data set is refused as a whole, before training or,
-            where images turn out to be damaged or vanish, in the midst of it: the last checkpoint stands
-            then.
-        eval_steps: optimizer steps between two held-out losses; `None`: ten of them a stage.
-        save_steps: optimizer steps between two checkpoints; `None`: ten of them a stage. What one costs is
-            shown at the first.
-        workers: processes that decode images ahead, for each GPU; `None`: its share of the cores, up to 8;
-            none on a CPU, where they would take the model's cores. Where half of the free /dev/shm has no
-            room for the steps that they hold, fewer start, and a line says so. One that dies, or that is at
-            one image for ten minutes while training waits, is an error that names its row.
+        max_rejected: share of unusable rows above which a data set is refused: before training, or while it
+            trains if images turn out to be damaged or vanish. The last checkpoint stays intact then.
+        eval_steps: optimizer steps between two held-out losses; `None`: ten of them in a stage.
+        save_steps: optimizer steps between two checkpoints; `None`: ten of them in a stage. The first one
+            shows what it costs.
+        workers: processes that decode images ahead, for each GPU; `None`: its share of the cores, at most 8;
+            none on a CPU, where they would take the model's cores. Fewer start where half of the free
+            /dev/shm has no room for the steps that they hold; a line says so. One that dies, or is at one
+            image for ten minutes while training waits, is an error that names its row.
         report_to: further trackers, such as `"tensorboard"` or `"trackio"`.
         gradient_checkpointing: `None`: on for CUDA, off for a CPU.
-        feature_cache: store in `features/` what the frozen vision tower makes of each image (about 1.2 MB of
-            an image of 336 pixels in 16 bits, more where images have tiles), compute it once, and decode no
-            image again. `"auto"`: where at most half as many images then pass the tower and it fits into 50
-            GB and half of the free disk; a line says so before each stage. True: always, or an error where it
-            does not fit. Not for a sharded model.
+        feature_cache: store in `features/` what the frozen vision tower makes of each image (about 1.2 MB for
+            an image of 336 pixels in 16 bits, more where images have tiles). It is computed once, and no
+            image is decoded again. `"auto"`: where at most half as many images then pass the tower, and it
+            fits into 50 GB and half of the free disk; a line says so before each stage. True: always, or an
+            error where it does not fit. Not for a sharded model.
 
-    Launched by `torchrun` or `accelerate launch`, the processes share the work; where the launch
-    configuration asks for FSDP (version 2) or DeepSpeed (ZeRO-2, ZeRO-3), each holds a part of every stage's
-    model. What is learnt stays the same.
+    Launched by `torchrun` or `accelerate launch`, the processes share the work. Where the launch
+    configuration asks for FSDP (version 2) or DeepSpeed (ZeRO-2, ZeRO-3), each process holds a part of every
+    stage's model. What is learnt stays the same.
 
     Returns:
         Stage name → `StageAdapter`, in order.
 
     Raises:
-        ConfigError: arguments that do not fit together, `output_dir` holds a run of another curriculum, base
-            or data (the message lists the difference), or conversations longer than a sliding window that
-            packed rows would not heed; nothing was trained.
+        ConfigError: arguments that do not fit together; `output_dir` holds a run of another curriculum, base
+            or data (the message lists the difference); or conversations longer than a sliding window, which
+            packed rows would ignore. Nothing was trained.
         CheckpointError, DataError, AdapterError: the base, the data or `start_from` cannot be used; the
             message says why.
-        TrainingError: a stage cannot begin or go on: a loss that is not finite, too little memory on the GPU,
-            a full disk, images that went away, another run at work in `output_dir`. Finished stages and the
-            last checkpoint stay.
-        errors.Interrupted: SIGTERM or Ctrl-C while a stage trained; a `KeyboardInterrupt`. The last
-        step was saved.
+        TrainingError: a stage cannot begin or continue: a loss that is not finite, too little memory on the
+            GPU, a full disk, images that vanished, another run at work in `output_dir`. Finished stages and
+            the last checkpoint stay intact.
+        errors.Interrupted: SIGTERM or Ctrl-C while a stage trained; a `KeyboardInterrupt`. The last step was
+            saved.
 
     Example:
         >>> adapters = curriculum_finetune(
@@ -148,7 +146,7 @@ def curriculum_finetune(
     base = base_record(model, config)
     if parent is not None:
         check_architecture(base, parent)
-    lineage = Lineage(str(model), base, root=base).behind(parent)
+    lineage = Lineage(str(model), base, root=base).after(parent)
     processor = load_processor(model if parent is None else parent.path, config)
     processor = make_stage_processor(processor, curriculum.image_aspect_ratio)
     # The others wait while one checks data or writes a checkpoint.
@@ -175,7 +173,7 @@ def curriculum_finetune(
                 with launcher_aside():
                     adapters[stage.name] = run.stage(stage, lineage, *ledgers[stage.name], rejects)
             run.settle(stage)
-            lineage = lineage.behind(adapters[stage.name])
+            lineage = lineage.after(adapters[stage.name])
     return adapters
 
 

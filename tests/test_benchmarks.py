@@ -197,7 +197,7 @@ def test_packing_gpu_runs_in_miniature_and_in_slices(tmp_path):
         )
         assert done.returncode == 0, done.stderr  # it stops where the arms do not do the same work
         printed.append((table(done.stdout.splitlines())[1:], done.stderr.count("repeat 1")))
-    assert [ran for _, ran in printed] == [2, 2, 0], "each call goes on behind the one before"
+    assert [ran for _, ran in printed] == [2, 2, 0], "each call resumes after the one before"
     assert printed[1][0] == printed[2][0]
     assert [row[:3] for row in printed[2][0]] == [
         ["bf16", "TRL", "2 conversations"],

@@ -386,8 +386,8 @@ def test_the_forecast_decides_where_nobody_did(tmp_path: Path) -> None:
     )
     assert decide(small, "auto", "vqa", tmp_path) == (
         True,
-        "vqa        feature cache on: 4,000 images, 4.8 GB on disk, 4.8 GB of them to be added (96.0 GB free); 4,000 images pass "
-        "the vision tower instead of 36,000",
+        "vqa        feature cache on: 4,000 images, 4.8 GB on disk, 4.8 GB of them to be added (96.0 GB "
+        "free); 4,000 images pass the vision tower instead of 36,000",
     )
     once = Forecast(500_000, 500_000, 500_000, 0, 600 * 10**9, 10**13)
     on, line = decide(once, "auto", "align", tmp_path)
@@ -607,7 +607,7 @@ def test_what_is_no_file_is_replaced_or_refused(
         path.unlink()
         path.mkdir()
         with pytest.raises(
-            TrainingError, match=r"cannot be written \(.*Is a directory.*Make room or mend the folder"
+            TrainingError, match=r"cannot be written \(.*Is a directory.*Make room or fix the folder"
         ):
             stored(made, tmp_path)
         path.rmdir()
@@ -754,9 +754,9 @@ def test_stopped_while_it_is_filled_it_says_what_stays(place: Path) -> None:
     out = place / "stopped"
     said = call(place, out, at_flush, 5, signal_myself, signal.SIGTERM, exit_code=1)
     assert said.rstrip().endswith(
-        "llavamed_peft.errors.Interrupted: Stopped by SIGTERM while the feature cache of stage 'align' was filled; 2 of 4 "
-        "files that were missing are whole, and stay. No checkpoint of this stage is there; the same call begins it again, "
-        "behind the stages that are finished."
+        "llavamed_peft.errors.Interrupted: Stopped by SIGTERM while the feature cache of stage 'align' was "
+        "filled; 2 of 4 files that were missing are complete and stay. This stage has no checkpoint; make "
+        "the same call again to start it again after the finished stages."
     )
     assert "feature cache: 2 of 3 images stored" in call(place, out, in_files_of_two)
     kills.check_same(place / "lora", out)
@@ -768,7 +768,7 @@ def test_stopped_while_it_is_filled_it_says_what_stays(place: Path) -> None:
         ("ContentNames", None, "equal images were being found"),
         ("content_key", "6 images looked at for equal ones", "its images were being read"),
         ("is_whole", "6 of 7 images read", "its files were being checked"),
-        ("fill", "3 of 4 files checked", "0 of 4 files that were missing are whole, and stay"),
+        ("fill", "3 of 4 files checked", "0 of 4 files that were missing are complete and stay"),
     ],
 )
 def test_whatever_it_is_at_it_says_so_and_can_be_stopped(
@@ -779,7 +779,7 @@ def test_whatever_it_is_at_it_says_so_and_can_be_stopped(
     )
     assert line is None or f"align      feature cache: {line}\n" in said
     assert (
-        f"Stopped by SIGTERM while the feature cache of stage 'align' was filled; {done}. No checkpoint of this "
+        f"Stopped by SIGTERM while the feature cache of stage 'align' was filled; {done}. This stage has no "
         in said
     )
 
@@ -788,9 +788,7 @@ def test_a_full_disk_is_said_and_made_room_on_it_goes_on(place: Path) -> None:
     out = place / "full"
     last = call(place, out, limit_file_size, 20_000, exit_code=1).rstrip().splitlines()[-1]
     assert "TrainingError" in last and ".safetensors: cannot be written (" in last
-    assert last.endswith(
-        "the same call goes on with the features that are stored; or give it feature_cache=False, which stores none."
-    )
+    assert last.endswith("which keeps what is stored; or pass feature_cache=False, which stores nothing.")
     assert not list((out / "features").rglob("*.safetensors")) and not list(
         (out / "features").rglob("*.partial")
     )

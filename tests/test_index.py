@@ -314,14 +314,14 @@ def test_data_refused_for_their_length_are_told_what_the_longest_needs(
     data.write_text(json.dumps(rows), encoding="utf-8")
     whole, _ = build(data, collator_of(bases["llava"]), tmp_path)
     shortest, _, needed = whole.column("length").tolist()
-    told = f"Mend the data, or give max_length={needed}, which the longest row needs"
+    told = f"Fix the data, or give max_length={needed}, which the longest row needs"
     with pytest.raises(DataError, match=rf"{told}\."):
         build(data, collator_of(bases["llava"], max_length=shortest - 1), tmp_path)
     build(data, collator_of(bases["llava"], max_length=shortest), tmp_path)
     for _ in ("index found", "index built"):
         with pytest.raises(DataError, match=rf"{told}, or raise max_rejected\."):
             build(data, collator_of(bases["llava"], max_length=shortest), tmp_path, max_rejected=0.5)
-    with pytest.raises(DataError, match=r"Mend the data, or raise max_rejected\."):
+    with pytest.raises(DataError, match=r"Fix the data, or raise max_rejected\."):
         build(data, collator_of(bases["llava"], max_length=needed - 1), tmp_path, max_rejected=0.1)
 
 

@@ -37,11 +37,10 @@ from llavamed_peft.batches.decoding import DeviceInputs
 from llavamed_peft.batches.signals import StopSignals
 from llavamed_peft.cli.launching import start as start_script
 from llavamed_peft.errors import ConfigError, DataError, Interrupted, TrainingError
-from llavamed_peft.features import store
+from llavamed_peft.features import filling, store
 from llavamed_peft.packing import collator
 from llavamed_peft.running import run
 from llavamed_peft.running.folder import differences, locked
-from llavamed_peft.training import filling
 from llavamed_peft.training.checkpoints import (
     KEPT,
     load_optimizer_tensors,
@@ -259,15 +258,15 @@ def test_a_finished_run_is_only_read(undisturbed: dict[str, tuple[float, int]], 
 def test_sigterm_and_ctrl_c_save_first_and_say_how_to_go_on(place: Path, out: Path) -> None:
     last = failed(place, out, during_as_group, "vqa", 3, False, signal_the_group, signal.SIGTERM, workers=2)
     assert last == (
-        "llavamed_peft.interruption.Interrupted: Stopped by SIGTERM behind step 3 of 8 of stage 'vqa'. The checkpoint of step 3 "
-        "stands, and the same call goes on from it."
+        "llavamed_peft.errors.Interrupted: Stopped by SIGTERM after step 3 of 8 of stage 'vqa'. The "
+        "checkpoint of step 3 is intact; make the same call again to resume from it."
     )
     assert "SIGTERM: saving, then stopping." in said(out) and "DataLoader worker" not in said(out)
     assert steps_saved(out, "vqa") == [2, 3]
     last = failed(place, out, during_as_group, "vqa", 5, True, signal_the_group, signal.SIGINT, workers=2)
-    assert "Stopped by SIGINT behind step 5 of 8" in last and steps_saved(out, "vqa") == [4, 5]
+    assert "Stopped by SIGINT after step 5 of 8" in last and steps_saved(out, "vqa") == [4, 5]
     last = failed(place, out, during_as_group, "vqa", 8, False, signal_the_group, signal.SIGINT, workers=2)
-    assert "Stopped by SIGINT behind step 8 of 8" in last
+    assert "Stopped by SIGINT after step 8 of 8" in last
     goes_on(place, out)
 
 
@@ -278,8 +277,8 @@ def terminate_myself() -> None:
 def test_before_the_first_step_there_is_nothing_to_save(place: Path, out: Path) -> None:
     last = failed(place, out, during, "align", 0, True, terminate_myself)
     assert (
-        "Stopped by SIGTERM behind step 0 of 6 of stage 'align'. No checkpoint of this stage is there; the same call"
-        in last
+        "Stopped by SIGTERM after step 0 of 6 of stage 'align'. This stage has no checkpoint; make the same "
+        "call" in last
     )
     goes_on(place, out)
 
@@ -327,12 +326,15 @@ class TestStopSignals:
         self, number: int, code: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
     ) -> None:
         def main() -> None:
-            raise Interrupted(number, "Stopped. The same call goes on.")
+            raise Interrupted(number, "Stopped. Make the same call again to resume.")
 
         monkeypatch.setattr(sys, "argv", ["recipe.py"])
         with pytest.raises(SystemExit) as ended:
             start_script(main)
-        assert ended.value.code == code and capsys.readouterr().err == "Stopped. The same call goes on.\n"
+        assert (
+            ended.value.code == code
+            and capsys.readouterr().err == "Stopped. Make the same call again to resume.\n"
+        )
 
 
 # Two at once, and another run
@@ -390,7 +392,7 @@ def test_another_curriculum_base_or_data_is_refused_field_by_field(
     ]
     assert lines[5].startswith("  data.align[1].sha256: ") and lines[5].count("…") == 2
     assert lines[6].startswith(
-        "To go on with it, make the call as it was. Otherwise choose another output_dir;"
+        "To resume it, make the same call as before. Otherwise choose another output_dir;"
     )
     assert sorted(place.glob("lora/**/*")) == before
 
@@ -432,19 +434,19 @@ def test_a_worker_that_dies_is_an_error_and_the_checkpoint_stands(place: Path, o
     last = failed(place, out, during, "vqa", 3, True, kill_a_worker, workers=2)
     assert "llavamed_peft.errors.TrainingError: A worker that decodes images died" in last
     assert "is killed by signal: Killed." in last and "take fewer workers (now 2)" in last
-    assert last.endswith("The checkpoint of step 2 stands, and the same call goes on from it.")
+    assert last.endswith("The checkpoint of step 2 is intact; make the same call again to resume from it.")
     goes_on(place, out)
 
 
 def test_an_image_that_is_not_a_number_is_an_error_and_the_checkpoint_stands(place: Path, out: Path) -> None:
     last = failed(place, out, spoil_images, "vqa", 5)
     assert (
-        "llavamed_peft.errors.TrainingError: The loss of step 6 is nan. Lower learning_rate, or look for odd data"
-        in last
+        "llavamed_peft.errors.TrainingError: The loss of step 6 is nan. Lower learning_rate, or look for odd "
+        "data" in last
     )
     assert (
-        "The checkpoint of step 4 stands, and the same call goes on from it. It would meet this again."
-        in last
+        "The checkpoint of step 4 is intact; make the same call again to resume from it. It would meet this "
+        "again." in last
     )
     assert steps_saved(out, "vqa") == [2, 4] and not (out / "vqa").exists()
     goes_on(place, out)
@@ -455,24 +457,24 @@ def test_a_gpu_whose_memory_does_not_suffice_is_an_error_that_says_what_takes_le
 ) -> None:
     last = failed(place, out, during, "vqa", 5, True, run_out_of_memory)
     assert (
-        "TrainingError: Stage 'vqa', behind step 5 of 8: CUDA out of memory. Tried to allocate 2.00 GiB. Make the same"
-        in last
+        "TrainingError: Stage 'vqa', after step 5 of 8: CUDA out of memory. Tried to allocate 2.00 GiB. Make "
+        "the same" in last
     )
     assert (
-        "with max_row_tokens=89 (now 100) or gradient_checkpointing=True; what is learnt stays the same. The check"
-        in last
+        "with max_row_tokens=89 (now 100) or gradient_checkpointing=True; what is learnt stays the same. The "
+        "check" in last
     )
     less = {"max_row_tokens": 89, "gradient_checkpointing": True}
     last = failed(place, out, during, "vqa", 8, False, run_out_of_memory, **less)
     assert (
-        "behind step 8 of 8: CUDA out of memory. Tried to allocate 2.00 GiB. The same call would meet this again; want"
-        in last
+        "after step 8 of 8: CUDA out of memory. Tried to allocate 2.00 GiB. The same call would meet this "
+        "again; want" in last
     )
     assert (
-        "a Schedule.max_length below the longest row's 89 tokens, a base in 4 bits (quantization='nf4'; not for f"
-        in last
+        "a Schedule.max_length below the longest row's 89 tokens, a base in 4 bits (quantization='nf4'; not "
+        "for f" in last
     )
-    assert last.endswith("The checkpoint of step 8 stands, and the same call goes on from it.")
+    assert last.endswith("The checkpoint of step 8 is intact; make the same call again to resume from it.")
     kills.finish(kills.start(place, out, "lora", **less), out)
 
 
@@ -483,8 +485,8 @@ def fit_no_model() -> None:
 def test_a_model_that_does_not_fit_is_an_error(place: Path, out: Path) -> None:
     last = failed(place, out, fit_no_model)
     assert (
-        "TrainingError: Stage 'align', before its first step: CUDA out of memory. Tried to allocate 2.00 GiB. The mod"
-        in last
+        "TrainingError: Stage 'align', before its first step: CUDA out of memory. Tried to allocate 2.00 "
+        "GiB. The mod" in last
     )
     assert last.endswith("or a model spread over more GPUs (docs/scaling.md).")
 
@@ -504,10 +506,10 @@ def fit_one_file_of_features() -> None:
 def test_too_little_memory_to_store_features_is_an_error_and_whole_files_stay(place: Path, out: Path) -> None:
     last = failed(place, out, fit_one_file_of_features, feature_cache=True)
     assert last.endswith(
-        "TrainingError: Stage 'align', while features of its images were stored: CUDA out of memory. Tried to allocate 2.00 GiB. "
-        "Make the same call with feature_cache=False or on an emptier GPU; what is learnt stays the same. Files of features "
-        "that are whole stay. No checkpoint of this stage is there; the same call begins it again, behind the stages that are "
-        "finished."
+        "TrainingError: Stage 'align', while features of its images were stored: CUDA out of memory. Tried "
+        "to allocate 2.00 GiB. Make the same call with feature_cache=False or on an emptier GPU; what is "
+        "learnt stays the same. Complete files of features stay. This stage has no checkpoint; make the same "
+        "call again to start it again after the finished stages."
     )
     assert len(list((out / "features").rglob("*.safetensors"))) == 1
     kills.finish(kills.start(place, out, "lora", feature_cache=False), out)
@@ -519,7 +521,7 @@ def test_a_file_that_gets_too_large_is_an_error_and_nothing_is_half_written(plac
         "llavamed_peft.errors.TrainingError" in last and "checkpoints/vqa/step-2: cannot be written" in last
     )
     assert "File too large" in last and last.endswith(
-        "No checkpoint of this stage is there; the same call begins it again, behind the stages that are finished."
+        "This stage has no checkpoint; make the same call again to start it again after the finished stages."
     )
     assert not (out / "vqa").exists() and (out / "align").exists() and list(out.rglob(".*.partial")) == []
     goes_on(place, out)
@@ -528,7 +530,7 @@ def test_a_file_that_gets_too_large_is_an_error_and_nothing_is_half_written(plac
 def test_a_stage_folder_that_cannot_be_written_leaves_the_last_checkpoint(place: Path, out: Path) -> None:
     last = failed(place, out, during, "vqa", STEPS["vqa"], False, limit_file_size, 100_000)
     assert "errors.TrainingError" in last and f"{out}/vqa: cannot be written" in last
-    assert last.endswith("The checkpoint of step 8 stands, and the same call goes on from it.")
+    assert last.endswith("The checkpoint of step 8 is intact; make the same call again to resume from it.")
     assert not (out / "vqa").exists() and list(out.glob(".*.partial")) == []
     goes_on(place, out)
 
@@ -543,7 +545,7 @@ def test_a_stage_whose_images_vanish_ends_and_goes_on_once_they_are_back(place: 
     ), last
     assert f"Of the training data of stage 'vqa', met while it trained: {place}/" in last
     assert ".png: no such file; wanted an image. Each row is listed in rejected.jsonl." in last
-    assert last.endswith("The checkpoint of step 4 stands, and the same call goes on from it.")
+    assert last.endswith("The checkpoint of step 4 is intact; make the same call again to resume from it.")
     reasons = [
         json.loads(line)["reason"]
         for line in (out / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
@@ -559,7 +561,7 @@ def on_a_small_disk(place: Path, out: Path) -> None:
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2600k", "tmpfs", str(out)], check=True)
     with pytest.raises(
         TrainingError,
-        match=r"cannot be written .*No space left.* The checkpoint of step 2 stands, and the same",
+        match=r"cannot be written .*No space left.* The checkpoint of step 2 is intact; make the same",
     ):
         kills.finetune(place, out, "lora")
     kills.check_whole(out)
@@ -697,7 +699,7 @@ def test_two_checkpoints_are_kept_and_the_newest_whole_one_is_found(tmp_path: Pa
         assert newest_checkpoint(tmp_path).step == 10
     (tmp_path / "step-10" / "checkpoint.json").write_text("{")
     with pytest.warns(
-        UserWarning, match=r"checkpoint\.json: cannot be read \(.*No checkpoint of this stage is there"
+        UserWarning, match=r"checkpoint\.json: cannot be read \(.*This stage has no checkpoint"
     ):
         assert newest_checkpoint(tmp_path) is None
     assert list(tmp_path.iterdir()) == []

@@ -217,7 +217,7 @@ def launch(
         [*program, *words], env=environment, cwd=place, capture_output=True, text=True, check=False
     )
     assert (done.returncode != 0) == bool(stopped), done.stderr[-3000:]
-    assert not stopped or f"Stopped by SIGTERM behind step 4 of 6 of stage '{stopped}'" in done.stderr, (
+    assert not stopped or f"Stopped by SIGTERM after step 4 of 6 of stage '{stopped}'" in done.stderr, (
         done.stderr[-3000:]
     )
     return out
@@ -355,7 +355,7 @@ def test_processes_whose_images_vanish_end_together_and_list_every_row(place: Pa
     done = fails("lost", {}, place, tmp_path)
     assert done.returncode == 1, done.stderr
     assert "in memory: 2 of 6 rows cannot be used (33.3%; max_rejected is 5.0%)." in done.stderr
-    assert "The checkpoint of step 2 stands, and the same call goes on from it." in done.stderr
+    assert "The checkpoint of step 2 is intact; make the same call again to resume from it." in done.stderr
     lines = (tmp_path / "out" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert [json.loads(line)["reason"] for line in lines] == ["failed while training more"] * 2
     assert not (tmp_path / "out" / "more").exists()

@@ -1,1 +1,1 @@
-"""A checked data set (`index.py`) and its exact optimizer steps (`steps.py`), decoded ahead (`workers.py`)."""
+"""A checked data set and its exact optimizer steps: read, cut into device batches, decoded, loaded."""

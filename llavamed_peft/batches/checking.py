@@ -1,15 +1,16 @@
 """Checking a data set and writing its index, or finding the one that was written before.
 
-Each conversation is encoded once, with its images' sizes read from their headers, so that what cannot be used
-is known before training begins and is counted, and so that a worker which prepares a batch has nothing left
-to do but decode images.
+Each conversation is encoded once, with its images' sizes read from their headers. So what cannot be used is
+known and counted before training begins, and a worker that prepares a batch has nothing left to do but decode
+images.
 
 An index knows what it was made from (a fingerprint of the data files, the processor and the limits), so the
-next call with the same data takes it as it is, as long as it has the SHA-256 that stands in a file beside it.
-Image files are not part of that: one that changed, vanished or came back since is not noticed before it is
-decoded. Whoever mends images deletes the index.
+next call with the same data takes it, as long as its SHA-256 is the one in the file next to it. Image files
+are not part of
+the fingerprint: one that changed, vanished or came back is not noticed before it is decoded. Whoever fixes
+images deletes the index.
 
-Conversations are grouped for shuffling by the paths of their images, links resolved; what they begin with, by
+Conversations are grouped for shuffling by the paths of their images, links resolved. What they begin with, by
 which steps are packed, is the same for images of equal content.
 """
 
@@ -77,8 +78,8 @@ def build_index(
         collator: its encoder and `max_length` decide what fits.
         rejects: where unusable rows go, each with file, row, id and reason; those of an index that is there,
             again.
-        max_rejected: share of the rows above which the data are refused as a whole; `None`: whatever there
-            is, none included.
+        max_rejected: share of the rows above which the data are refused; `None`: whatever there is,
+            none included.
         show: takes a line now and then where checking takes long, and one where an index that is there is
             used.
 
@@ -105,12 +106,12 @@ def build_index(
             needed = _needed_length(path if found else partial)
             longer = f", or give max_length={needed}, which the longest row needs" if needed else ""
             lenient = ", or raise max_rejected" if len(index) else ""
-            why += f" Each row is listed in {rejects.path.name}. Mend the data{longer}{lenient}."
+            why += f" Each row is listed in {rejects.path.name}. Fix the data{longer}{lenient}."
         for file in (
             path,
             partial,
             digest,
-        ):  # what will be mended may be images, which the fingerprint does not know
+        ):  # what is fixed next may be images, which the fingerprint does not know
             file.unlink(missing_ok=True)
         raise DataError(why)
     if not found:
@@ -130,7 +131,7 @@ def build_index(
 
 
 def _fingerprint(sources: Sequence[Source], collator: PackedCollator) -> str | None:
-    """SHA-256 of everything an index depends on, image files left out; `None` where a source does not tell."""
+    """SHA-256 of all that an index depends on, without image files; `None` where a source does not tell."""
     if any(source.settings is None for source in sources):
         return None
     data = [[source.name, source.path, source.sha256, source.settings] for source in sources]
@@ -139,10 +140,10 @@ def _fingerprint(sources: Sequence[Source], collator: PackedCollator) -> str | N
 
 
 def _is_whole(path: Path, digest: Path) -> bool:
-    """Whether an index lies there as it was written.
+    """Whether an index is there as it was written.
 
     Warns:
-        UserWarning: it lies there otherwise.
+        UserWarning: it is there and was changed or not finished.
     """
     if not path.is_file():
         return False
@@ -153,7 +154,7 @@ def _is_whole(path: Path, digest: Path) -> bool:
 
 
 def _is_of(path: Path, fingerprint: str) -> bool:
-    """Whether a whole index has this fingerprint."""
+    """Whether an intact index has this fingerprint."""
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
         return (reader.schema.metadata or {}).get(FINGERPRINT) == fingerprint.encode()
 

@@ -163,7 +163,7 @@ class Index:
 
 
 def notes(path: Path) -> Iterator[dict[bytes, list[dict[str, object]]]]:
-    """What stands beside the rows of each of the file's batches: rejected rows, and with the last the counts
+    """What each of the file's batches holds apart from rows: rejected rows, and with the last the counts
     of the files."""
     with pa.memory_map(str(path)) as file, pa.ipc.open_stream(file) as reader:
         while True:

@@ -61,8 +61,8 @@ def packed_share_of_step(
 ) -> list[list[DeviceBatch]]:
     """Deal a step's conversations to the processes in rows of at most `max_row_tokens` tokens.
 
-    Conversations with one beginning stay together, so that it stands once; only where they are longer than a
-    row it is repeated.
+    Conversations with one beginning stay together, so that it is there once; only where they are longer than
+    a row it is repeated.
     No process waits for a much longer one unless few images make a large step: cutting their conversations
         apart would cost more
     than it saves.

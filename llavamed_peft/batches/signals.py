@@ -1,8 +1,8 @@
-"""SIGTERM and Ctrl-C while a stage trains: noted at once, obeyed where the run can be gone on with.
+"""SIGTERM and Ctrl-C while a stage trains: noted at once, obeyed where the run can be resumed.
 
-A scheduler that stops a job sends SIGTERM and kills half a minute later; a person presses Ctrl-C, which the
-terminal sends to every process it started. Neither may tear a step apart: the trainer asks `StopSignals`
-between device batches, saves, and raises `Interrupted`. What it saves is `resumption.py`'s business.
+A scheduler that stops a job sends SIGTERM and kills it half a minute later; a person presses Ctrl-C, which
+the terminal sends to every process that it started. Neither may tear a step apart: the trainer asks
+`StopSignals` between device batches, saves, and raises `Interrupted`.
 """
 
 from __future__ import annotations
@@ -56,10 +56,8 @@ class StopSignals:
         if self.received is None:
             self.received, self._at = number, now
             # print() may not be entered twice, and the signal may have come in the middle of one
-            os.write(
-                2,
-                f"\n{signal.Signals(number).name}: saving, then stopping. Ctrl-C again stops at once.\n".encode(),
-            )
+            name = signal.Signals(number).name
+            os.write(2, f"\n{name}: saving, then stopping. Ctrl-C again stops at once.\n".encode())
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None

@@ -1,13 +1,13 @@
 """Which conversations make which optimizer step, on which process, in which device batches.
 
-Everything is worked out from lengths and images alone, the same on every process and after an interruption:
+All of it follows from lengths and images alone, so it is the same on every process and after an interruption:
 an epoch's order is a function of the seed and the epoch's number. Each step has exactly `global_batch`
-conversations (the last of an epoch what is left), whatever the number of processes and however they are cut
+conversations (the last of an epoch has the rest), whatever the number of processes and however they are cut
 into device batches.
 
-Packed, a device batch is one row, or (off CUDA) several of about one length. It is planned before any token
-is read, from how long each conversation is and what it begins with up to its image; what else is shared, such
-as a question asked twice, makes a row a little shorter than planned.
+Packed, a device batch is one row, or (without CUDA) several of about the same length. It is planned before
+any token is read, from the length of each conversation and from what it begins with up to its image. What
+else is shared, such as a question asked twice, makes a row a little shorter than planned.
 """
 
 from __future__ import annotations
@@ -23,8 +23,7 @@ from .shares import DeviceBatch, Prefixes, packed_share_of_step, share_of_step
 
 
 def steps_in_all(steps_per_epoch: int, schedule: Schedule) -> int:
-    """Optimizer steps of a whole stage, as the Hugging Face trainer counts them: a part of an epoch ends
-    behind a whole step."""
+    """Optimizer steps of a stage, as the Hugging Face trainer counts them: part of a step counts as one."""
     return math.ceil(steps_per_epoch * schedule.epochs)
 
 
@@ -40,7 +39,10 @@ def why_nothing_is_learnt(stage: Stage, steps_per_epoch: int, images: int) -> st
             "smaller global_batch, or warmup_ratio=0."
         )
     if stage.trains == "projector" and images == 0:
-        return "it trains the projector alone, and not one of its conversations shows an image. Give it such that do."
+        return (
+            "it trains the projector alone, and not one of its conversations shows an image. Give it data "
+            "with images."
+        )
     return None
 
 
@@ -56,13 +58,13 @@ class StepSampler(Sampler[list[DeviceBatch]]):
         groups: [conversations], equal numbers for conversations about the same images.
         schedule: `global_batch` and `shuffle` are read.
         max_row_tokens: a device batch has rows × longest of at most this many tokens; a conversation longer
-            than it stands alone.
+            than it is alone in one.
         seed: of the order.
         rank, world_size: this process, and how many there are.
         prefixes: what the conversations begin with, for the packed layout; `None`: the padded one.
-        fill_tokens: packed: `None`: a device batch is one row, filled up to its bound. Else what shares no
-            beginning stands in rows of its own, and rows of about one length make a device batch, of at most
-            this many tokens where they need a mask.
+        fill_tokens: packed: `None`: a device batch is one row, filled up to its bound. Otherwise
+            conversations that share no beginning are in different rows, and rows of about the same length
+            make a device batch, of at most this many tokens where they need a mask.
     """
 
     def __init__(

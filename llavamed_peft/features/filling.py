@@ -131,7 +131,7 @@ class FeatureCache:
         Args:
             shown: the stage's images, from `shown_images`.
             asked: `"auto"` or True.
-            passes: images that pass the tower without the cache, over the whole stage.
+            passes: images that pass the tower without the cache, over the stage.
 
         Returns:
             Where they are; `None`: there are no images, or no cache is used.
@@ -273,7 +273,7 @@ class FeatureCache:
         pixels = self._pixels(Pictures(images, paths, rows, self.encoder))
         began, stored = time.monotonic(), 0
         for number, (name, together) in enumerate(files):
-            self._files_done = f"{number:,} of {len(files):,} files that were missing are whole, and stay"
+            self._files_done = f"{number:,} of {len(files):,} files that were missing are complete and stay"
             stored += fill(self.folder / name, together, pixels, self._look)
             speed = stored / (time.monotonic() - began)
             self._progress(

@@ -107,14 +107,14 @@ def passes_in_an_epoch(sampler: StepSampler, images: np.ndarray) -> float:
         conversations += len(step)
         for batch in (batch for share in sampler.shares(step) for batch in share):
             rows = np.array(batch, dtype=np.int64)
-            if sampler.prefixes is not None:  # packed, the images of several conversations stand once
+            if sampler.prefixes is not None:  # packed, an image of several conversations is there once
                 rows = rows[np.unique(sampler.groups[rows], return_index=True)[1]]
             passes += int(images[rows].sum())
     return passes * len(images) / max(conversations, 1)
 
 
 def tower_passes(train: ExactSteps, held_out: ExactSteps | None, eval_steps: float) -> float:
-    """How many images pass the vision tower in a whole stage without a cache.
+    """How many images pass the vision tower in a stage without a cache.
 
     Args:
         train, held_out: the stage's steps.

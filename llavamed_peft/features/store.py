@@ -1,15 +1,15 @@
-"""What the frozen vision tower makes of each image, kept on disk: planned in files, filled, checked, found
+"""The frozen vision tower's features of each image, kept on disk: planned in files, filled, checked, found
 again.
 
-A folder is of one tower, the layers that are asked of it, one image processor and one dtype; images are known
-by the SHA-256 of their files. A plan (`plan-*.json`) says which images stand together in which file
+A folder belongs to one tower, the layers that the projector takes, one image processor and one dtype; images
+are known by the SHA-256 of their files. A plan (`plan-*.json`) says which images are together in which file
 (`*.safetensors`, one tensor an image). It is written before the first of its files and never changed, and an
-image stands in one file only. A file's images pass the tower together, cut into batches the same way each
-time, so an image's features are the same bits whenever they are computed, by whatever process, and whatever
-was there before. A file is written under another name, flushed and renamed, and holds the SHA-256
-of its name and content: one that is damaged, or another one, is removed and computed again.
+image is in one file only. A file's images pass the tower together, cut into batches the same way each time,
+so an image's features are the same bits whenever they are computed, by whatever process, and whatever was
+there before. A file holds the SHA-256 of its name and content: one that is damaged, or another one, is
+removed and computed again.
 
-Left out: whether it pays, and which tower it is (`forecast.py`, `filling.py`).
+Left out: whether the cache pays (`forecast.py`), and filling it (`filling.py`).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ FORMAT = 3  # goes up with every change of what a file holds or of how its image
 IMAGES_PER_FILE = 32  # 38 MB of a tower of 336 pixels in 16 bits; what a kill or a damaged byte costs at most
 
 
-_BYTES_PER_FILE = 256_000_000  # of images with many tiles fewer stand in a file
+_BYTES_PER_FILE = 256_000_000  # of images with many tiles, fewer are in a file
 
 
 _TILES_PER_BATCH = 32  # that pass the tower at once; an image's stay together
@@ -65,7 +65,7 @@ class Planned(NamedTuple):
     """An image of a plan.
 
     key: see `image_key`.
-    path: where its file lay.
+    path: where its file was.
     height, width: in pixels.
     tiles: that the tower sees of it.
     """
@@ -88,12 +88,12 @@ class Planned(NamedTuple):
 
 
 def image_key(content: str, alone: bool, tiles_lone_images_only: bool) -> str:
-    """What an image's features are found by: its content, and in OneVision whether it stands among others."""
+    """What an image's features are found by: its content, and in OneVision whether it is among others."""
     return content + (_AMONG if tiles_lone_images_only and not alone else "")
 
 
 def read_plans(folder: Path) -> Plans:
-    """All that was ever to be stored in the folder, file by file."""
+    """All that was ever planned for the folder, file by file."""
     plans: Plans = {}
     for path in sorted(folder.glob("plan-*.json")):
         try:
@@ -125,7 +125,7 @@ def planned_files(plans: Plans) -> dict[str, str]:
 
 
 def write_plan(folder: Path, images: Sequence[Planned], bytes_per_tile: int) -> None:
-    """Plan where images of no earlier plan will stand.
+    """Plan files for images that no earlier plan has.
 
     Args:
         images: each once.
@@ -227,7 +227,7 @@ def fill(
 
 
 def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, flush it, and rename it: it is there whole or not at all."""
+    """Write a file under another name, flush it, and rename it: it is there completely or not at all."""
     partial = path.with_name(
         f".{path.name}.{secrets.token_hex(4)}.partial"
     )  # two processes may write the same
@@ -239,9 +239,9 @@ def _write(path: Path, write: Callable[[Path], object]) -> None:
         flush(path.parent)
     except (OSError, SafetensorError) as error:
         raise TrainingError(
-            f"{path}: cannot be written ({error}); nothing was left under that name. Make room or mend the "
-            "folder, and the same call goes on with the features that are stored; or give it "
-            "feature_cache=False, which stores none."
+            f"{path}: cannot be written ({error}); nothing was left under that name. Make room or fix the "
+            "folder and make the same call again, which keeps what is stored; or pass feature_cache=False, "
+            "which stores nothing."
         ) from error
     finally:
         with contextlib.suppress(OSError):
@@ -258,7 +258,7 @@ class Pictures(Dataset[torch.Tensor | None]):
 
     Args:
         images: in the order of their files.
-        paths: key → where the image lies, of this stage's; an earlier stage's may lie where they did.
+        paths: key → where the image is, for this stage's images; an earlier stage's are where they were.
         rows: path → the row of the data that shows the image, as an error should name it.
         notes: where a worker process writes what it is at; `None` where there are no workers.
     """
@@ -307,13 +307,13 @@ class Pictures(Dataset[torch.Tensor | None]):
                 raise
             raise TrainingError(
                 f"{error} It could be read when the feature cache was planned; bring it back. What is stored "
-                "stays, and the same call goes on; an image that is gone for good is left out then."
+                "stays; make the same call again to resume. An image that is gone for good is left out then."
             ) from error
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Where the features of a stage's images lie; goes to the data-loading workers.
+    """Where the features of a stage's images are; goes to the data-loading workers.
 
     Args:
         folder: of the files.
@@ -342,7 +342,7 @@ class Features:
         encoder: Encoder,
         tile_bytes: int,
     ) -> Features:
-        """Find what the whole files of these names hold.
+        """Find what the complete files of these names hold.
 
         Args:
             contents: path → SHA-256, of the images that may be asked for.
@@ -366,12 +366,12 @@ class Features:
         return len(self.files)
 
     def has(self, path: str, alone: bool) -> bool:
-        """Whether this image's features are stored, as one that is alone in its conversation or among others."""
+        """Whether features of this image are stored, as one alone in its conversation or among others."""
         content = self.contents.get(path)
         return content is not None and self._key(content, alone) in self.files
 
     def inputs(self, contents: Sequence[str], alone: Sequence[bool]) -> dict[str, torch.Tensor]:
-        """What takes the place of images' pixels, in a data-loader worker laid down in shared memory.
+        """What takes the place of images' pixels; in a data-loader worker it is put into shared memory.
 
         Args:
             contents: of the images, as a model is to see them.
@@ -405,5 +405,5 @@ class Features:
 
 @functools.lru_cache(_OPEN_FILES)
 def _open(path: Path) -> Any:
-    """A file, mapped into memory; its tensors are read where they lie."""
+    """A file, mapped into memory; its tensors are read in place."""
     return safe_open(path, framework="pt")

@@ -13,6 +13,7 @@ from transformers import ProcessorMixin
 
 from ..batches.checking import build_index
 from ..batches.index import Index
+from ..batches.ledger import fault
 from ..datasets.rejects import Reject, RejectLog
 from ..datasets.sources import Source
 from ..errors import DataError
@@ -77,8 +78,8 @@ def accounts(check: DataCheck, max_rejected: float, width: int) -> Iterator[str]
         for reject in check.examples[reason]:
             place = f"{Path(reject.file).name}:{reject.row} (id {reject.id}): "
             yield from wrapped(visible(place + reject.detail.removeprefix(place)), width, "    ", "      ")
-    if fault := check.index.fault(max_rejected):
-        yield from wrapped(f"training would refuse these data: {visible(fault)}", width, "", "  ")
+    if why := fault(check.index.files, 0, max_rejected):
+        yield from wrapped(f"training would refuse these data: {visible(why)}", width, "", "  ")
 
 
 def lengths(index: Index, width: int) -> Iterator[str]:

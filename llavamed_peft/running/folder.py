@@ -1,10 +1,10 @@
 """Whose folder an `output_dir` is: which run it belongs to, who is at work in it, what was left half written.
 
-`run.json` says what decides a run's result. It is written when the first stage is about to train, so that
-data can be mended and the call repeated until then; afterwards a call that would give another result is
-refused with the difference, field by field. `run.lock` is locked while a process is at work. Which stages are
-finished and from which step one goes on is not
-written here: the stages' folders and their checkpoints say it.
+`run.json` holds what decides a run's result. It is written when the first stage is about to train: until then
+the data can be fixed and the call repeated. Afterwards a call that would give another result is refused with
+the difference, field by field. `run.lock` is locked while a process is at work. Which stages are finished,
+and the step
+that a stage resumes from, is not written here: the stages' folders and their checkpoints say it.
 """
 
 from __future__ import annotations
@@ -56,9 +56,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
         raise TrainingError(f"{path}: cannot be read ({error}). Choose another output_dir.") from error
     version = identity.pop("schema_version", None) if isinstance(identity, dict) else None
     if version != SCHEMA_VERSION:
-        raise TrainingError(
-            f"{path}: schema_version is {version!r}; this version goes on with {SCHEMA_VERSION}."
-        )
+        raise TrainingError(f"{path}: schema_version is {version!r}; this version resumes {SCHEMA_VERSION}.")
     return identity
 
 
@@ -82,7 +80,7 @@ def check_same_run(folder: Path, identity: Mapping[str, Any]) -> bool:
             f"{folder}: holds another run, which differs from this call in\n  "
             + "\n  ".join(differing)
             + "\n"
-            "To go on with it, make the call as it was. Otherwise choose another output_dir; there, "
+            "To resume it, make the same call as before. Otherwise choose another output_dir; there, "
             "start_from= builds on a finished stage."
         )
     return True
@@ -190,8 +188,8 @@ def disk_faults(folder: Path) -> Iterator[None]:
         if error.errno not in _OF_THE_DISK:
             raise
         raise TrainingError(
-            f"{folder}: the disk refused ({error}). Finished stages and the last checkpoint stand; make room "
-            "or mend the folder, and the same call goes on."
+            f"{folder}: the disk refused ({error}). Finished stages and the last checkpoint are intact; make "
+            "room or fix the folder, then make the same call again to resume."
         ) from error
 
 

@@ -36,8 +36,8 @@ class Lineage:
     root: dict[str, Any]
     parent: StageAdapter | None = None
 
-    def behind(self, stage: StageAdapter | None) -> Lineage:
-        """The lineage behind a finished stage; a full stage's checkpoint is the base of what follows it."""
+    def after(self, stage: StageAdapter | None) -> Lineage:
+        """The lineage after a finished stage; a full stage's checkpoint is the base of what follows it."""
         if stage is None:
             return self
         if stage.is_checkpoint:

@@ -48,7 +48,7 @@ def check_names(
 
 
 def check_files(output_dir: str | Path, data: Sequence[Data], own_names: Collection[str]) -> None:
-    """A folder to write to is named, and no data file may stand where the run writes its own."""
+    """A folder to write to is named, and no data file may be where the run writes its own."""
     if not isinstance(output_dir, (str, os.PathLike)) or output_dir == "":
         raise ConfigError(
             f"output_dir is {output_dir!r}; wanted a folder to write to ('.' is the current one)."

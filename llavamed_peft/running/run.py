@@ -1,8 +1,7 @@
-"""One run of a curriculum: its data's indexes, its stages trained one after the other, and what stands in its
-folder.
+"""One run of a curriculum: it checks the data, trains the stages one after the other, and keeps its folder.
 
-Of several processes one writes, the others read what it wrote. Whose folder it is, is `run_folder.py`'s
-business, how a stage is trained `training.py`'s, what it leaves `adapters.py`'s.
+Of several processes one writes, and the others read what it wrote. `folder.py` knows whose folder it is,
+`training/` trains a stage, `adapters/` writes what a stage leaves.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ from ..modeling.parts import bare
 from ..packing.collator import PackedCollator
 from ..reporting.run_log import METRICS, RunLog
 from ..stages import Curriculum, Stage
-from ..training.checkpoints import Checkpoint, newest_checkpoint, remove_folder, standing
+from ..training.checkpoints import Checkpoint, how_to_resume, newest_checkpoint, remove_folder
 from ..training.computing import Computing
 from ..training.gpu_memory import enough_for_model
 from ..training.stage import Folders, Trained, train_stage
@@ -165,8 +164,8 @@ class Run:
                 for inner in (folder, *folder.glob("*")):
                     remove_partial(inner)
             with RejectLog(self.folder / REJECTED, keep=goes_on) as rejects:
-                # what was not decoded in a stage that goes on may be by now; what its checkpoint counts is
-                # written again
+                # An image that could not be decoded before the interruption may be back now. The rows that a
+                # checkpoint counts as failed are listed again.
                 rejects.forget(
                     failed_in(stage.name) for stage in self.curriculum.stages if not self.has(stage)
                 )
@@ -222,7 +221,7 @@ class Run:
         adapter = StageAdapter.load(self.folder / stage.name)
         if adapter.parent != parent_of(lineage):
             raise TrainingError(
-                f"{adapter.path}: was trained behind {adapter.parent}, what stands before it now is "
+                f"{adapter.path}: was trained after {adapter.parent}, but the stage before it is now "
                 f"{parent_of(lineage)}. Remove {adapter.path.name} to train it again, or choose another "
                 "output_dir."
             )
@@ -275,12 +274,12 @@ class Run:
                 else:
                     write_adapter(folder, trained.tensors, config, base_class, self.processor, record, card)
             except AdapterError as error:
-                raise TrainingError(f"{error} {standing(folders.checkpoints)}") from error
+                raise TrainingError(f"{error} {how_to_resume(folders.checkpoints)}") from error
         self.processes.wait_for_everyone()
         return StageAdapter.load(folder)
 
     def _newest_checkpoint(self, folder: Path) -> Checkpoint | None:
-        """The one that all processes go on from."""
+        """The one that all processes resume from."""
         found = [newest_checkpoint(folder) if self.writes else None]
         broadcast_object_list(found)
         return found[0]

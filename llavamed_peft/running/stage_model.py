@@ -43,7 +43,7 @@ def stage_model(
 
 
 def _full_model(model: PreTrainedModel, lineage: Lineage) -> torch.nn.Module:
-    """The bare model with everything the scope trains in fp32, and the parent's adapter merged into it there."""
+    """The bare model with all that a full stage trains in fp32, and the parent's adapter merged into it."""
     set_dtypes(unfreeze_full(model), model.dtype)
     if lineage.adapter is None:
         return model

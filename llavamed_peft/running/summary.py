@@ -57,7 +57,8 @@ def stage_table(records: Sequence[dict[str, Any]]) -> str:
         return "–" if value is None else f"{value:.4f}"
 
     rows = [
-        "| stage | trains | parameters | used | rejected | failed | steps | loss first → last | held out, before → after | s |",
+        "| stage | trains | parameters | used | rejected | failed | steps | loss first → last "
+        "| held out, before → after | s |",
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:

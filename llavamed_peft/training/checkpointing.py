@@ -29,12 +29,12 @@ from ..reporting.run_log import RunLog
 from ..stages import Stage
 from .checkpoints import (
     Checkpoint,
+    how_to_resume,
     load_optimizer_tensors,
     optimizer_tensors,
     rng_state,
     save_checkpoint,
     set_rng_state,
-    standing,
 )
 from .metrics import Counted, Measured
 
@@ -80,7 +80,7 @@ class Checkpointing:
     def _restore_counts(self, checkpoint: Checkpoint) -> None:
         if not self.enabled:
             raise TrainingError(
-                f"{checkpoint.path}: was saved without DeepSpeed, which cannot go on from it. Launch as "
+                f"{checkpoint.path}: was saved without DeepSpeed, which cannot resume from it. Launch as "
                 f"before, with FSDP2 or plainly, or remove {self.folder} to train the stage from its "
                 "beginning."
             )
@@ -197,8 +197,8 @@ class Checkpointing:
             return
         if self.stage.lora is not None and self.stage.lora.dropout > 0:
             warnings.warn(
-                f"{self.resumed.path} was saved by {len(rngs)} process(es), {processes} go on: dropout draws "
-                "other numbers than it would have.",
+                f"{self.resumed.path} was saved by {len(rngs)} process(es) and {processes} resume: dropout "
+                "draws other numbers than it would have.",
                 stacklevel=2,
             )
         set_seed(int(np.random.SeedSequence([seed, self.resumed.step, rank]).generate_state(1)[0]))
@@ -209,14 +209,14 @@ class Checkpointing:
 
     def how_to_resume(self) -> str:
         """What the same call would resume from, in a sentence."""
-        return standing(self.folder)
+        return how_to_resume(self.folder)
 
     def would_recur(self) -> str:
         """What to do about a fault that the same call would meet again."""
         return (
-            f"Lower learning_rate, or look for odd data, in another output_dir. {standing(self.folder)} It "
-            "would meet this again. Nothing of this stage was written under its name, the stages before it "
-            "are untouched."
+            f"Lower learning_rate, or look for odd data, in another output_dir. {how_to_resume(self.folder)} "
+            "It would meet this again. Nothing of this stage was written under its name, the stages before "
+            "it are untouched."
         )
 
     def _refuse_broken(self, step: int, tensors: Tensors) -> None:

@@ -1,11 +1,11 @@
-"""Checkpoints of a stage that is still training: what is in one, how it is written whole, and which one to go
-on from.
+"""Checkpoints of a stage that is still training: what is in one, how it is written, and which one to resume
+from.
 
 `<output_dir>/checkpoints/<stage>/step-<n>/` holds `tensors.safetensors` (what trains),
 `optimizer.safetensors` (its state, by parameter name), `state.json` (schedule, random numbers of each
 process, losses so far, rows that failed) and `checkpoint.json`, which lists the three with size and SHA-256.
-A folder is written under another name, flushed and renamed, so it is there whole or not at all; the hashes
-find what a disk or a copy damaged later. The two newest are kept.
+A folder is there completely or not at all; the hashes find what a disk or a copy damaged later. The two
+newest are kept.
 
 The order of the data is in none of it: it is a function of seed, epoch and step.
 """
@@ -53,7 +53,7 @@ class Checkpoint:
 
     Args:
         path: the folder.
-        step: optimizer steps behind it.
+        step: optimizer steps taken.
         state: everything but the tensors, as `state.json` holds it.
     """
 
@@ -82,7 +82,7 @@ def save_checkpoint(
         Its size in bytes.
 
     Raises:
-        TrainingError: it cannot be written. Those before it stand.
+        TrainingError: it cannot be written. Those before it are intact.
     """
 
     def fill(partial: Path) -> None:
@@ -99,14 +99,14 @@ def save_checkpoint(
     try:
         path = write_folder(folder / f"step-{step}", fill)
     except AdapterError as error:
-        raise TrainingError(f"{error} {standing(folder)}") from error
+        raise TrainingError(f"{error} {how_to_resume(folder)}") from error
     for old in _steps(folder)[:-KEPT]:
         remove_folder(folder / f"step-{old}")
     return sum(file.stat().st_size for file in path.iterdir())
 
 
 def newest_checkpoint(folder: Path) -> Checkpoint | None:
-    """The newest checkpoint of a stage that is whole, or `None`. Damaged ones are removed.
+    """The newest intact checkpoint of a stage, or `None`. Damaged ones are removed.
 
     Warns:
         UserWarning: some were damaged; which file of each, and what is taken instead.
@@ -122,16 +122,19 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
         faults.append(damage)
         remove_folder(path)
     if faults:
-        warnings.warn(f"{' '.join(faults)} Removed, since damaged. {standing(folder)}", stacklevel=2)
+        warnings.warn(f"{' '.join(faults)} Removed, since damaged. {how_to_resume(folder)}", stacklevel=2)
     return found
 
 
-def standing(folder: Path) -> str:
-    """From where the same call goes on, in a sentence."""
+def how_to_resume(folder: Path) -> str:
+    """What the same call would resume from, in a sentence."""
     steps = _steps(folder)
     if not steps:
-        return "No checkpoint of this stage is there; the same call begins it again, behind the stages that are finished."
-    return f"The checkpoint of step {steps[-1]} stands, and the same call goes on from it."
+        return (
+            "This stage has no checkpoint; make the same call again to start it again after the finished "
+            "stages."
+        )
+    return f"The checkpoint of step {steps[-1]} is intact; make the same call again to resume from it."
 
 
 def remove_folder(folder: Path) -> None:
@@ -148,7 +151,7 @@ def _steps(folder: Path) -> list[int]:
 
 
 def fault(path: Path) -> str | None:
-    """What is wrong with a checkpoint's folder, naming the file; `None` where it is whole."""
+    """What is wrong with a checkpoint's folder, naming the file; `None` where it is intact."""
     manifest_path = path / _MANIFEST
     try:
         manifest = json.loads(manifest_path.read_text(encoding="utf-8"))

@@ -1,5 +1,4 @@
-"""A GPU whose memory does not suffice: an error that says what takes less of it, first what leaves alone what
-is learnt."""
+"""Too little memory on a GPU: an error that says what takes less, first what leaves the result as it is."""
 
 from __future__ import annotations
 
@@ -12,7 +11,10 @@ from ..errors import TrainingError
 from ..stages import Stage
 from .trainer import StageTrainer
 
-_ANOTHER_RUN = "a base in 4 bits (quantization='nf4'; not for full stages) or a model spread over more GPUs (docs/scaling.md)"
+_ANOTHER_RUN = (
+    "a base in 4 bits (quantization='nf4'; not for full stages) or a model spread over more GPUs "
+    "(docs/scaling.md)"
+)
 
 
 @contextlib.contextmanager
@@ -44,8 +46,8 @@ def enough_to_store_features(stage: Stage, how_to_resume: Callable[[], str]) -> 
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"Stage {stage.name!r}, while features of its images were stored: {_first_words(error)} Make the "
-            "same call with feature_cache=False or on an emptier GPU; what is learnt stays the same. Files "
-            f"of features that are whole stay. {how_to_resume()}"
+            "same call with feature_cache=False or on an emptier GPU; what is learnt stays the same. "
+            "Complete files of features stay. {how_to_resume()}"
         ) from error
 
 
@@ -71,9 +73,12 @@ def enough_to_train(
         advice = f"Make the same call with {' or '.join(less)}; what is learnt stays the same."
         if not less:
             shorter = f"a Schedule.max_length below the longest row's {longest} tokens"
-            advice = f"The same call would meet this again; wanted, in another output_dir, {shorter}, {_ANOTHER_RUN}."
+            advice = (
+                "The same call would meet this again; wanted, in another output_dir, "
+                f"{shorter}, {_ANOTHER_RUN}."
+            )
         raise TrainingError(
-            f"Stage {trainer.stage.name!r}, behind step {trainer.state.global_step} of "
+            f"Stage {trainer.stage.name!r}, after step {trainer.state.global_step} of "
             f"{trainer.state.max_steps}: {_first_words(error)} {advice} "
             f"{trainer.checkpointing.how_to_resume()}"
         ) from error

@@ -13,7 +13,7 @@ from ..reporting.run_log import RunLog
 
 @dataclass(slots=True)
 class Counted:
-    """What a stage has counted so far, over all calls that it took; a checkpoint keeps it under these names."""
+    """What a stage has counted so far, in all calls that it took; checkpoints use these names."""
 
     seen_conversations: int = 0
     seen_supervised_tokens: int = 0

@@ -270,7 +270,7 @@ class StageTrainer(SFTTrainer):
             raise TrainingError(
                 f"{fault} Of the {ledger.kind} data of stage {self.stage.name!r}, met while it trained: "
                 f"{next(reversed(ledger.failed.values()))} Each row is listed in rejected.jsonl. Bring the "
-                f"images back or mend them, or raise max_rejected. {self.checkpointing.how_to_resume()}"
+                f"images back or fix them, or raise max_rejected. {self.checkpointing.how_to_resume()}"
             )
 
     def asked_to_stop(self) -> bool:
@@ -292,7 +292,7 @@ class StageTrainer(SFTTrainer):
         number = self.stop.received or signal.SIGTERM  # another process's, which they all obey
         raise Interrupted(
             number,
-            f"Stopped by {signal.Signals(number).name} behind step {step} of {self.state.max_steps} of stage "
+            f"Stopped by {signal.Signals(number).name} after step {step} of {self.state.max_steps} of stage "
             f"{self.stage.name!r}. {self.checkpointing.how_to_resume()}",
         )
 
