@@ -29,7 +29,7 @@ TEXTS = {
 }
 # What is run below. A new block needs a test of its own first, and then a place here.
 BLOCKS = {
-    ("README.md", "bash"): 2,
+    ("README.md", "bash"): 3,  # the cookbooks' in test_cookbooks.py
     ("README.md", "python"): 2,
     ("README.md", "bibtex"): 1,
     ("CONTRIBUTING.md", "bash"): 2,
@@ -258,3 +258,13 @@ def test_paths_named_in_the_text_exist(name: str) -> None:
     told = re.findall(r"`([\w.*/-]+/[\w.*-]+\.(?:py|md|yaml|txt|png))`", text)
     places = (ROOT, ROOT / "llavamed_peft", ROOT / "recipes" / "configs")
     assert not [path for path in told if not any((place / path).exists() for place in places)]
+
+
+def test_the_changelog_sends_importers_to_modules_that_exist() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^  \| `.*\| (`.*) \|$", text, flags=re.MULTILINE)
+    modules = [module for row in rows for module in re.findall(r"`([\w.]+)`", row)]
+    assert len(modules) > 20
+    assert not [
+        m for m in modules if not (ROOT / "llavamed_peft" / m.replace(".", "/")).with_suffix(".py").exists()
+    ]
