@@ -70,10 +70,13 @@ def test_a_launcher_prints_the_command_that_takes_it(launcher):
 
 def test_what_the_documents_launch_is_printed_here_too():
     """So that it is run below."""
-    text = (REPOSITORY / "docs" / "scaling.md").read_text(encoding="utf-8")
-    launched = commands(text)
-    assert len(launched) == text.count("\naccelerate launch ") > 1
-    assert all(words in printed("accelerate") for words in launched)
+    texts = [
+        path.read_text(encoding="utf-8") for path in (REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"))
+    ]
+    words = [words for text in texts for words in commands(text.replace(".venv/bin/", ""))]
+    named = [one for one in words if "recipes/configs/" in " ".join(one)]
+    assert {one[0] for one in named} == {"accelerate", "python", "llavamed-peft"}
+    assert [one for one in named if one not in printed(one[0])] == []
 
 
 def test_no_two_commands_write_to_one_folder():
