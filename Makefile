@@ -1,31 +1,31 @@
-# `demo`, `test` and `check` build .venv themselves: the first time needs the network and some minutes, later times neither.
+# `demo`, `test` and `check` build .venv themselves: the first time takes the network and some minutes, later times neither.
 # Another Python: make demo PYTHON=python3.12. Options for pytest: make test ARGS="-k stages -x".
 
 PYTHON ?= python3
 EXTRAS := distributed,quantization,tracking,dev
 IN_VENV := .venv/bin/python
-# What .venv is made from. After a successful install .venv/installed holds a copy; as long as the two agree, nothing is installed.
+# What .venv is made from. After an install .venv/installed has a copy; while the two agree, nothing is installed.
 INGREDIENTS := pwd; echo "$(EXTRAS)"; cat pyproject.toml constraints.txt
 
-# The demo needs nothing from the Hub, so it shall not wait for it. (The tests set the same in tests/conftest.py.)
+# The demo needs nothing from the Hub, so it does not wait for it. (The tests set the same in tests/conftest.py.)
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-# Idle OpenMP threads sleep instead of spinning: several times faster wherever something else runs too.
+# Idle OpenMP threads sleep instead of spinning: several times faster on a machine that runs something else too.
 export OMP_WAIT_POLICY ?= PASSIVE
 ifeq ($(wildcard /dev/nvidia0),)
-# DeepSpeed, once installed, otherwise says on stdout of every training that it found no GPU.
+# Otherwise DeepSpeed, once installed, prints in every training that it found no GPU.
 export DS_ACCELERATOR ?= cpu
 endif
 
 .PHONY: help demo demo-seeds test check tree venv install
 
 help:
-	@echo "make demo    the whole curriculum on a tiny checkpoint, then load, swap and ask its stages"
+	@echo "make demo        the whole curriculum on a tiny checkpoint, then load, swap and ask its stages"
 	@echo "make demo-seeds  the same with three seeds, about 14 minutes"
-	@echo "make test    every test"
-	@echo "make check   format, lint, types of the value layers, layers"
-	@echo "make tree    renew the tree in docs/architecture.md"
-	@echo "make venv    only build .venv"
+	@echo "make test        every test; options for pytest: ARGS=\"-k stages -x\""
+	@echo "make check       format, lint, types of the value layers, layers"
+	@echo "make tree        renew the tree in docs/architecture.md, after a file was added"
+	@echo "make venv        only build .venv"
 
 demo: venv
 	$(IN_VENV) recipes/demo/demo.py
@@ -33,7 +33,7 @@ demo: venv
 demo-seeds: venv
 	$(IN_VENV) recipes/demo/demo.py --seeds 0 1 2 --output_dir runs/demo-seeds
 
-# Two processes, a file of tests each: what takes long waits more than it computes. One: make test ARGS="-n 0"
+# Two processes share the test files, since long tests wait more than they compute. With one: make test ARGS="-n 0"
 test: venv
 	$(IN_VENV) -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 

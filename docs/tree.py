@@ -3,8 +3,9 @@
     python docs/tree.py            # print it
     python docs/tree.py --write    # renew docs/architecture.md between its two markers (make tree)
 
-The phrase of a Python file is the first sentence of its docstring, of a folder that of its `__init__.py`; `PHRASES` has what
-has no docstring. Data that runs or checkpoints leave are left out. `tests/test_architecture.py` compares text and disk.
+The phrase of a Python file is the first sentence of its docstring, that of a folder the first one of its
+`__init__.py`; `PHRASES` has the phrases of what has no docstring. Data and what runs leave are not shown.
+`tests/test_architecture.py` compares the text with the disk.
 """
 
 from __future__ import annotations

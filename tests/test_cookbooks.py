@@ -1,7 +1,9 @@
-"""`recipes/configs/`: every cookbook is parsed, and every command that one prints is run, on a tiny checkpoint of its kind.
+"""`recipes/configs/`: every cookbook is parsed, and every command that one prints is run, on a tiny
+checkpoint of its kind.
 
-Commands of `python` run in this process; those of `accelerate launch` under their own launcher and configuration, with two
-processes where it names more (over gloo, one for each machine where it names two). What that cannot show is whatever needs a GPU.
+Commands of `python` run in this process; those of `accelerate launch` under their own launcher and
+configuration, with two processes where it names more (over gloo, one for each machine where it names two).
+Whatever needs a GPU is not shown.
 """
 
 import json
@@ -64,6 +66,17 @@ def test_a_cookbook_says_what_it_needs_and_how_to_run_it(cookbook):
 def test_a_launcher_prints_the_command_that_takes_it(launcher):
     (words,) = commands(launcher.read_text(encoding="utf-8"))
     assert words[:4] == ["accelerate", "launch", "--config_file", str(launcher.relative_to(REPOSITORY))]
+
+
+def test_what_the_documents_launch_is_printed_here_too():
+    """So that it is run below."""
+    texts = [
+        path.read_text(encoding="utf-8") for path in (REPOSITORY / "README.md", *REPOSITORY.glob("docs/*.md"))
+    ]
+    words = [words for text in texts for words in commands(text.replace(".venv/bin/", ""))]
+    named = [one for one in words if "recipes/configs/" in " ".join(one)]
+    assert {one[0] for one in named} == {"accelerate", "python", "llavamed-peft"}
+    assert [one for one in named if one not in printed(one[0])] == []
 
 
 def test_no_two_commands_write_to_one_folder():
