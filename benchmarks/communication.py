@@ -113,7 +113,7 @@ def main() -> None:
         "gradient_checkpointing": True,
     }  # recomputing as with a GPU
     adapters = curriculum_finetune(BASE, {"full": rows}, folder, curriculum=Curriculum((stage,)), **how)
-    method = adapters["full"].record["computing"]["sharding"]
+    method = adapters["full"].record.computing["sharding"]
     expected = formula(method, found["batches"], found["processes"])
     print(json.dumps({"method": method, **found, "expected": expected}))
     sys.exit(found["sent"] != expected)

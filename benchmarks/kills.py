@@ -303,9 +303,9 @@ def check_same(undisturbed: Path, out: Path) -> None:
     assert left == {path.name for path in undisturbed.iterdir()}, left
     for stage in ("align", "vqa"):
         one, other = (StageAdapter.load(undisturbed / stage), StageAdapter.load(out / stage))
-        assert one.record["sha256"] == other.record["sha256"], f"{out}: {stage} has other tensors"
+        assert one.record.sha256 == other.record.sha256, f"{out}: {stage} has other tensors"
         assert without_clock(one.metrics) == without_clock(other.metrics), (one.metrics, other.metrics)
-        assert one.record["data"] == other.record["data"]
+        assert one.record.data == other.record.data
     for name in ("metrics.jsonl", "rejected.jsonl"):
         texts = [(run / name).read_text(encoding="utf-8").splitlines() for run in (undisturbed, out)]
         one, other = ([without_clock(json.loads(line)) for line in text] for text in texts)

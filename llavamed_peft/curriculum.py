@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from accelerate import PartialState
 
-from .adapters.record import base_record
+from .adapters.record import Base
 from .adapters.stage_adapter import StageAdapter
 from .datasets.sources import Data, Source, open_sources
 from .llava_med import LLAVA_MED
@@ -143,7 +143,7 @@ def curriculum_finetune(
         feature_cache=feature_cache,
     )
     config = read_config(model)
-    base = base_record(model, config)
+    base = Base.of(model, config)
     if parent is not None:
         check_architecture(base, parent)
     lineage = Lineage(str(model), base, root=base).after(parent)

@@ -10,7 +10,7 @@ from tiny import build
 
 from llavamed_peft import Curriculum, LoraSpec, Question, Schedule, Stage, StageAdapter, curriculum_finetune
 from llavamed_peft.adapters import catalogue
-from llavamed_peft.adapters.record import CARD, CONFIG, RECORD, WEIGHTS
+from llavamed_peft.adapters.record import CARD, CONFIG, RECORD, WEIGHTS, StageRecord
 from llavamed_peft.errors import AdapterError
 
 PUBLISHED = Path(__file__).parents[1] / "adapters"
@@ -50,7 +50,7 @@ def change(path, **changes):
 def test_the_table_says_what_the_stage_files_say(run, shelf):
     metrics, hashes = (
         run["ask"].metrics,
-        {name: adapter.record["sha256"][:12] for name, adapter in run.items()},
+        {name: adapter.record.sha256[:12] for name, adapter in run.items()},
     )
     sizes = {name: (adapter.path / WEIGHTS).stat().st_size / 1e6 for name, adapter in run.items()}
     losses = f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}"
@@ -70,8 +70,8 @@ def test_weights_may_be_on_the_hub_and_a_parent_elsewhere(run, shelf):
         if path.name not in (RECORD, CONFIG, CARD):
             path.unlink()
     row = catalogue.table(shelf).splitlines()[-1]
-    assert f"| see `{run['see'].record['sha256'][:12]}` |" in row
-    assert f"| on the Hub | `{run['ask'].record['sha256'][:12]}` |" in row
+    assert f"| see `{run['see'].record.sha256[:12]}` |" in row
+    assert f"| on the Hub | `{run['ask'].record.sha256[:12]}` |" in row
 
 
 def test_a_hub_base_goes_by_its_id_and_bars_are_escaped(shelf):
@@ -222,10 +222,15 @@ def test_the_repository_s_adapters_load_and_name_no_path():
     for folder in sorted(path for path in PUBLISHED.iterdir() if path.is_dir()):
         entry = catalogue.Entry.read(folder)
         named = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-        assert named in (entry.record["base"]["id"], entry.record["base"]["name"]), (
+        assert named in (entry.record.base.id, entry.record.base.name), (
             f"{folder.name}/{CONFIG} names {named}"
         )
         if entry.size is not None:
             adapter = StageAdapter.load(folder)
-            assert f"{adapter.record['base']['name']}--{adapter.stage.name}" == folder.name
+            assert f"{adapter.record.base.name}--{adapter.stage.name}" == folder.name
             assert adapter.tensors()
+
+
+def test_a_record_that_is_read_and_written_is_the_same_file():
+    for folder in sorted(path for path in PUBLISHED.iterdir() if path.is_dir()):
+        assert StageRecord.read(folder).to_json() == (folder / RECORD).read_text(encoding="utf-8")

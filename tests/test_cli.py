@@ -71,7 +71,7 @@ def test_catalogue_renews_the_index(asked, tmp_path):
     shutil.copytree(asked[1], tmp_path / "tiny-llava--vqa")
     done = run("catalogue", tmp_path)
     assert (done.returncode, done.stdout) == (0, f"{tmp_path / 'README.md'}\n")
-    assert f"`{StageAdapter.load(asked[1]).record['sha256'][:12]}`" in (tmp_path / "README.md").read_text(
+    assert f"`{StageAdapter.load(asked[1]).record.sha256[:12]}`" in (tmp_path / "README.md").read_text(
         encoding="utf-8"
     )
 
@@ -184,8 +184,8 @@ def test_show_needs_no_weights(asked, tmp_path):
     assert (done.returncode, done.stderr) == (0, "")
     record = StageAdapter.load(asked[1]).record
     assert done.stdout.startswith(
-        f"tiny-llava: llava over llama and clip_vision_model, sha256 {record['base']['sha256'][:12]}\n"
-        f"└─ vqa: lora (adapter), sha256 {record['sha256'][:12]}, in vqa\n"
+        f"tiny-llava: llava over llama and clip_vision_model, sha256 {record.base.sha256[:12]}\n"
+        f"└─ vqa: lora (adapter), sha256 {record.sha256[:12]}, in vqa\n"
         "   ├─ schedule: epochs 8, learning_rate 0.01, global_batch 1, warmup_ratio 0.03, weight_decay 0,\n"
         "   │     max_length 2,048, shuffle images\n"
         "   ├─ lora: rank 128, alpha 256, dropout 0.05\n"

@@ -43,6 +43,7 @@ from llavamed_peft.running.run import Run
 from llavamed_peft.running.summary import read_metrics
 from llavamed_peft.storage.hashing import file_sha256
 from llavamed_peft.storage.images import load_image
+from llavamed_peft.adapters.stage_adapter import adapter_folder
 from llavamed_peft.storage.whole import write_folder
 
 KINDS = {
@@ -245,12 +246,12 @@ class TestEveryClass:
 def test_stage_json_adds_up_and_names_its_parent(runs: dict[str, dict[str, StageAdapter]]) -> None:
     align, instruct, vqa = runs["llava"].values()
     assert align.parent is None
-    assert instruct.parent == {"stage": "align", "sha256": align.record["sha256"]}
-    assert vqa.parent == {"stage": "instruct", "sha256": instruct.record["sha256"]}
+    assert instruct.parent == {"stage": "align", "sha256": align.record.sha256}
+    assert vqa.parent == {"stage": "instruct", "sha256": instruct.record.sha256}
     assert instruct.stage == THREE["instruct"]
     for adapter in (align, instruct, vqa):
-        for entry in adapter.record["data"]:
-            assert entry["rows"] == 12 == entry["used"] + sum(entry["rejected"].values()) + entry["failed"]
+        for entry in adapter.record.data:
+            assert entry.rows == 12 == entry.used + sum(entry.rejected.values()) + entry.failed
 
 
 def test_no_local_path_is_published(bases: dict[str, Path], runs: dict[str, dict[str, StageAdapter]]) -> None:
@@ -261,7 +262,7 @@ def test_no_local_path_is_published(bases: dict[str, Path], runs: dict[str, dict
         config = json.loads((adapter.path / "adapter_config.json").read_text(encoding="utf-8"))
         assert config["base_model_name_or_path"] == "tiny-llava"
         card = (adapter.path / "README.md").read_text(encoding="utf-8")
-        assert adapter.record["base"]["sha256"] in card
+        assert adapter.record.base.sha256 in card
         assert "Trained over weights that were not quantized, computed in float32." in card
         metadata = yaml.safe_load(card.split("---")[1])
         assert not {"base_model", "datasets"} & metadata.keys(), (
@@ -336,7 +337,7 @@ def test_full_stage_leaves_a_checkpoint_that_the_next_stage_builds_on(
     full, more = adapters["all"], adapters["more"]
     assert full.is_checkpoint and full.parent == {
         "stage": "instruct",
-        "sha256": runs["llava"]["instruct"].record["sha256"],
+        "sha256": runs["llava"]["instruct"].record.sha256,
     }
     assert full.metrics["eval_loss_before"] == pytest.approx(
         runs["llava"]["vqa"].metrics["eval_loss_before"], abs=1e-5
@@ -347,7 +348,7 @@ def test_full_stage_leaves_a_checkpoint_that_the_next_stage_builds_on(
     base = AutoModelForImageTextToText.from_pretrained(bases["llava"])
     for (name, before), (_, after) in zip(base.named_parameters(), model.named_parameters(), strict=True):
         assert torch.equal(before, after) == name.startswith("model.vision_tower."), name
-    assert more.record["base"]["sha256"] == full.record["sha256"]
+    assert more.record.base.sha256 == full.record.sha256
     stock = PeftModel.from_pretrained(model, more.path)
     with torch.no_grad():
         loss = stock.eval()(**PackedCollator(processor)(conversations)).loss.item()
@@ -455,8 +456,8 @@ def test_undecodable_image_leaves_its_step_and_is_counted(
     adapter = curriculum_finetune(bases["llava"], output_dir=tmp_path / "run", curriculum=curriculum, **call)[
         "vqa"
     ]
-    (entry,) = adapter.record["data"]
-    assert (entry["rows"], entry["used"], entry["rejected"], entry["failed"]) == (6, 5, {}, 1)
+    (entry,) = adapter.record.data
+    assert (entry.rows, entry.used, entry.rejected, entry.failed) == (6, 5, {}, 1)
     assert adapter.metrics["conversations"] == 10 and adapter.metrics["steps"] == 4
     (line,) = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert json.loads(line)["id"] == "bad" and json.loads(line)["row"] == 6
@@ -509,7 +510,7 @@ def test_device_batches_change_nothing_but_rounding(
         run(100, True),
         run(150, False, "padded"),
     )
-    assert (whole.record["computing"]["layout"], padded.record["computing"]["layout"]) == ("packed", "padded")
+    assert (whole.record.computing["layout"], padded.record.computing["layout"]) == ("packed", "padded")
     for other in (single, checkpointed, padded):
         assert other.metrics["loss_last"] == pytest.approx(whole.metrics["loss_last"], abs=1e-4)
         assert other.metrics["eval_loss_after"] == pytest.approx(whole.metrics["eval_loss_after"], abs=1e-4)
@@ -649,8 +650,8 @@ class TestRefusals:
             raised.value
         )
         adapter = call(data={"align": tmp_path / "data.json"}, image_folder=images, max_rejected=0.2)["align"]
-        (entry,) = adapter.record["data"]
-        assert (entry["rows"], entry["used"]) == (10, 8) and sum(entry["rejected"].values()) == 2
+        (entry,) = adapter.record.data
+        assert (entry.rows, entry.used) == (10, 8) and sum(entry.rejected.values()) == 2
         lines = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
         assert [json.loads(line)["id"] for line in lines] == ["a", "b"]
 
@@ -749,7 +750,7 @@ curriculum_finetune("org/tiny", {{"align": rows}}, "run", curriculum=Curriculum(
     )
     assert done.returncode == 0, done.stderr
     adapter = StageAdapter.load(tmp_path / "run" / "align")
-    base = adapter.record["base"]
+    base = adapter.record.base
     assert (base["id"], base["revision"]) == ("org/tiny", revision)
     assert base["sha256"] == file_sha256(bases["llava"] / "model.safetensors")
     assert adapter.peft_config().base_model_name_or_path == "org/tiny"
@@ -800,7 +801,7 @@ def test_images_that_all_vanish_leave_no_stage(
     adapter = curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)[
         "vqa"
     ]
-    assert adapter.metrics["conversations"] == seen and adapter.record["data"][0]["failed"] == 0
+    assert adapter.metrics["conversations"] == seen and adapter.record.data[0].failed == 0
     assert not (tmp_path / "run" / "rejected.jsonl").exists()
 
 
@@ -819,8 +820,8 @@ def test_rows_that_would_fill_the_memory_or_break_the_labels_are_rejected(
         curriculum=curriculum,
         max_rejected=0.5,
     )["vqa"]
-    (entry,) = adapter.record["data"]
-    assert entry["rejected"] == {"unreadable image": 1, "cannot be encoded": 1} and entry["used"] == 4
+    (entry,) = adapter.record.data
+    assert entry.rejected == {"unreadable image": 1, "cannot be encoded": 1} and entry.used == 4
     lines = (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()
     assert "60000 × 1 pixels" in json.loads(lines[0])["detail"]
     assert (
@@ -894,7 +895,7 @@ class TestWriting:
             AdapterError,
             match=r"cannot be written .*No space left on device.*; nothing was left under that name",
         ):
-            write_folder(tmp_path / "align", fill)
+            adapter_folder(tmp_path / "align", fill)
         assert list(tmp_path.iterdir()) == []
 
     def test_what_a_stage_leaves_may_be_read_by_whoever_may_read_a_new_file(
@@ -908,7 +909,7 @@ class TestWriting:
         script = f"""
 import os, signal
 from pathlib import Path
-from llavamed_peft.adapters import write_folder
+from llavamed_peft.storage.whole import write_folder
 
 def fill(folder):
     (folder / "half").write_text("half")

@@ -307,7 +307,7 @@ def test_a_run_with_the_cache_learns_what_one_without_it_does(
     said = capsys.readouterr().err
     for position, (stage, adapter) in enumerate(cached.items()):
         agree(fresh[stage], adapter, 2e-5)
-        assert [one.record["computing"]["feature_cache"] for one in (adapter, fresh[stage])] == [True, False]
+        assert [one.record.computing["feature_cache"] for one in (adapter, fresh[stage])] == [True, False]
         assert [one.metrics["cached_images"] for one in (adapter, fresh[stage])] == [6, 0]
         assert adapter.metrics["loss_last"] == pytest.approx(fresh[stage].metrics["loss_last"], abs=1e-5)
         new = (
@@ -328,7 +328,7 @@ def test_an_undecodable_image_is_counted_once_as_without_the_cache(
     records, rejected = [], []
     for on in (True, False):
         adapter = run(bases["llava"], rows, tmp_path / str(on), feature_cache=on, max_rejected=0.5)["vqa"]
-        records.append(adapter.record["data"])
+        records.append(adapter.record.data)
         rejected.append((tmp_path / str(on) / "rejected.jsonl").read_text())
     assert records[0] == records[1] and (records[0][0]["used"], records[0][0]["failed"]) == (5, 2)
     assert rejected[0] == rejected[1] and rejected[0].count("6.png: cannot be decoded") == 2
@@ -359,7 +359,7 @@ def test_images_that_vanish_while_features_are_stored_are_no_gaps(
     adapter = run(
         bases["llava"], conversations(images), tmp_path / "run", feature_cache=True, workers=workers
     )["vqa"]
-    assert adapter.record["data"][0]["failed"] == 0
+    assert adapter.record.data[0].failed == 0
     agree(StageAdapter.load(tmp_path / "whole" / "vqa"), adapter, 1e-6)
 
 
@@ -861,4 +861,4 @@ def test_two_processes_divide_the_images_and_learn_what_one_does(
         one, two = (StageAdapter.load(tmp_path / name / stage) for name in "12")
         agree(one, two, 1e-5)
         assert one.metrics["cached_images"] == two.metrics["cached_images"] == 6
-        assert one.record["data"] == two.record["data"] and one.record["data"][0]["failed"] == 1
+        assert one.record.data == two.record.data and one.record.data[0].failed == 1

@@ -467,8 +467,8 @@ def test_a_run_begun_again_finds_its_indexes(
     assert {path.name: path.stat().st_ino for path in (tmp_path / "run" / "index").iterdir()} == built
     assert (tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8") == rejected
     for adapter in adapters.values():
-        (entry,) = adapter.record["data"]
-        assert (entry["rows"], entry["used"], sum(entry["rejected"].values()), entry["failed"]) == (
+        (entry,) = adapter.record.data
+        assert (entry.rows, entry.used, sum(entry.rejected.values()), entry.failed) == (
             7,
             3,
             4,

@@ -281,9 +281,9 @@ def test_training_does_what_was_said(place, tmp_path):
         assert f", {adapter.metrics['trainable_parameters']:,} parameters in " in trains
         (steps,) = [line.split() for line in lines if line.startswith(f"  {stage.name} ")]
         assert steps[6] == str(adapter.metrics["steps"])
-        assert [
-            f"    {reason}: {number}" for reason, number in adapter.record["data"][0]["rejected"].items()
-        ] == [line for line in lines if line.startswith("    ") and line.endswith(": 1")]
+        assert [f"    {reason}: {number}" for reason, number in adapter.record.data[0].rejected.items()] == [
+            line for line in lines if line.startswith("    ") and line.endswith(": 1")
+        ]
         names = set(trainable_parameters(read_config(base), stage.trains, stage.lora))
         if not adapter.is_checkpoint:
             assert names == {name.removeprefix("base_model.model.") for name in adapter.tensors()}
@@ -513,7 +513,7 @@ def test_show_of_a_stage_that_training_left(place, tmp_path):
     )
     lines = show(tmp_path / "run" / "instruct", width=200)
     record = StageAdapter.load(tmp_path / "run" / "instruct").record
-    assert f"   └─ instruct: lora (adapter), sha256 {record['sha256'][:12]}, in instruct" in lines
+    assert f"   └─ instruct: lora (adapter), sha256 {record.sha256[:12]}, in instruct" in lines
     assert "      │  └─ eval_loss_after: –" in lines
     assert (
         sum(

@@ -289,9 +289,9 @@ def test_losses_tensors_and_counts_are_one_processes(
     assert max(record.get("grad_norm", 0) for record in logs[0]) > 2, "nothing was clipped"
     for stage in STAGES:
         one, several = (StageAdapter.load(alone / stage), StageAdapter.load(together / stage))
-        assert (one.record["processes"], several.record["processes"]) == (1, processes)
-        assert several.record["computing"]["sharding"] == (how if how in LAUNCH else None)
-        assert one.record["data"] == several.record["data"] and one.record["data"][0]["failed"] == 1
+        assert (one.record.processes, several.record.processes) == (1, processes)
+        assert several.record.computing["sharding"] == (how if how in LAUNCH else None)
+        assert one.record.data == several.record.data and one.record.data[0].failed == 1
         for key in ("steps", "conversations", "supervised_tokens", "trainable_parameters"):
             assert one.metrics[key] == several.metrics[key]
         assert sorted(path.name for path in one.path.iterdir()) == sorted(
@@ -389,7 +389,7 @@ WAITING = """
 import time
 from datetime import timedelta
 from accelerate import PartialState
-from llavamed_peft.run import _others_wait
+from llavamed_peft.running.run import _others_wait
 
 processes = PartialState(cpu=True, timeout=timedelta(seconds=2))
 began = time.monotonic()

@@ -6,6 +6,8 @@ from typing import Any
 
 import yaml
 
+from .record import StageRecord
+
 _NOTICE = """\
 For research only; not for clinical use. The adapter inherits the licence and the terms of its base model and of the data it was
 trained on. LLaVA-Med's own data are CC BY-NC 4.0.
@@ -34,27 +36,27 @@ processor = AutoProcessor.from_pretrained("{folder}")
 """
 
 
-def _origin(record: dict[str, Any]) -> str:
-    root = record["root"]
-    if root == record["base"]:
+def _origin(record: StageRecord) -> str:
+    root = record.root
+    if root is None or root == record.base:
         return ""
-    return f" It was trained from `{root['id'] or root['name']}` (content hash `{root['sha256']}`)."
+    return f" It was trained from `{root.public_name}` (content hash `{root.sha256}`)."
 
 
-def card_text(record: dict[str, Any], base_name: str) -> str:
+def card_text(record: StageRecord, base_name: str) -> str:
     """The card of a stage's folder, as Markdown with the Hub's metadata in front.
 
     Args:
-        record: the content of `stage.json`.
+        record: of the stage.
         base_name: Hub id or plain name of the base; never a path.
     """
-    stage, base, metrics, computing = (record[key] for key in ("stage", "base", "metrics", "computing"))
-    is_adapter = record["kind"] == "adapter"
+    stage, base, metrics, computing = record.stage, record.base, record.metrics, record.computing
+    is_adapter = record.kind == "adapter"
     metadata: dict[str, Any] = {
         # the Hub takes ids of its own and nothing else
         **(
-            {"base_model": base["id"], "base_model_relation": "adapter" if is_adapter else "finetune"}
-            if base["id"]
+            {"base_model": base.id, "base_model_relation": "adapter" if is_adapter else "finetune"}
+            if base.id
             else {}
         ),
         "library_name": "peft" if is_adapter else "transformers",
@@ -65,8 +67,8 @@ def card_text(record: dict[str, Any], base_name: str) -> str:
             "llavamed-peft",
             "llava-med",
             "medical",
-            f"stage:{stage['name']}",
-            f"trains:{stage['trains']}",
+            f"stage:{stage.name}",
+            f"trains:{stage.trains}",
         ],
         "metrics": ["loss"],
     }
@@ -75,24 +77,25 @@ def card_text(record: dict[str, Any], base_name: str) -> str:
         for name in ("eval_loss_before", "eval_loss_after", "loss_last")
         if metrics.get(name) is not None
     }
-    identity = f"revision `{base['revision']}`" if base["id"] else f"content hash `{base['sha256']}`"
-    parent = record["parent"]
-    origin = f"stage `{parent['stage']}` (`{parent['sha256'][:12]}…`)" if parent else "the base itself"
-    folder = stage["name"]
+    identity = f"revision `{base.revision}`" if base.id else f"content hash `{base.sha256}`"
+    parent = record.parent
+    origin = f"stage `{parent.stage}` (`{parent.sha256[:12]}…`)" if parent else "the base itself"
+    folder = stage.name
     lines = [
         "---",
         yaml.safe_dump(metadata, sort_keys=False).rstrip(),
         "---",
         "",
-        f"# {base_name}, stage {stage['name']}",
+        f"# {base_name}, stage {stage.name}",
         "",
         f"One stage of the LLaVA-Med curriculum (arXiv:2306.00890), trained with `llavamed-peft` "
-        f"{record['versions']['llavamed-peft']}: `trains={stage['trains']}`, continuing {origin}.",
+        f"{record.versions['llavamed-peft']}: `trains={stage.trains}`, continuing {origin}.",
         "",
         f"Base: `{base_name}`, {identity}." + _origin(record),
         "",
-        f"Trained over {'4-bit weights (NF4)' if computing['quantization'] else 'weights that were not quantized'}, computed in "
-        f"{computing['dtype']}.",
+        "Trained over "
+        f"{'4-bit weights (NF4)' if computing['quantization'] else 'weights that were not quantized'}, "
+        f"computed in {computing['dtype']}.",
         "",
         "## Load it",
         "",
@@ -104,16 +107,16 @@ def card_text(record: dict[str, Any], base_name: str) -> str:
         "| file | sha256 | rows | used | rejected | failed |",
         "|---|---|---|---|---|---|",
         *(
-            f"| {entry['file']} | `{entry['sha256'][:12]}…` | {entry['rows']} | {entry['used']} | "
-            f"{sum(entry['rejected'].values())} | {entry['failed']} |"
-            for entry in record["data"]
+            f"| {entry.file} | `{entry.sha256[:12]}…` | {entry.rows} | {entry.used} | "
+            f"{sum(entry.rejected.values())} | {entry.failed} |"
+            for entry in record.data
         ),
         "",
         "## Numbers",
         "",
         *(f"- {name}: {value:.4f}" for name, value in losses.items()),
-        f"- {metrics['steps']} steps, {metrics['conversations']} conversations, {metrics['supervised_tokens']} supervised "
-        f"tokens, {metrics['seconds']} s on {record['device']}",
+        f"- {metrics['steps']} steps, {metrics['conversations']} conversations, "
+        f"{metrics['supervised_tokens']} supervised tokens, {metrics['seconds']} s on {record.device}",
         "",
         "Losses are means over supervised tokens. `stage.json` holds the schedule, versions and lineage.",
         "",

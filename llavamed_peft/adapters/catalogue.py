@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from ..errors import AdapterError
-from .record import CARD, CONFIG, RECORD, WEIGHTS, read_record
+from ..storage.whole import write_file
+from .record import CARD, CONFIG, RECORD, WEIGHTS, StageRecord
 from .stage_adapter import StageAdapter
 
 INDEX = "README.md"
@@ -51,7 +51,7 @@ class Entry:
     """
 
     folder: Path
-    record: dict[str, Any]
+    record: StageRecord
     size: int | None
 
     @classmethod
@@ -64,19 +64,20 @@ class Entry:
         missing = [name for name in (RECORD, CONFIG, CARD) if not (folder / name).is_file()]
         if missing:
             raise AdapterError(
-                f"{folder}: has no {', '.join(missing)}; wanted each of {RECORD}, {CONFIG} and {CARD} in a folder of the "
-                "catalogue."
+                f"{folder}: has no {', '.join(missing)}; wanted each of {RECORD}, {CONFIG} and {CARD} in a "
+                "folder of the catalogue."
             )
-        record = read_record(folder)
-        if record["kind"] != "adapter":
+        record = StageRecord.read(folder)
+        if record.kind != "adapter":
             raise AdapterError(
-                f"{folder}: is a full stage's {record['kind']}; the catalogue holds adapters only. Publish it as a model."
+                f"{folder}: is a full stage's {record.kind}; the catalogue holds adapters only. Publish it "
+                "as a model."
             )
-        base, stage = record["base"]["name"], record["stage"]["name"]
+        base, stage = record.base.name, record.stage.name
         if folder.name != f"{base}--{stage}":
             raise AdapterError(
-                f"{folder}: {RECORD} says base {base!r} and stage {stage!r}; wanted the folder's name to be '{base}--{stage}'. "
-                "Rename it."
+                f"{folder}: {RECORD} says base {base!r} and stage {stage!r}; wanted the folder's name to be "
+                f"'{base}--{stage}'. Rename it."
             )
         weights = folder / WEIGHTS
         if not weights.is_file():
@@ -91,24 +92,20 @@ class Entry:
             folder_of: content hash → folder, of every adapter in the catalogue, to which a parent is linked.
         """
         record = self.record
-        parent, base, stage, metrics = (record["parent"], record["base"], record["stage"], record["metrics"])
+        parent, base, stage, metrics = record.parent, record.base, record.stage, record.metrics
         origin = "–"
         if parent is not None:
-            there = folder_of.get(parent["sha256"])
-            origin = (
-                f"[{parent['stage']}]({there})"
-                if there
-                else f"{parent['stage']} `{parent['sha256'][:_SHORT]}`"
-            )
+            there = folder_of.get(parent.sha256)
+            origin = f"[{parent.stage}]({there})" if there else f"{parent.stage} `{parent.sha256[:_SHORT]}`"
         return [
-            f"[{stage['name']}]({self.folder.name})",
-            base["id"] or base["name"],
-            stage["trains"],
+            f"[{stage.name}]({self.folder.name})",
+            base.public_name,
+            stage.trains,
             origin,
-            ", ".join(f"{entry['file']} ({entry['used']:,})" for entry in record["data"]),
+            ", ".join(f"{entry.file} ({entry.used:,})" for entry in record.data),
             f"{_loss(metrics['eval_loss_before'])} → {_loss(metrics['eval_loss_after'])}",
             "on the Hub" if self.size is None else f"{self.size / 1e6:.2f}",
-            f"`{record['sha256'][:_SHORT]}`",
+            f"`{record.sha256[:_SHORT]}`",
         ]
 
 
@@ -132,7 +129,7 @@ def table(folder: str | Path) -> str:
         for path in sorted(folder.iterdir())
         if path.is_dir() and not path.name.startswith(".")
     ]
-    folder_of = {entry.record["sha256"]: entry.folder.name for entry in entries}
+    folder_of = {entry.record.sha256: entry.folder.name for entry in entries}
     rows = [_COLUMNS, ["---"] * len(_COLUMNS)]
     rows += [[cell.replace("|", "\\|") for cell in entry.row(folder_of)] for entry in _in_lineage(entries)]
     return "".join(f"| {' | '.join(row)} |\n" for row in rows)
@@ -156,7 +153,7 @@ def update(folder: str | Path) -> Path:
             f"{path}: wanted a line {BEGIN} and below it a line {END}, for the table to stand between."
         )
     try:
-        path.write_text(f"{before}{BEGIN}\n\n{rows}\n{END}{after}", encoding="utf-8")
+        write_file(path, f"{before}{BEGIN}\n\n{rows}\n{END}{after}")
     except OSError as error:
         raise AdapterError(f"{path}: cannot be written ({error}).") from error
     return path
@@ -164,18 +161,16 @@ def update(folder: str | Path) -> Path:
 
 def _in_lineage(entries: Sequence[Entry]) -> list[Entry]:
     """By base, then by how many ancestors are in the catalogue, then by name."""
-    parents = {entry.record["sha256"]: (entry.record["parent"] or {}).get("sha256") for entry in entries}
+    parents = {entry.record.sha256: entry.record.parent and entry.record.parent.sha256 for entry in entries}
 
     def generation(entry: Entry) -> int:
-        seen, above = set(), parents[entry.record["sha256"]]
+        seen, above = set(), parents[entry.record.sha256]
         while above in parents and above not in seen:
             seen.add(above)
             above = parents[above]
         return len(seen)
 
-    return sorted(
-        entries, key=lambda entry: (entry.record["base"]["name"], generation(entry), entry.folder.name)
-    )
+    return sorted(entries, key=lambda entry: (entry.record.base.name, generation(entry), entry.folder.name))
 
 
 def _loss(value: float | None) -> str:

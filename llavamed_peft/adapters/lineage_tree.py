@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import AdapterError
 from ..reporting.text import visible, wrapped
-from .record import RECORD, public_name, read_record
+from .record import RECORD, DataFile, StageRecord
 from .stage_adapter import local_folder
 
 _SHORT = 12  # digits of a hash
@@ -37,55 +37,54 @@ def show(adapter: str | Path, width: int = 100) -> list[str]:
         AdapterError: there is no stage's record, or it is damaged.
     """
     folder = local_folder(adapter, only=RECORD)
-    record = read_record(folder)
-    beside = {other["sha256"]: (path, other) for path, other in _records_beside(folder)}
+    record = StageRecord.read(folder)
+    beside = {other.sha256: (path, other) for path, other in _records_beside(folder)}
     node = _stage_node(folder, record)
-    seen = {record["sha256"]}
-    while (parent := record["parent"]) is not None:
-        if parent["sha256"] not in beside or parent["sha256"] in seen:
-            node = _Node(
-                f"{parent['stage']}, sha256 {parent['sha256'][:_SHORT]}: does not lie beside it", (node,)
-            )
+    seen = {record.sha256}
+    while (parent := record.parent) is not None:
+        if parent.sha256 not in beside or parent.sha256 in seen:
+            node = _Node(f"{parent.stage}, sha256 {parent.sha256[:_SHORT]}: does not lie beside it", (node,))
             break
-        seen.add(parent["sha256"])
-        folder, record = beside[parent["sha256"]]
+        seen.add(parent.sha256)
+        folder, record = beside[parent.sha256]
         node = _stage_node(folder, record, (node,))
-    base = record["base"]
-    identity = f"revision {base['revision']}" if base["id"] else f"sha256 {str(base['sha256'])[:_SHORT]}"
-    kind = f"{base['model_type']} over {base['language_model']} and {base['vision_tower']}"
-    return list(_branches(_Node(f"{public_name(base)}: {kind}, {identity}", (node,)), width))
+    base = record.base
+    identity = f"revision {base.revision}" if base.id else f"sha256 {str(base.sha256)[:_SHORT]}"
+    kind = f"{base.model_type} over {base.language_model} and {base.vision_tower}"
+    return list(_branches(_Node(f"{base.public_name}: {kind}, {identity}", (node,)), width))
 
 
-def _records_beside(folder: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def _records_beside(folder: Path) -> Iterator[tuple[Path, StageRecord]]:
     for path in sorted(folder.resolve().parent.iterdir()):
         if (path / RECORD).is_file():
             try:
-                yield path, read_record(path)
+                yield path, StageRecord.read(path)
             except AdapterError:  # another folder's damage is not what was asked about
                 continue
 
 
-def _stage_node(folder: Path, record: Mapping[str, Any], next_stages: tuple[_Node, ...] = ()) -> _Node:
-    stage, metrics = record["stage"], record["metrics"]
+def _stage_node(folder: Path, record: StageRecord, next_stages: tuple[_Node, ...] = ()) -> _Node:
+    stage, metrics = record.stage.to_dict(), record.metrics
     details = [_Node(f"schedule: {_pairs(stage['schedule'])}")]
     if stage.get("lora"):
         details.append(_Node(f"lora: {_pairs(stage['lora'])}"))
-    for title, key in (("data", "data"), ("held out", "eval_data")):
-        if record.get(key):
-            details.append(_Node(title, tuple(_Node(_account(entry)) for entry in record[key])))
+    for title, files in (("data", record.data), ("held out", record.eval_data)):
+        if files:
+            details.append(_Node(title, tuple(_Node(_account(entry)) for entry in files)))
     details.append(
         _Node("metrics", tuple(_Node(f"{name}: {_plain(value)}") for name, value in metrics.items()))
     )
-    details.append(_Node(f"made on {record['device']} with {_pairs(record['versions'])}"))
-    title = f"{stage['name']}: {stage['trains']} ({record['kind']}), sha256 {record['sha256'][:_SHORT]}, in {folder.resolve().name}"
+    details.append(_Node(f"made on {record.device} with {_pairs(record.versions)}"))
+    sha256, name = record.sha256[:_SHORT], folder.resolve().name
+    title = f"{stage['name']}: {stage['trains']} ({record.kind}), sha256 {sha256}, in {name}"
     return _Node(title, (*details, *next_stages))
 
 
-def _account(entry: Mapping[str, Any]) -> str:
+def _account(entry: DataFile) -> str:
     """`a.json, sha256 0123…: 12 rows = 9 used + 2 missing image + 1 failed`."""
-    parts = {"used": entry["used"], **entry["rejected"], "failed": entry["failed"]}
+    parts = {"used": entry.used, **entry.rejected, "failed": entry.failed}
     rows = " + ".join(f"{number:,} {what}" for what, number in parts.items() if number or what == "used")
-    return f"{entry['file']}, sha256 {entry['sha256'][:_SHORT]}: {entry['rows']:,} rows = {rows}"
+    return f"{entry.file}, sha256 {entry.sha256[:_SHORT]}: {entry.rows:,} rows = {rows}"
 
 
 def _pairs(values: Mapping[str, Any]) -> str:

@@ -1,15 +1,17 @@
-"""What a stage leaves: a folder that stock PEFT loads on the raw base, and how it is written, read, checked and merged.
+"""What a stage leaves: a folder that stock PEFT loads on the raw base, and how it is written, read, checked
+and merged.
 
-One folder is one complete state: the projector in full and, from the first LoRA stage on, the LoRA tensors, in PEFT's own
-format; the processor; `stage.json` with lineage, data and numbers; a Hub card. A `full` stage leaves a checkpoint folder
-instead, with the same `stage.json`. Folders are written under another name and renamed when whole.
+One folder is one complete state: the projector in full and, from the first LoRA stage on, the LoRA tensors,
+in PEFT's own format; the processor; `stage.json` with lineage, data and numbers; a Hub card. A `full` stage
+leaves a checkpoint folder instead, with the same `stage.json`. Folders are written under another name and
+renamed when whole.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +30,8 @@ from ..modeling.processor import load_processor, save_processor
 from ..modeling.tensors import Tensors, check_places
 from ..stages import Stage
 from ..storage.hashing import file_sha256, weights_sha256
-from ..storage.whole import refuse_existing, write_folder
-from .record import CARD, CONFIG, RECORD, WEIGHTS, base_record, public_name, read_record
+from ..storage.whole import not_written, write_folder
+from .record import CARD, CONFIG, RECORD, WEIGHTS, Base, StageRecord
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,55 +44,57 @@ class StageAdapter:
     """
 
     path: Path
-    record: dict[str, Any] = field(repr=False)
+    record: StageRecord = field(repr=False)
 
     @classmethod
     def load(cls, folder: str | Path) -> StageAdapter:
         """Open a stage's folder, or a Hub repository of one, and check that it is whole.
 
         Raises:
-            AdapterError: there is none, it was not made by this package, or its weights are not those that were written.
+            AdapterError: there is none, it was not made by this package, or its weights are not those that
+                were written.
         """
         path = local_folder(folder)
-        record = read_record(path)
+        record = StageRecord.read(path)
         adapter = cls(path, record)
         if not adapter.is_checkpoint and not (path / WEIGHTS).is_file():
             raise AdapterError(
-                f"{path}: has no {WEIGHTS}; wanted a whole folder. Are its weights on the Hub? See its {CARD}."
+                f"{path}: has no {WEIGHTS}; wanted a whole folder. Are its weights on the Hub? See its "
+                f"{CARD}."
             )
         if not adapter.is_checkpoint:
             config = file_sha256(path / CONFIG) if (path / CONFIG).is_file() else None
-            if config != record.get("config_sha256"):
+            if config != record.config_sha256:
                 raise AdapterError(
                     f"{path / CONFIG}: is missing or was changed. Copy or download the folder again."
                 )
         found = weights_sha256(path)
-        if found != record["sha256"]:
+        if found != record.sha256:
             raise AdapterError(
-                f"{path}: the weights have sha256 {found[:12]}…, {RECORD} says {record['sha256'][:12]}…; the folder is damaged "
-                "or was changed. Copy or download it again."
+                f"{path}: the weights have sha256 {found[:12]}…, {RECORD} says {record.sha256[:12]}…; the "
+                "folder is damaged or was changed. Copy or download it again."
             )
         return adapter
 
     @property
     def stage(self) -> Stage:
         """The stage as it was trained."""
-        return Stage.from_dict(self.record["stage"], str(self.path / RECORD))
+        return self.record.stage
 
     @property
-    def parent(self) -> dict[str, Any] | None:
+    def parent(self) -> dict[str, str] | None:
         """Name and content hash of the stage it began from; `None` for a first stage."""
-        return self.record["parent"]
+        return None if self.record.parent is None else asdict(self.record.parent)
 
     @property
     def metrics(self) -> dict[str, Any]:
         """Losses, counts and times of the training."""
-        return self.record["metrics"]
+        return self.record.metrics
 
     @property
     def is_checkpoint(self) -> bool:
         """A `full` stage: a checkpoint of its own, not an adapter."""
-        return self.record["kind"] == "checkpoint"
+        return self.record.kind == "checkpoint"
 
     def tensors(self) -> Tensors:
         """The adapter's tensors under PEFT's names, fp32."""
@@ -112,7 +116,8 @@ class StageAdapter:
             `out`.
 
         Raises:
-            AdapterError: the adapter does not fit the base, it is a full checkpoint already, or `out` is there.
+            AdapterError: the adapter does not fit the base, it is a full checkpoint already, or `out` is
+                there.
             CheckpointError: the base cannot be loaded.
             ConfigError: an unknown `dtype`.
         """
@@ -126,7 +131,7 @@ class StageAdapter:
             merged.save_pretrained(folder)
             save_processor(processor, folder)
 
-        return write_folder(Path(out), fill)
+        return adapter_folder(Path(out), fill)
 
 
 def load_stage(
@@ -135,13 +140,15 @@ def load_stage(
     quantization: Quantization = None,
     dtype: str | torch.dtype | None = None,
 ) -> tuple[torch.nn.Module, ProcessorMixin]:
-    """A model with a stage's adapter on it (a full stage: its own checkpoint), in eval mode, and the stage's processor.
+    """A model with a stage's adapter on it (a full stage: its own checkpoint), in eval mode, and the stage's
+    processor.
 
     Args:
         base: Hub id or folder of the raw base; for a `full` stage's checkpoint it is not read.
         adapter: a `StageAdapter`, its folder, or a Hub repository of one.
         quantization: `"nf4"` for a 4-bit language model.
-        dtype: of the base's weights; `None` takes the stored one. The projector is rounded to it, as stock PEFT does.
+        dtype: of the base's weights; `None` takes the stored one. The projector is rounded to it, as stock
+            PEFT does.
 
     Raises:
         AdapterError: the folder is damaged, or was trained on another architecture.
@@ -156,35 +163,36 @@ def load_stage(
         return load_checkpoint(adapter.path, quantization, dtype)
     model, _ = load_checkpoint(base, quantization, dtype)
     check_fits(model, adapter)
-    warn_of_another_base(base_record(base, model.config), adapter)
+    warn_of_another_base(Base.of(base, model.config), adapter)
     peft_model = PeftModel.from_pretrained(model, str(adapter.path))
     check_arrived(peft_model, adapter)
     return peft_model.eval(), load_processor(adapter.path, model.config)
 
 
-def warn_of_another_base(base: Mapping[str, Any], adapter: StageAdapter) -> None:
+def warn_of_another_base(base: Base, adapter: StageAdapter) -> None:
     """Warn where the bases differ: by the content of their weights, else by id and revision."""
-    trained_on = adapter.record["base"]
-    known = [key for key in ("sha256", "id", "revision") if base[key] and trained_on[key]]
+    trained_on = adapter.record.base
+    known = [key for key in ("sha256", "id", "revision") if getattr(base, key) and getattr(trained_on, key)]
     for key in known[:1] if "sha256" in known else known:
-        if base[key] != trained_on[key]:
+        if getattr(base, key) != getattr(trained_on, key):
             warnings.warn(
-                f"{adapter.path.name} was trained on {public_name(trained_on)} ({key} {trained_on[key]}), this base is "
-                f"{public_name(base)} ({key} {base[key]}). It fits and loads, but the numbers of its card do not hold.",
+                f"{adapter.path.name} was trained on {trained_on.public_name} ({key} "
+                f"{getattr(trained_on, key)}), this base is {base.public_name} ({key} {getattr(base, key)}). "
+                "It fits and loads, but the numbers of its card do not hold.",
                 stacklevel=3,
             )
             return
 
 
 def check_fits(model: PreTrainedModel, adapter: StageAdapter) -> None:
-    """Every tensor of the adapter's file has a place in the bare model, by name and shape; only the file's header is read.
+    """Every tensor of the adapter's file has a place in the bare model, by name and shape; only the file's
+    header is read.
 
     Raises:
         AdapterError: one has not.
     """
-    trained_on, config = adapter.record["base"], model.config
+    config, wanted = model.config, adapter.record.base.architecture
     found = (config.model_type, config.get_text_config().model_type, config.vision_config.model_type)
-    wanted = tuple(trained_on[part] for part in ("model_type", "language_model", "vision_tower"))
     if found != wanted:
         raise AdapterError(
             f"{adapter.path.name} was trained on {' + '.join(wanted)}, this base is {' + '.join(found)}; "
@@ -213,7 +221,8 @@ def check_fits(model: PreTrainedModel, adapter: StageAdapter) -> None:
 
 
 def check_arrived(model: PeftModel, adapter: StageAdapter, name: str = "default") -> None:
-    """What PEFT loaded is what the file holds, bit for bit after rounding to each tensor's dtype; it would only warn.
+    """What PEFT loaded is what the file holds, bit for bit after rounding to each tensor's dtype; it would
+    only warn.
 
     Raises:
         AdapterError: a tensor did not arrive.
@@ -224,8 +233,9 @@ def check_arrived(model: PeftModel, adapter: StageAdapter, name: str = "default"
     lost += [key for key in loaded if key not in tensors]
     if lost:
         raise AdapterError(
-            f"{adapter.path}: {len(lost)} of {len(tensors)} tensors did not arrive in the model ({', '.join(sorted(lost)[:3])}). "
-            "The installed peft names modules otherwise; use the versions that stage.json lists."
+            f"{adapter.path}: {len(lost)} of {len(tensors)} tensors did not arrive in the model "
+            f"({', '.join(sorted(lost)[:3])}). The installed peft names modules otherwise; use the versions "
+            "that stage.json lists."
         )
 
 
@@ -250,3 +260,26 @@ def local_folder(folder: str | Path, only: str | None = None) -> Path:
         raise AdapterError(
             f"{folder}: neither a folder nor a Hub repository that can be reached. ({error})"
         ) from error
+
+
+def adapter_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
+    """Write a folder, completely or not at all.
+
+    Raises:
+        AdapterError: it is there already, or cannot be written.
+    """
+    refuse_existing(folder)
+    try:
+        return write_folder(folder, fill)
+    except OSError as error:
+        raise AdapterError(not_written(folder, error)) from error
+
+
+def refuse_existing(folder: Path) -> None:
+    """Nothing is overwritten.
+
+    Raises:
+        AdapterError: the folder is there already.
+    """
+    if folder.exists():
+        raise AdapterError(f"{folder}: is there already; wanted a new folder. Nothing was overwritten.")

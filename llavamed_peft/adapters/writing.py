@@ -1,12 +1,10 @@
-"""Writing a stage's folder."""
+"""Writing a stage's folder, completely or not at all."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from peft import LoraConfig
 from safetensors.torch import save
@@ -16,34 +14,42 @@ from ..modeling.load import load_checkpoint
 from ..modeling.processor import save_processor
 from ..modeling.tensors import Tensors, load_tensors
 from ..storage.hashing import file_sha256, weights_sha256
-from ..storage.whole import write_folder
-from .record import CARD, CONFIG, RECORD, SCHEMA_VERSION, WEIGHTS, public_name
-from .stage_adapter import StageAdapter
+from .record import CARD, CONFIG, RECORD, WEIGHTS, Base, StageRecord
+from .stage_adapter import StageAdapter, adapter_folder
+
+# Makes a stage's record of what is known once its files are written: `kind`, `sha256`, `config_sha256`.
+Unfinished = Callable[..., StageRecord]
 
 
 def write_adapter(
     folder: Path,
     tensors: Tensors,
     config: LoraConfig,
+    base: Base,
     base_class: type,
     processor: ProcessorMixin,
-    record: dict[str, Any],
-    card: Callable[..., str],
+    unfinished: Unfinished,
+    card: Callable[[StageRecord], str],
 ) -> StageAdapter:
-    """Write an adapter's folder, whole or not at all.
+    """Write an adapter's folder.
 
     Args:
+        folder: must not be there yet.
+        tensors: from `tensors.trainable_tensors`.
+        base: the checkpoint that they belong to.
         base_class: of the bare model, for `AutoPeftModel`.
-        tensors: from `parts.trainable_tensors`.
-        record: `stage.json` but for the kind and the weights' hash.
-        card: makes the card's text of the finished record.
-    """
+        processor: the stage's.
+        unfinished: makes the record.
+        card: makes the card's text of the record.
 
-    # PEFT puts the path from which the base was loaded here; others have no use for it
+    Raises:
+        AdapterError: the folder is there already, or cannot be written.
+    """
+    # PEFT puts the path from which the base was loaded here; others have no use for it.
     published = replace(
         config,
-        base_model_name_or_path=public_name(record["base"]),
-        revision=record["base"]["revision"],
+        base_model_name_or_path=base.public_name,
+        revision=base.revision,
         inference_mode=True,
         auto_mapping={"base_model_class": base_class.__name__, "parent_library": base_class.__module__},
     )
@@ -52,9 +58,14 @@ def write_adapter(
         published.save_pretrained(str(partial))
         (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         save_processor(processor, partial)
-        _finish(partial, {**record, "kind": "adapter"}, card)
+        config_sha256 = file_sha256(partial / CONFIG)
+        _finish(
+            partial,
+            unfinished(kind="adapter", sha256=weights_sha256(partial), config_sha256=config_sha256),
+            card,
+        )
 
-    return StageAdapter.load(write_folder(folder, fill))
+    return StageAdapter.load(adapter_folder(folder, fill))
 
 
 def write_checkpoint(
@@ -62,23 +73,31 @@ def write_checkpoint(
     base: str | Path,
     tensors: Tensors,
     processor: ProcessorMixin,
-    record: dict[str, Any],
-    card: Callable[..., str],
+    unfinished: Unfinished,
+    card: Callable[[StageRecord], str],
 ) -> StageAdapter:
-    """Write a full stage's folder: the base with the trained tensors in it, in the dtype the base is stored in."""
+    """Write a full stage's folder: the base with the trained tensors in it, in the dtype the base is stored
+    in.
+
+    Args:
+        folder: must not be there yet.
+        base: Hub id or folder of the base.
+        tensors, processor, unfinished, card: as in `write_adapter`.
+
+    Raises:
+        AdapterError: the folder is there already, or cannot be written.
+    """
     model, _ = load_checkpoint(base)
     load_tensors(model, tensors)
 
     def fill(partial: Path) -> None:
         model.save_pretrained(partial)
         save_processor(processor, partial)
-        _finish(partial, {**record, "kind": "checkpoint"}, card)
+        _finish(partial, unfinished(kind="checkpoint", sha256=weights_sha256(partial)), card)
 
-    return StageAdapter.load(write_folder(folder, fill))
+    return StageAdapter.load(adapter_folder(folder, fill))
 
 
-def _finish(partial: Path, record: dict[str, Any], card: Callable[..., str]) -> None:
-    config = {"config_sha256": file_sha256(partial / CONFIG)} if (partial / CONFIG).is_file() else {}
-    record = {"schema_version": SCHEMA_VERSION, **record, "sha256": weights_sha256(partial), **config}
+def _finish(partial: Path, record: StageRecord, card: Callable[[StageRecord], str]) -> None:
     (partial / CARD).write_text(card(record), encoding="utf-8")
-    (partial / RECORD).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    (partial / RECORD).write_text(record.to_json(), encoding="utf-8")

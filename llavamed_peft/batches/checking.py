@@ -39,6 +39,7 @@ from ..packing.encoding import Tokenized
 from ..storage.equal_images import ContentNames
 from ..storage.hashing import file_sha256
 from ..storage.images import MAX_PIXELS, image_size
+from ..storage.whole import keep, write_file
 from .index import FILES, FINGERPRINT, REJECTED, SCHEMA, FileCount, Index, notes, row_number
 from .ledger import fault
 
@@ -116,10 +117,8 @@ def build_index(
         raise DataError(why)
     if not found:
         written = file_sha256(partial)
-        os.replace(partial, path)
-        digest.write_text(
-            written, encoding="utf-8"
-        )  # last: who is killed before leaves an index that is not taken
+        keep(partial, path)
+        write_file(digest, written)  # last: a process that is killed before leaves an index that is not taken
         return Index.open(path)
     if show is not None:
         show(

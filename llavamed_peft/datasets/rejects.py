@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Literal, Protocol, TextIO
 
 from ..errors import DataError
-from ..storage.whole import replace_text
+from ..storage.whole import write_file
 
 # The phrases by which the readers' rejects are counted; they stay as they are, since they end up in `stage.json`.
 Reason = Literal[
@@ -146,7 +146,7 @@ class RejectLog:
         if not lines:
             self.path.unlink()
             return
-        replace_text(self.path, "".join(lines))
+        write_file(self.path, "".join(lines))
 
     def append(self, reject: Reject, /) -> None:
         """Write one reject as a line, at once, unless it stands there; and count it."""

@@ -14,11 +14,9 @@ Left out: whether the cache pays (`forecast.py`), and filling it (`filling.py`).
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import hashlib
 import json
-import secrets
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,7 +33,7 @@ from ..errors import DataError, TrainingError
 from ..packing.encoding import Encoder, Size
 from ..storage.equal_images import content_key
 from ..storage.images import load_image
-from ..storage.whole import flush
+from ..storage.whole import not_written, write_file
 
 FORMAT = 3  # goes up with every change of what a file holds or of how its images are computed
 
@@ -146,7 +144,7 @@ def write_plan(folder: Path, images: Sequence[Planned], bytes_per_tile: int) -> 
         files[f"{_digest(image.key for image in together)[:32]}.safetensors"] = together
         first = last
     text = json.dumps(files)
-    _write(folder / _plan_name(text), lambda partial: partial.write_text(text, encoding="utf-8"))
+    _write(folder / _plan_name(text), text)
 
 
 def _plan_name(text: str) -> str:
@@ -226,26 +224,14 @@ def fill(
     return len(features)
 
 
-def _write(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file under another name, flush it, and rename it: it is there completely or not at all."""
-    partial = path.with_name(
-        f".{path.name}.{secrets.token_hex(4)}.partial"
-    )  # two processes may write the same
+def _write(path: Path, content: str | Callable[[Path], object]) -> None:
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        write(partial)
-        flush(partial)
-        partial.replace(path)
-        flush(path.parent)
-    except (OSError, SafetensorError) as error:
+        write_file(path, content, several_writers=True)
+    except OSError as error:
         raise TrainingError(
-            f"{path}: cannot be written ({error}); nothing was left under that name. Make room or fix the "
-            "folder and make the same call again, which keeps what is stored; or pass feature_cache=False, "
-            "which stores nothing."
+            f"{not_written(path, error)} Make room or fix the folder and make the same call again, which keeps "
+            "what is stored; or pass feature_cache=False, which stores nothing."
         ) from error
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
 
 
 class Pictures(Dataset[torch.Tensor | None]):

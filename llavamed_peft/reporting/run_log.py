@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from ..storage.whole import replace_text
+from ..storage.whole import write_file
 
 if TYPE_CHECKING:
     pass
@@ -51,7 +51,7 @@ class RunLog:
         """Let the file hold these records of a stage and no later ones, before it goes on from a checkpoint or begins."""
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
         kept = [line for line in lines if (record := _record(line)) is not None and record["stage"] != stage]
-        replace_text(self.path, "".join(line + "\n" for line in [*kept, *map(json.dumps, records)]))
+        write_file(self.path, "".join(line + "\n" for line in [*kept, *map(json.dumps, records)]))
 
     def show(self, line: str, keep: bool) -> None:
         """Show a line; the next one takes its place on a terminal, unless it is kept."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, TrainingError
-from ..storage.whole import replace_text
+from ..storage.whole import write_file
 
 RUN, LOCK = "run.json", "run.lock"
 
@@ -62,7 +62,7 @@ def read_run(folder: Path) -> dict[str, Any] | None:
 
 def write_run(folder: Path, identity: Mapping[str, Any]) -> None:
     """Make the folder this run's."""
-    replace_text(folder / RUN, json.dumps({"schema_version": SCHEMA_VERSION, **identity}, indent=2) + "\n")
+    write_file(folder / RUN, json.dumps({"schema_version": SCHEMA_VERSION, **identity}, indent=2) + "\n")
 
 
 def check_same_run(folder: Path, identity: Mapping[str, Any]) -> bool:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
-from ..adapters.record import base_record
+from ..adapters.record import Base, Parent
 from ..adapters.stage_adapter import StageAdapter
 from ..modeling.load import read_config
 from ..modeling.scopes import NO_TARGET
@@ -26,14 +25,14 @@ class Lineage:
 
     Args:
         base: Hub id or folder of that checkpoint.
-        record: what identifies it, for `stage.json`.
+        identity: what identifies it, for `stage.json`.
         root: what identifies the checkpoint that the lineage began with, before any full stage.
         parent: the stage before, an adapter or a checkpoint.
     """
 
     base: str
-    record: dict[str, Any]
-    root: dict[str, Any]
+    identity: Base
+    root: Base
     parent: StageAdapter | None = None
 
     def after(self, stage: StageAdapter | None) -> Lineage:
@@ -42,8 +41,8 @@ class Lineage:
             return self
         if stage.is_checkpoint:
             # its hash was checked when it was loaded
-            base = base_record(stage.path, read_config(stage.path), stage.record["sha256"])
-            return Lineage(str(stage.path), base, stage.record["root"], stage)
+            base = Base.of(stage.path, read_config(stage.path), stage.record.sha256)
+            return Lineage(str(stage.path), base, stage.record.root or stage.record.base, stage)
         return replace(self, parent=stage)
 
     @property
@@ -52,6 +51,7 @@ class Lineage:
         return None if self.parent is None or self.parent.is_checkpoint else self.parent
 
 
-def parent_of(lineage: Lineage) -> dict[str, str] | None:
+def parent_of(lineage: Lineage) -> Parent | None:
+    """What the record of the next stage says of the one before it."""
     parent = lineage.parent
-    return None if parent is None else {"stage": parent.stage.name, "sha256": parent.record["sha256"]}
+    return None if parent is None else Parent(stage=parent.stage.name, sha256=parent.record.sha256)

@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ..adapters.record import Base
 from ..adapters.stage_adapter import StageAdapter
 from ..datasets.sources import Data
 from ..errors import AdapterError, ConfigError
@@ -83,10 +84,10 @@ def check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantizat
                 f"Stage {stage.name!r} trains 'full' and quantization is {quantization!r}; wanted None, "
                 "since 4-bit weights cannot be trained. Use trains='lora'."
             )
-    if parent is not None and parent.record["image_aspect_ratio"] != curriculum.image_aspect_ratio:
+    if parent is not None and parent.record.image_aspect_ratio != curriculum.image_aspect_ratio:
         raise ConfigError(
             f"Curriculum.image_aspect_ratio is {curriculum.image_aspect_ratio!r}, start_from was trained "
-            f"with {parent.record['image_aspect_ratio']!r}; wanted the same, since its processor is carried "
+            f"with {parent.record.image_aspect_ratio!r}; wanted the same, since its processor is carried "
             "on."
         )
     carried = None if parent is None or parent.is_checkpoint else carried_lora(parent)
@@ -101,11 +102,12 @@ def check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantizat
             )
 
 
-def check_architecture(base: Mapping[str, Any], parent: StageAdapter) -> None:
+def check_architecture(base: Base, parent: StageAdapter) -> None:
     """`start_from` was trained on a base of this architecture."""
     for part in ("model_type", "language_model", "vision_tower"):
-        if base[part] != parent.record["base"][part]:
+        if getattr(base, part) != getattr(parent.record.base, part):
             raise AdapterError(
-                f"start_from ({parent.path.name}) was trained on {part} {parent.record['base'][part]!r}, the "
-                f"base's is {base[part]!r}; wanted the same architecture."
+                f"start_from ({parent.path.name}) was trained on {part} "
+                f"{getattr(parent.record.base, part)!r}, the base's is {getattr(base, part)!r}; wanted the "
+                "same architecture."
             )

@@ -11,12 +11,10 @@ import functools
 import gc
 import glob
 import os
-import platform
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from datetime import UTC, datetime, timedelta
-from importlib.metadata import PackageNotFoundError, version
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from accelerate.utils import broadcast_object_list
 from transformers import ProcessorMixin
 
 from ..adapters.card import card_text
-from ..adapters.record import public_name, read_record
+from ..adapters.record import Base, StageRecord
 from ..adapters.stage_adapter import StageAdapter
 from ..adapters.writing import write_adapter, write_checkpoint
 from ..batches.checking import build_index
@@ -40,14 +38,15 @@ from ..modeling.parts import bare
 from ..packing.collator import PackedCollator
 from ..reporting.run_log import METRICS, RunLog
 from ..stages import Curriculum, Stage
-from ..training.checkpoints import Checkpoint, how_to_resume, newest_checkpoint, remove_folder
+from ..storage.whole import remove_folder, write_file
+from ..training.checkpoints import Checkpoint, how_to_resume, newest_checkpoint
 from ..training.computing import Computing
 from ..training.gpu_memory import enough_for_model
-from ..training.stage import Folders, Trained, train_stage
-from ..version import __version__
+from ..training.stage import Folders, train_stage
 from .folder import LOCK, RUN, check_same_run, disk_faults, locked, remove_partial, write_run
 from .lineage import Lineage, parent_of
 from .stage_model import stage_model
+from .stage_record import stage_record
 from .summary import CURVE, TABLE, draw_losses, read_metrics, stage_table
 
 REJECTED, INDEX, LOGS, CHECKPOINTS, FEATURES = ("rejected.jsonl", "index", "logs", "checkpoints", "features")
@@ -57,9 +56,6 @@ OWN_NAMES = (INDEX, LOGS, CHECKPOINTS, FEATURES, METRICS, REJECTED, CURVE, TABLE
 
 
 LONGEST_WAIT = timedelta(minutes=30)
-
-
-_LIBRARIES = ("torch", "transformers", "peft", "trl", "accelerate", "bitsandbytes", "datasets", "safetensors")
 
 
 @dataclass(slots=True)
@@ -94,7 +90,7 @@ class Run:
 
     def identity(
         self,
-        base: Mapping[str, Any],
+        base: Base,
         parent: StageAdapter | None,
         sources: Mapping[str, Mapping[str, Sequence[Source]]],
     ) -> dict[str, Any]:
@@ -102,10 +98,10 @@ class Run:
         dtype."""
         curriculum = self.curriculum.to_dict()
         return {
-            "base": base,
+            "base": asdict(base),
             "start_from": None
             if parent is None
-            else {"stage": parent.stage.name, "sha256": parent.record["sha256"]},
+            else {"stage": parent.stage.name, "sha256": parent.record.sha256},
             "quantization": self.quantization,
             "dtype": str(self.computing.dtype).removeprefix("torch."),
             **curriculum,
@@ -219,9 +215,9 @@ class Run:
             TrainingError: the stage before it was trained anew and came out otherwise.
         """
         adapter = StageAdapter.load(self.folder / stage.name)
-        if adapter.parent != parent_of(lineage):
+        if adapter.record.parent != parent_of(lineage):
             raise TrainingError(
-                f"{adapter.path}: was trained after {adapter.parent}, but the stage before it is now "
+                f"{adapter.path}: was trained after {adapter.record.parent}, but the stage before it is now "
                 f"{parent_of(lineage)}. Remove {adapter.path.name} to train it again, or choose another "
                 "output_dir."
             )
@@ -266,13 +262,27 @@ class Run:
         gc.collect()  # its parts refer to one another
         folder = self.folder / stage.name
         if self.writes:
-            record = self._record(stage, lineage, train, held_out, trained)
-            card = functools.partial(card_text, base_name=public_name(lineage.record))
+            unfinished = functools.partial(
+                stage_record,
+                stage,
+                lineage,
+                train,
+                held_out,
+                trained.metrics,
+                curriculum=self.curriculum,
+                computing=self.computing,
+                quantization=self.quantization,
+                processes=self.processes.num_processes,
+            )
+            base, processor = lineage.identity, self.processor
+            card = functools.partial(card_text, base_name=base.public_name)
             try:
                 if config is None:
-                    write_checkpoint(folder, lineage.base, trained.tensors, self.processor, record, card)
+                    write_checkpoint(folder, lineage.base, trained.tensors, processor, unfinished, card)
                 else:
-                    write_adapter(folder, trained.tensors, config, base_class, self.processor, record, card)
+                    write_adapter(
+                        folder, trained.tensors, config, base, base_class, processor, unfinished, card
+                    )
             except AdapterError as error:
                 raise TrainingError(f"{error} {how_to_resume(folders.checkpoints)}") from error
         self.processes.wait_for_everyone()
@@ -285,19 +295,18 @@ class Run:
         return found[0]
 
     def settle(self, stage: Stage) -> None:
-        """Behind a finished stage: the table and the loss curves so far, then its checkpoints go; what is
-        there was not done.
+        """After a finished stage, write the table and the loss curves so far, then remove its checkpoints.
 
-        Behind the last one, the features go as well.
+        After the last one the features are removed as well. What an earlier call did is not done again.
         """
         if self.writes:
             records = [
-                read_record(self.folder / done.name) for done in self.curriculum.stages if self.has(done)
+                StageRecord.read(self.folder / done.name) for done in self.curriculum.stages if self.has(done)
             ]
             table, path = stage_table(records), self.folder / TABLE
             if not path.exists() or path.read_text(encoding="utf-8") != table:
                 draw_losses(read_metrics(self.folder), self.folder / CURVE)
-                path.write_text(table, encoding="utf-8")
+                write_file(path, table)
             checkpoints = self.folder / CHECKPOINTS / stage.name
             if checkpoints.exists():
                 remove_folder(checkpoints)
@@ -306,34 +315,6 @@ class Run:
             if len(records) == len(self.curriculum.stages) and (self.folder / FEATURES).exists():
                 shutil.rmtree(self.folder / FEATURES)
         self.processes.wait_for_everyone()
-
-    def _record(
-        self, stage: Stage, lineage: Lineage, train: Ledger, held_out: Ledger | None, trained: Trained
-    ) -> dict[str, Any]:
-        computing = asdict(self.computing)
-        return {
-            "stage": stage.to_dict(),
-            "image_aspect_ratio": self.curriculum.image_aspect_ratio,
-            "seed": self.curriculum.seed,
-            "base": lineage.record,
-            "root": lineage.root,
-            "parent": parent_of(lineage),
-            "data": train.account(),
-            "eval_data": [] if held_out is None else held_out.account(),
-            "metrics": trained.metrics,
-            "computing": {
-                **computing,
-                "dtype": str(self.computing.dtype).removeprefix("torch."),
-                "sharding": None if self.computing.sharding is None else self.computing.sharding.method,
-                "quantization": self.quantization,
-            },
-            "device": torch.cuda.get_device_name()
-            if torch.cuda.is_available()
-            else f"CPU ({platform.machine()})",
-            "processes": self.processes.num_processes,
-            "versions": _versions(),
-            "finished": datetime.now(UTC).isoformat(timespec="milliseconds"),
-        }
 
 
 @contextlib.contextmanager
@@ -349,13 +330,3 @@ def _others_wait(processes: PartialState) -> Iterator[None]:
     yield
     torch.distributed.barrier(group=group)
     torch.distributed.destroy_process_group(group)
-
-
-def _versions() -> dict[str, str | None]:
-    versions: dict[str, str | None] = {"llavamed-peft": __version__, "python": platform.python_version()}
-    for name in _LIBRARIES:
-        try:
-            versions[name] = version(name)
-        except PackageNotFoundError:
-            versions[name] = None
-    return versions

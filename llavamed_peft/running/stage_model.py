@@ -38,7 +38,7 @@ def stage_model(
     set_dtypes(model, dtype)
     if lineage.adapter is not None:
         load_tensors(model, lineage.adapter.tensors())
-        warn_of_another_base(lineage.record, lineage.adapter)
+        warn_of_another_base(lineage.identity, lineage.adapter)
     return model, config
 
 
@@ -48,7 +48,7 @@ def _full_model(model: PreTrainedModel, lineage: Lineage) -> torch.nn.Module:
     if lineage.adapter is None:
         return model
     check_fits(model, lineage.adapter)
-    warn_of_another_base(lineage.record, lineage.adapter)
+    warn_of_another_base(lineage.identity, lineage.adapter)
     peft_model = PeftModel.from_pretrained(model, str(lineage.adapter.path))
     check_arrived(peft_model, lineage.adapter)
     return unfreeze_full(peft_model.merge_and_unload())

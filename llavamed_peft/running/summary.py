@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+from ..adapters.record import StageRecord
 from ..reporting.run_log import METRICS
 
 CURVE, TABLE = "loss.png", "stages.md"
@@ -50,7 +52,7 @@ def plot_losses(panels: Sequence[Axes], history: Sequence[dict[str, Any]]) -> No
         panel.legend()
 
 
-def stage_table(records: Sequence[dict[str, Any]]) -> str:
+def stage_table(records: Sequence[StageRecord]) -> str:
     """The stages' numbers, from their `stage.json`, as a Markdown table."""
 
     def number(value: float | None) -> str:
@@ -62,14 +64,12 @@ def stage_table(records: Sequence[dict[str, Any]]) -> str:
         "|---|---|---|---|---|---|---|---|---|---|",
     ]
     for record in records:
-        metrics, data = record["metrics"], record["data"]
+        metrics, data, stage = record.metrics, record.data, record.stage
         rows.append(
-            f"| {record['stage']['name']} | {record['stage']['trains']} | "
-            f"{metrics['trainable_parameters']:,} | {sum(entry['used'] for entry in data)} | "
-            f"{sum(sum(entry['rejected'].values()) for entry in data)} | "
-            f"{sum(entry['failed'] for entry in data)} | {metrics['steps']} | "
-            f"{number(metrics['loss_first'])} → {number(metrics['loss_last'])} | "
-            f"{number(metrics['eval_loss_before'])} → {number(metrics['eval_loss_after'])} | "
-            f"{metrics['seconds']:.1f} |"
+            f"| {stage.name} | {stage.trains} | {metrics['trainable_parameters']:,} | "
+            f"{sum(entry.used for entry in data)} | {sum(sum(entry.rejected.values()) for entry in data)} | "
+            f"{sum(entry.failed for entry in data)} | {metrics['steps']} | {number(metrics['loss_first'])} → "
+            f"{number(metrics['loss_last'])} | {number(metrics['eval_loss_before'])} → "
+            f"{number(metrics['eval_loss_after'])} | {metrics['seconds']:.1f} |"
         )
     return "\n".join(rows) + "\n"

@@ -1,49 +1,72 @@
-"""Files that stay whole: what is written is on the disk before it gets its name."""
+"""Files and folders that are there completely or not at all: the one way to write what a later call relies
+on.
+
+What is written gets another name first, is flushed to the disk, and is renamed. A process that is killed
+meanwhile leaves what was there before, and `.<name>.partial` next to it.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from ..errors import AdapterError
 
+def write_file(path: Path, content: str | Callable[[Path], object], several_writers: bool = False) -> None:
+    """Write a file, or replace the one that is there.
 
-def replace_text(path: Path, text: str) -> None:
-    """Make this a file's text (UTF-8); who is killed meanwhile leaves the old file, and `.<name>.partial` beside it.
+    Args:
+        content: its text, written as UTF-8; or a function that writes the file at the path it is given.
+        several_writers: other processes may write the same file at the same moment.
 
     Raises:
         OSError: it cannot be written.
     """
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    flush(partial)
-    partial.replace(path)
+    token = f".{secrets.token_hex(4)}" if several_writers else ""
+    partial = path.with_name(f".{path.name}{token}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if isinstance(content, str):
+            partial.write_text(content, encoding="utf-8")
+        else:
+            content(partial)
+        keep(partial, path)
+    except SafetensorError as error:  # its way to say that the disk refused
+        raise OSError(str(error)) from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
-def flush(path: Path) -> None:
-    """Wait until what was written to a file, or which names stand in a folder, is on the disk.
+def keep(partial: Path, path: Path) -> None:
+    """Give a file that was written under another name its own, once it is on the disk.
 
     Raises:
-        OSError: it cannot be opened or flushed.
+        OSError: it cannot be flushed or renamed.
     """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    flush(partial)
+    partial.replace(path)
+    flush(path.parent)
 
 
 def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
-    """Fill a folder under another name, flush it to disk, and rename it: it is there whole or not at all.
+    """Write a folder; its files can be read by whoever can read a new file.
+
+    Args:
+        folder: must not be there yet.
+        fill: writes the content into the folder it is given.
 
     Raises:
-        AdapterError: the folder is there already, or cannot be written.
+        FileExistsError: the folder is there already.
+        OSError: it cannot be written.
     """
-    refuse_existing(folder)
+    if folder.exists():
+        raise FileExistsError(f"{folder} is there already")
     partial = folder.with_name(f".{folder.name}.partial")
     try:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
@@ -58,20 +81,34 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
             flush(path)
         partial.rename(folder)
         flush(folder.parent)
-    except (OSError, SafetensorError) as error:
-        raise AdapterError(
-            f"{folder}: cannot be written ({error}); nothing was left under that name."
-        ) from error
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return folder
 
 
-def refuse_existing(folder: Path) -> None:
-    """Nothing is overwritten.
+def remove_folder(folder: Path) -> None:
+    """Remove a folder so that no part of it is ever seen under its name."""
+    going = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(going, ignore_errors=True)
+    folder.rename(going)
+    shutil.rmtree(going)
+
+
+def not_written(path: Path, error: OSError) -> str:
+    """What an error says of a file or folder that could not be written."""
+    return f"{path}: cannot be written ({error}); nothing was left under that name."
+
+
+def flush(path: Path) -> None:
+    """Wait until the content of a file, or the names in a folder, are on the disk.
 
     Raises:
-        AdapterError: the folder is there already.
+        OSError: it cannot be opened or flushed.
     """
-    if folder.exists():
-        raise AdapterError(f"{folder}: is there already; wanted a new folder. Nothing was overwritten.")
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import random
-import shutil
 import warnings
 from collections import defaultdict
 from collections.abc import Mapping
@@ -27,11 +26,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from ..errors import AdapterError, TrainingError
+from ..errors import TrainingError
 from ..modeling.sharding import as_sharded, free_gathered, whole
 from ..modeling.tensors import Tensors
 from ..storage.hashing import file_sha256
-from ..storage.whole import write_folder
+from ..storage.whole import not_written, remove_folder, write_folder
 
 SCHEMA_VERSION = 1
 
@@ -98,8 +97,10 @@ def save_checkpoint(
 
     try:
         path = write_folder(folder / f"step-{step}", fill)
-    except AdapterError as error:
-        raise TrainingError(f"{error} {how_to_resume(folder)}") from error
+    except OSError as error:
+        raise TrainingError(
+            f"{not_written(folder / f'step-{step}', error)} {how_to_resume(folder)}"
+        ) from error
     for old in _steps(folder)[:-KEPT]:
         remove_folder(folder / f"step-{old}")
     return sum(file.stat().st_size for file in path.iterdir())
@@ -135,14 +136,6 @@ def how_to_resume(folder: Path) -> str:
             "stages."
         )
     return f"The checkpoint of step {steps[-1]} is intact; make the same call again to resume from it."
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a folder so that no part of it is ever seen under its name."""
-    going = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(going, ignore_errors=True)
-    folder.rename(going)
-    shutil.rmtree(going)
 
 
 def _steps(folder: Path) -> list[int]:
