@@ -54,7 +54,7 @@ def test_data_path_takes_every_row_through_each_part_and_prints_its_log_entry():
         ["640×480 to 336×336, packed", "40"],
         ["640×480 to 336×336, padded", "40"],
     ]
-    assert done.stderr.count("index: 300 conversations, checked before") == 4, (
+    assert done.stderr.count("index      300 conversations, checked before") == 4, (
         "three starts and the epochs find the index"
     )
 

@@ -35,6 +35,7 @@ from llavamed_peft import (
     curriculum_finetune,
     load_stage,
 )
+from llavamed_peft.adapters.stage_adapter import adapter_folder
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
 from llavamed_peft.evaluation.answer import answer_questions
 from llavamed_peft.packing import PackedCollator, collator
@@ -43,7 +44,6 @@ from llavamed_peft.running.run import Run
 from llavamed_peft.running.summary import read_metrics
 from llavamed_peft.storage.hashing import file_sha256
 from llavamed_peft.storage.images import load_image
-from llavamed_peft.adapters.stage_adapter import adapter_folder
 from llavamed_peft.storage.whole import write_folder
 
 KINDS = {

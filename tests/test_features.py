@@ -42,7 +42,9 @@ from llavamed_peft.features.forecast import Forecast, decide
 from llavamed_peft.features.store import Features, read_plans
 from llavamed_peft.modeling.tower import tower_layers
 from llavamed_peft.packing import PackedCollator
+from llavamed_peft.reporting import progress
 from llavamed_peft.reporting.run_log import RunLog
+from llavamed_peft.storage import whole
 from llavamed_peft.storage.images import load_image
 from llavamed_peft.training.computing import Computing
 from llavamed_peft.training.stage import stored_features
@@ -330,7 +332,7 @@ def test_an_undecodable_image_is_counted_once_as_without_the_cache(
         adapter = run(bases["llava"], rows, tmp_path / str(on), feature_cache=on, max_rejected=0.5)["vqa"]
         records.append(adapter.record.data)
         rejected.append((tmp_path / str(on) / "rejected.jsonl").read_text())
-    assert records[0] == records[1] and (records[0][0]["used"], records[0][0]["failed"]) == (5, 2)
+    assert records[0] == records[1] and (records[0][0].used, records[0][0].failed) == (5, 2)
     assert rejected[0] == rejected[1] and rejected[0].count("6.png: cannot be decoded") == 2
 
 
@@ -386,14 +388,14 @@ def test_the_forecast_decides_where_nobody_did(tmp_path: Path) -> None:
     )
     assert decide(small, "auto", "vqa", tmp_path) == (
         True,
-        "vqa        feature cache on: 4,000 images, 4.8 GB on disk, 4.8 GB of them to be added (96.0 GB "
+        "feature cache on: 4,000 images, 4.8 GB on disk, 4.8 GB of them to be added (96.0 GB "
         "free); 4,000 images pass the vision tower instead of 36,000",
     )
     once = Forecast(500_000, 500_000, 500_000, 0, 600 * 10**9, 10**13)
     on, line = decide(once, "auto", "align", tmp_path)
     assert (
         not on
-        and line.startswith("align      feature cache off: 500,000 images, 600.0 GB")
+        and line.startswith("feature cache off: 500,000 images, 600.0 GB")
         and line.endswith("; too few to pay")
     )
     often = Forecast(500_000, 500_000, 1_500_000, 0, 600 * 10**9, 10**13)
@@ -662,24 +664,24 @@ def in_files_of_two() -> None:
 
 
 def at_flush(number: int, then: Callable[..., object], *arguments: object) -> None:
-    """Before something is flushed for the so-manieth time: the plan and its folder come first, then a file and its folder."""
+    """Before a feature cache flushes for this number of times: a plan and its folder first, then a file and its folder."""
     in_files_of_two()
-    flush, flushed = store.flush, 0
+    flush, flushed = whole.flush, 0
 
     def watched(path: Path) -> None:
         nonlocal flushed
-        flushed += 1
+        flushed += "features" in path.parts
         if flushed == number:
             then(*arguments)
         flush(path)
 
-    store.flush = watched
+    whole.flush = watched
 
 
 def at_call(name: str, then: Callable[..., object], *arguments: object) -> None:
     """Each time before the feature cache calls something; every line of its progress is shown."""
     in_files_of_two()
-    filling._SECONDS_BETWEEN_LINES = -1
+    progress.SECONDS_BETWEEN_LINES = -1
     called = getattr(filling, name)
 
     def watched(*how: object) -> object:

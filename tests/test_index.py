@@ -38,6 +38,7 @@ from llavamed_peft.errors import DataError
 from llavamed_peft.modeling.load import read_config
 from llavamed_peft.modeling.processor import load_processor, make_stage_processor
 from llavamed_peft.packing import PackedCollator
+from llavamed_peft.reporting import progress
 from llavamed_peft.running.run import Run
 
 KINDS = {"llava": (), "vipllava": (), "llava_next": ("mistral",), "llava_onevision": ("qwen2", "siglip", -1)}
@@ -401,7 +402,7 @@ def test_rows_are_counted_across_batches_and_shown_as_they_are_checked(
     collator = collator_of(bases["llava"])
     whole, rejected = build(data, collator, tmp_path)
     monkeypatch.setattr(checking, "_ROWS_PER_BATCH", 2)
-    monkeypatch.setattr(checking, "_SECONDS_BETWEEN_LINES", 0.0)
+    monkeypatch.setattr(progress, "SECONDS_BETWEEN_LINES", 0.0)
     shown: list[tuple[str, bool]] = []
     (tmp_path / "index.arrow").unlink()
     pieces, again = build(data, collator, tmp_path, show=lambda line, last: shown.append((line, last)))
@@ -411,14 +412,14 @@ def test_rows_are_counted_across_batches_and_shown_as_they_are_checked(
         and account(pieces) == account(whole)
     )
     assert [(line.partition(", ")[0], last) for line, last in shown] == [
-        *((f"index: {rows} rows checked", False) for rows in (2, 4, 6, 7)),
-        ("index: 7 rows checked", True),
+        *((f"index      {rows} rows checked", False) for rows in (2, 4, 6, 7)),
+        ("index      7 rows checked", True),
     ]
     shown.clear()
     build(data, collator, tmp_path, show=lambda line, last: shown.append((line, last)))
     ((line, last),) = shown
     assert (
-        line.startswith("index: 3 conversations, checked before")
+        line.startswith("index      3 conversations, checked before")
         and "delete it if image files have changed" in line
         and last
     )
@@ -474,4 +475,4 @@ def test_a_run_begun_again_finds_its_indexes(
             4,
             0,
         )
-    assert "vqa-eval: 3 conversations, checked before" in capsys.readouterr().err
+    assert "vqa-eval   3 conversations, checked before" in capsys.readouterr().err

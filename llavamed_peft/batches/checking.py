@@ -20,7 +20,6 @@ import functools
 import hashlib
 import json
 import os
-import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,6 +35,7 @@ from ..datasets.sources import Source
 from ..errors import DataError
 from ..packing.collator import PackedCollator, check_length, token_sequence
 from ..packing.encoding import Tokenized
+from ..reporting.progress import Progress, Show, named
 from ..storage.equal_images import ContentNames
 from ..storage.hashing import file_sha256
 from ..storage.images import MAX_PIXELS, image_size
@@ -55,13 +55,7 @@ _ROWS_PER_BATCH = 1000
 _FILES_KNOWN = 10_000  # images and folders that need not be looked at again
 
 
-_SECONDS_BETWEEN_LINES = 5.0
-
-
 LONGEST_STRIP = 100  # times its width, of an image that is still shown
-
-
-Show = Callable[[str, bool], object]  # takes a line, and whether it is the last of its kind
 
 
 def build_index(
@@ -121,11 +115,8 @@ def build_index(
         write_file(digest, written)  # last: a process that is killed before leaves an index that is not taken
         return Index.open(path)
     if show is not None:
-        show(
-            f"{path.stem}: {len(index):,} conversations, checked before ({path}; delete it if image files "
-            "have changed)",
-            True,
-        )
+        text = f"{len(index):,} conversations, checked before ({path}; delete it if image files have changed)"
+        show(named(path.stem, text), True)
     return index
 
 
@@ -181,7 +172,7 @@ def _write_index(
     groups: dict[tuple[str, ...], int] = {}
     content_name = functools.lru_cache(_FILES_KNOWN)(ContentNames())
     files: list[FileCount] = []
-    progress = _Progress(path.stem, show)
+    progress, seen, refused_in_all = Progress(path.stem, show), 0, 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
         for file, source in enumerate(sources):
             used, rejected = 0, Counter[str]()
@@ -203,7 +194,8 @@ def _write_index(
                 writer.write_batch(pa.RecordBatch.from_pylist(usable, schema), notes)
                 used += len(usable)
                 rejected.update(reject.reason for reject in refused)
-                progress(len(some), len(refused))
+                seen, refused_in_all = seen + len(some), refused_in_all + len(refused)
+                progress(_checked(progress, seen, refused_in_all))
             files.append(
                 FileCount(
                     source.name, source.path, source.sha256, used + rejected.total(), used, dict(rejected)
@@ -212,35 +204,12 @@ def _write_index(
         writer.write_batch(
             pa.RecordBatch.from_pylist([], schema), {FILES: json.dumps([asdict(count) for count in files])}
         )
-    progress.finish()
+    if progress.has_spoken:
+        progress(_checked(progress, seen, refused_in_all), last=True)
 
 
-class _Progress:
-    """Says how many rows have been checked, every few seconds."""
-
-    def __init__(self, name: str, show: Show | None):
-        self.name, self.show = name, show
-        self.rows = self.rejected = 0
-        self.began = self.shown = time.monotonic()
-
-    def __call__(self, rows: int, rejected: int) -> None:
-        self.rows += rows
-        self.rejected += rejected
-        if time.monotonic() - self.shown > _SECONDS_BETWEEN_LINES:
-            self._line(False)
-
-    def finish(self) -> None:
-        if self.shown > self.began:
-            self._line(True)
-
-    def _line(self, last: bool) -> None:
-        self.shown = time.monotonic()
-        speed = self.rows / (self.shown - self.began)
-        if self.show is not None:
-            self.show(
-                f"{self.name}: {self.rows:,} rows checked, {self.rejected:,} rejected, {speed:,.0f} rows/s",
-                last,
-            )
+def _checked(progress: Progress, rows: int, rejected: int) -> str:
+    return f"{rows:,} rows checked, {rejected:,} rejected, {progress.per_second(rows):,.0f} rows/s"
 
 
 def _rows(source: Source) -> Iterator[Conversation | Reject]:

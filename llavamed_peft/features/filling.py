@@ -32,6 +32,7 @@ from ..errors import DataError, Interrupted
 from ..modeling.parts import bare
 from ..modeling.tower import tower_features, tower_layers, tower_positions
 from ..packing.encoding import Encoder, Size
+from ..reporting.progress import Progress, named
 from ..reporting.run_log import RunLog
 from ..storage.equal_images import ContentNames, content_key
 from ..storage.images import image_size
@@ -50,7 +51,6 @@ from .store import (
 )
 
 _HEADERS_READ = 1000  # to estimate how many tiles images have
-_SECONDS_BETWEEN_LINES = 5.0
 # Of the tower's configuration, what does not change its output: a full stage's checkpoint may word it
 # otherwise.
 _NAMES_ONLY = {
@@ -123,7 +123,9 @@ class FeatureCache:
         width = bare(model).config.vision_config.hidden_size
         positions = tower_positions(bare(model).model.vision_tower)
         self.tile_bytes = positions * len(tower_layers(model)) * width * dtype.itemsize
-        self.line_shown = time.monotonic()
+        # Of several processes the first speaks, of its own share.
+        show = run_log.show if self.processes.is_main_process else None
+        self.progress = Progress(named(stage, "feature cache:"), show)
 
     def prepare(self, shown: Shown, asked: Asked, passes: float) -> Features | None:
         """Store the features of these images that are not stored yet, if that was asked for or pays.
@@ -173,7 +175,7 @@ class FeatureCache:
         @functools.cache
         def name_of(path: str) -> str | None:
             self._stop_if_asked("equal images were being found")
-            self._progress(f"{name_of.cache_info().currsize:,} images looked at for equal ones")
+            self.progress(f"{name_of.cache_info().currsize:,} images looked at for equal ones")
             try:
                 return content_name(path)
             except DataError:  # training will meet it
@@ -219,9 +221,9 @@ class FeatureCache:
             stored = sum(file.stat().st_size for file in self.root.rglob("*.safetensors") if file.is_file())
             free = shutil.disk_usage(self.root.parent).free
             forecast = Forecast(images, uncomputed, round(passes), stored, missing, free)
-            answer[0], line = decide(forecast, asked, self.stage, self.root)
+            answer[0], text = decide(forecast, asked, self.stage, self.root)
             if not (again and answer[0]):
-                self.run_log.show(line, True)
+                self.run_log.say(self.stage, text)
         broadcast_object_list(answer)
         return answer[0]
 
@@ -231,7 +233,7 @@ class FeatureCache:
         mine = self._share(paths)
         for number, path in enumerate(mine):
             self._stop_if_asked("its images were being read")
-            self._progress(f"{number:,} of {len(mine):,} images read")
+            self.progress(f"{number:,} of {len(mine):,} images read")
             try:
                 found.append((path, (content_key(path), image_size(path))))
             except DataError:  # training will meet it
@@ -257,7 +259,7 @@ class FeatureCache:
         mine = self._share(names)
         for number, name in enumerate(mine):
             self._stop_if_asked("its files were being checked")
-            self._progress(f"{number:,} of {len(mine):,} files checked")
+            self.progress(f"{number:,} of {len(mine):,} files checked")
             if not is_whole(self.folder / name):
                 missing.append(name)
         return list(gather_object(missing))
@@ -276,7 +278,7 @@ class FeatureCache:
             self._files_done = f"{number:,} of {len(files):,} files that were missing are complete and stay"
             stored += fill(self.folder / name, together, pixels, self._look)
             speed = stored / (time.monotonic() - began)
-            self._progress(
+            self.progress(
                 f"{stored:,} of {len(images):,} images stored, {speed:,.1f} images/s",
                 last=number + 1 == len(files),
             )
@@ -295,13 +297,6 @@ class FeatureCache:
         # As the trainer computes: autocast with bfloat16, plain in float32.
         with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             return tower_features(self.model, tiles.to(device)).to(self.dtype).cpu()
-
-    def _progress(self, what: str, last: bool = False) -> None:
-        """Every few seconds, and at the end; of several processes the first speaks, of its own share."""
-        if last or time.monotonic() - self.line_shown > _SECONDS_BETWEEN_LINES:
-            self.line_shown = time.monotonic()
-            if self.processes.is_main_process:
-                self.run_log.show(f"{self.stage:<10} feature cache: {what}", last)
 
     def _stop_if_asked(self, done: str) -> None:
         """Stop if that was asked for.

@@ -73,7 +73,7 @@ class Forecast:
 
 
 def decide(forecast: Forecast, asked: Asked, stage: str, folder: Path) -> tuple[bool, str]:
-    """Whether the cache is used, and the line that says why.
+    """Whether the cache is used, and the words that say why.
 
     Args:
         asked: `"auto"` or True.
@@ -92,7 +92,7 @@ def decide(forecast: Forecast, asked: Asked, stage: str, folder: Path) -> tuple[
     on = asked is True or (forecast.pays and forecast.fits)
     too_many = f"; more than the {in_bytes(forecast.room)} that may be added"
     why = "" if on else "; too few to pay" if not forecast.pays else too_many
-    return on, f"{stage:<10} feature cache {'on' if on else 'off'}: {forecast}{why}"
+    return on, f"feature cache {'on' if on else 'off'}: {forecast}{why}"
 
 
 def passes_in_an_epoch(sampler: StepSampler, images: np.ndarray) -> float:

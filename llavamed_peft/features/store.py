@@ -229,8 +229,8 @@ def _write(path: Path, content: str | Callable[[Path], object]) -> None:
         write_file(path, content, several_writers=True)
     except OSError as error:
         raise TrainingError(
-            f"{not_written(path, error)} Make room or fix the folder and make the same call again, which keeps "
-            "what is stored; or pass feature_cache=False, which stores nothing."
+            f"{not_written(path, error)} Make room or fix the folder and make the same call again, which "
+            "keeps what is stored; or pass feature_cache=False, which stores nothing."
         ) from error
 
 

@@ -163,10 +163,10 @@ class Checkpointing:
         if not self._cost_shown and self.processes.is_main_process:
             share = seconds / (seconds + every * self.measured.seconds() / step)
             steps = "every step" if every == 1 else f"every {every} steps"
-            self.run_log.show(
-                f"{self.stage.name:<10} a checkpoint {steps} (save_steps) costs {seconds:.2f} s, {share:.1%} "
+            self.run_log.say(
+                self.stage.name,
+                f"a checkpoint {steps} (save_steps) costs {seconds:.2f} s, {share:.1%} "
                 f"of the time, and {size / 1e6:,.1f} MB; two are kept",
-                True,
             )
         self._cost_shown = True
 

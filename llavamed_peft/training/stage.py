@@ -184,7 +184,7 @@ def make_trainer(
 
     def show(line: str) -> None:
         if processes.is_main_process:
-            run_log.show(f"{stage.name:<10} {line}", True)
+            run_log.say(stage.name, line)
 
     workers = Workers(computing.workers, stop, show)
     once = Schedule(epochs=1, learning_rate=1, global_batch=stage.schedule.global_batch)
@@ -322,11 +322,11 @@ def _warn_if_nothing_is_learnt(trainer: StageTrainer) -> None:
 def _show_failures(stage: Stage, train: Ledger, held_out: Ledger | None, run_log: RunLog) -> None:
     for ledger in (train, held_out):
         if ledger is not None and ledger.failed:
-            run_log.show(
-                f"{stage.name:<10} {len(ledger.failed):,} of {len(ledger.index):,} {ledger.kind} "
+            run_log.say(
+                stage.name,
+                f"{len(ledger.failed):,} of {len(ledger.index):,} {ledger.kind} "
                 "conversations could not be decoded and were left out, such as: "
                 f"{next(iter(ledger.failed.values()))}",
-                True,
             )
 
 
