@@ -1,12 +1,16 @@
-"""Bytes that processes send one another in an optimizer step, counted in the collectives themselves, beside the formula.
+"""Bytes that processes send one another in an optimizer step, counted in the collectives themselves, beside
+the formula.
 
     torchrun --nproc_per_node 2 benchmarks/communication.py runs/communication       # DDP
-    accelerate launch --config_file <FSDP2's or DeepSpeed's> --num_processes 2 benchmarks/communication.py runs/communication
+    accelerate launch --config_file <FSDP2's or DeepSpeed's> --num_processes 2 benchmarks/communication.py
+    runs/communication
 
-A full stage of the demo's tiny LLaVA trains on CPUs, several device batches a step. Every collective of one training step passes
-a dispatch mode, and its tensors become the bytes that one process sends in a ring of p: of N bytes gathered or scattered
-(p - 1)/p N, of N bytes summed on every process twice as many. Printed as JSON. What is sent is counted in parameters and holds at
-any size; how fast it goes is not measured here, since these processes share one memory.
+A full stage of the demo's tiny LLaVA trains on CPUs, several device batches a step. Every collective of one
+training step passes
+a dispatch mode, and its tensors become the bytes that one process sends in a ring of p: of N bytes gathered
+or scattered (p - 1)/p N, of N bytes summed on every process twice as many. Printed as JSON. What is sent is
+counted in parameters and holds at any size; how fast it goes is not measured here, since these processes
+share one memory.
 """
 
 from __future__ import annotations
@@ -78,7 +82,8 @@ def formula(method: str | None, batches: int, processes: int) -> dict[str, int]:
             "reduce_scatter_base": batches * trained,
         },
         "zero2": {"allreduce": batches * 2 * trained, "allgather_base": trained},
-        # with stage3_max_live_parameters and stage3_max_reuse_distance 0; else it keeps some gathered and sends less
+        # with stage3_max_live_parameters and stage3_max_reuse_distance 0; else it keeps some gathered and
+        # sends less
         "zero3": {
             "allgather_base": batches * (every + trained + decoder),
             "reduce_scatter_base": batches * trained,

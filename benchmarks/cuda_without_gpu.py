@@ -1,12 +1,15 @@
-"""A CUDA GPU that is not there: what torch compiles for it is kept, compiled by Triton, or run in Triton's interpreter.
+"""A CUDA GPU that is not there: what torch compiles for it is kept, compiled by Triton, or run in Triton's
+interpreter.
 
-`pretend` changes the process it is called in, for good: call it in one of its own, before anything is compiled. It then gives
-`torch.compile` a backend that takes tensors of a CPU and lets Inductor lower their graph as if they lay on the GPU, by its own
-rules for CUDA. With `TRITON_INTERPRET=1` in the environment, set before torch is imported, what Inductor wrote is run: its calls,
-on the tensors' own memory, each kernel by Triton's interpreter, which computes in float32 (its bfloat16 is wrong). Without, the
-kernels are kept only, and nothing is computed; `takes` compiles one for the GPU as the driver there would.
+`pretend` changes the process it is called in, for good: call it in one of its own, before anything is
+compiled. It then gives `torch.compile` a backend that takes tensors of a CPU and lets Inductor lower their
+graph as if they lay on the GPU, by its own rules for CUDA. With `TRITON_INTERPRET=1` in the environment, set
+before torch is imported, what Inductor wrote is run: its calls, on the tensors' own memory, each kernel by
+Triton's interpreter, which computes in float32 (its bfloat16 is wrong). Without, the kernels are kept only,
+and nothing is computed; `takes` compiles one for the GPU as the driver there would.
 
-It leans on private names of torch 2.13 and Triton 3.7 throughout. Left out: the GPU's memory, its rounding, its races, its time.
+It leans on private names of torch 2.13 and Triton 3.7 throughout. Left out: the GPU's memory, its rounding,
+its races, its time.
 """
 
 from __future__ import annotations
@@ -73,7 +76,8 @@ class Kernel(NamedTuple):
 
 
 class Takes(NamedTuple):
-    """What a compiled kernel takes of a GPU: KB of shared memory a block, registers a thread, bytes spilled behind these."""
+    """What a compiled kernel takes of a GPU: KB of shared memory a block, registers a thread, bytes spilled
+    behind these."""
 
     shared_kb: float
     registers: int

@@ -1,26 +1,33 @@
-"""The data path without a model: checking rows, starting on a checked index, decoding in workers, and the memory of it all.
+"""The data path without a model: checking rows, starting on a checked index, decoding in workers, and the
+memory of it all.
 
-    python benchmarks/data_path.py                             # 500,000 rows, three epochs; some 40 minutes on 2 shared cores
-    python benchmarks/data_path.py --log                       # the same, and adds what it found to LOG.md and results/
+    python benchmarks/data_path.py          # 500,000 rows, three epochs: 40 minutes on 2 shared cores
+    python benchmarks/data_path.py --log    # the same, and adds the results to LOG.md and results/
     python benchmarks/data_path.py --rows 2000 --epochs 2 --real_rows 200
 
-Five parts, each in a process of its own, on files made for it (one image file per row; 500,000 take 2 GB for the time being):
+Five parts, each in a process of its own, on files made for it (one image file per row; 500,000 take 2 GB for
+the time being):
 
 - build: `build_index` over tiny images with one exchange of words each, as in a set of captions.
-- start: other processes, each with all its imports, open the same data, find the index and get their first step from the workers.
-- epochs: the workers of the training loader deal out whole epochs of the tiny images, packed. Memory is sampled all the while.
-- packed, padded: the same loader over JPEGs of 640×480 pixels with three exchanges each, prepared to 336×336, in either layout.
+- start: other processes, each with all its imports, open the same data, find the index and get their first
+step from the workers.
+- epochs: the workers of the training loader deal out whole epochs of the tiny images, packed. Memory is
+sampled all the while.
+- packed, padded: the same loader over JPEGs of 640×480 pixels with three exchanges each, prepared to 336×336,
+in either layout.
 
-Times of workers are CPU seconds of their processes, all threads counted, from the first step on, so other work on the machine
-changes them little; rows per second and worker are rows by CPU second. The share spent on images is the CPU time inside
-`load_image` and inside the image processor, which lays the pixels down in shared memory; the rest is reading the row, token ids,
-padding, and handing tensors over. Memory is the anonymous memory of the training process and its workers together, each page
-counted once (`Pss_Anon`), so that a page which a worker copies by writing to it counts as growth; pages of the index, which the
-system may drop at any time, and tensors on their way to the training process are not in it. The greatest size is `VmHWM`, since
-a child inherits its parent's `ru_maxrss`. The first step is timed in wall seconds, the fastest of three starts counts.
+Times of workers are CPU seconds of their processes, all threads counted, from the first step on, so other
+work on the machine changes them little; rows per second and worker are rows by CPU second. The share spent on
+images is the CPU time inside `load_image` and inside the image processor, which lays the pixels down in
+shared memory; the rest is reading the row, token ids, padding, and handing tensors over. Memory is the
+anonymous memory of the training process and its workers together, each page counted once (`Pss_Anon`), so
+that a page which a worker copies by writing to it counts as growth; pages of the index, which the system may
+drop at any time, and tensors on their way to the training process are not in it. The greatest size is
+`VmHWM`, since a child inherits its parent's `ru_maxrss`. The first step is timed in wall seconds, the fastest
+of three starts counts.
 
-Left out: the model, several processes, cold disks (the files were just written, so they are in the page cache), large images,
-images that several conversations are about.
+Left out: the model, several processes, cold disks (the files were just written, so they are in the page
+cache), large images, images that several conversations are about.
 """
 
 from __future__ import annotations
@@ -49,8 +56,9 @@ WANTED_SHARE, WANTED_START, WANTED_GROWTH = (0.95, 20.0, 16.0)  # of a worker's 
 TINY, REAL = 28, 336  # pixels of a prepared image; (pixels / 14)² image tokens
 GLOBAL_BATCH, MAX_ROW_TOKENS, SEED = 128, 4096, 42
 TEXT = (
-    "the left right lung lobe chest x-ray shows normal heart size opacity consolidation upper lower with mild pleural effusion "
-    "arrow indicates lesion axial coronal computed tomography patient describe image briefly what is seen in this scan and where"
+    "the left right lung lobe chest x-ray shows normal heart size opacity consolidation upper lower with "
+    "mild pleural effusion arrow indicates lesion axial coronal computed tomography patient describe image "
+    "briefly what is seen in this scan and where"
 )
 WORDS = TEXT.split()
 Memory = dict[str, float]
@@ -163,7 +171,8 @@ def make_base(folder: Path, size: int) -> None:
 
 
 def make_rows(folder: Path, rows: int, exchanges: int, pictures: Sequence[bytes], suffix: str) -> None:
-    """`data.jsonl`, and one image file per row in folders of a thousand; an exchange has some 10 and 20 to 60 words."""
+    """`data.jsonl`, and one image file per row in folders of a thousand; an exchange has some 10 and 20 to 60
+    words."""
     words = random.Random(SEED)
     with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
         for row in range(rows):
@@ -300,7 +309,8 @@ def worked(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def timed_batches(index: Any, collator: Any, workers: int) -> Any:
-    """The loader's data set, with a clock around what is done to images. Per worker: time on images, first and last CPU time."""
+    """The loader's data set, with a clock around what is done to images. Per worker: time on images, first
+    and last CPU time."""
     import torch
 
     from llavamed_peft.batches.decoding import DeviceBatches
@@ -343,7 +353,8 @@ def timed_batches(index: Any, collator: Any, workers: int) -> Any:
 
 
 def memory_of(pid: int) -> Memory:
-    """MB of a process: its share of the anonymous memory, what of it is its own, and the greatest size that it had."""
+    """MB of a process: its share of the anonymous memory, what of it is its own, and the greatest size that
+    it had."""
     fields = {}
     for name in ("status", "smaps_rollup"):
         for line in Path(f"/proc/{pid}/{name}").read_text().splitlines():
@@ -406,7 +417,8 @@ def summarise(
 def growth(looks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
     """Anonymous memory of all processes together, MB: the most in the first epoch, and how much it grew.
 
-    Within: the most in the last fifth of the first epoch against its second fifth. Later: the most in later epochs against that.
+    Within: the most in the last fifth of the first epoch against its second fifth. Later: the most in later
+        epochs against that.
     """
     totals = [
         [
@@ -441,8 +453,8 @@ def log_entry(result: dict[str, Any]) -> str:
             )
             rows.append(
                 f"| {name} | {result[part]['rows']:,} | {epoch['rows_per_worker_second']:,.0f} | "
-                f"{epoch['on_images_us_per_row']:,.0f} | {epoch['other_us_per_row']:,.0f} | {epoch['share_on_images']:.1%} | "
-                f"{epoch['seconds']:,.0f} |"
+                f"{epoch['on_images_us_per_row']:,.0f} | {epoch['other_us_per_row']:,.0f} | "
+                f"{epoch['share_on_images']:.1%} | {epoch['seconds']:,.0f} |"
             )
     shares = [result[part]["epochs"][0]["share_on_images"] for part in ("packed", "padded")]
     fits = {
@@ -454,8 +466,8 @@ def log_entry(result: dict[str, Any]) -> str:
     memory = "no look at the memory was taken"
     if grown:
         memory = (
-            f"anonymous memory of all processes at most {grown['first']:,.0f} MB in the first epoch, growing by "
-            f"{grown['within']:+.1f} MB within it and {grown['later']:+.1f} MB in later ones"
+            f"anonymous memory of all processes at most {grown['first']:,.0f} MB in the first epoch, growing "
+            f"by {grown['within']:+.1f} MB within it and {grown['later']:+.1f} MB in later ones"
         )
     return "\n".join(
         [
@@ -464,19 +476,22 @@ def log_entry(result: dict[str, Any]) -> str:
             f"- Machine: {result['machine']}",
             f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
             f"- Command: `{result['command']}`",
-            f"- What: {settings['rows']:,} rows about an image of their own, {built['mean_tokens']:.0f} tokens in the mean, "
-            f"{settings['workers']} workers, steps of {GLOBAL_BATCH}, no model; CPU seconds of the workers",
-            f"- Expected: with images of 640×480 at least {WANTED_SHARE:.0%} of a worker's time on images; first step within "
-            f"{WANTED_START:.0f} s of starting a process; memory growing by at most {WANTED_GROWTH:.0f} MB",
-            f"- Result: {'as expected' if not missed else 'not as expected: ' + ', '.join(missed)}. On images "
-            f"**{shares[0]:.1%}** packed, **{shares[1]:.1%}** padded; "
-            f"first step after **{started['seconds']:.1f} s** (imports {started['imports']:.1f}, hashing and finding the index "
-            f"{started['index']:.1f}; {started['cpu_seconds']:.1f} of CPU in all); {memory}",
+            f"- What: {settings['rows']:,} rows about an image of their own, {built['mean_tokens']:.0f} "
+            f"tokens in the mean, {settings['workers']} workers, steps of {GLOBAL_BATCH}, no model; CPU "
+            "seconds of the workers",
+            f"- Expected: with images of 640×480 at least {WANTED_SHARE:.0%} of a worker's time on images; "
+            f"first step within {WANTED_START:.0f} s of starting a process; memory growing by at most "
+            f"{WANTED_GROWTH:.0f} MB",
+            f"- Result: {'as expected' if not missed else 'not as expected: ' + ', '.join(missed)}. On "
+            f"images **{shares[0]:.1%}** packed, **{shares[1]:.1%}** padded; first step after "
+            f"**{started['seconds']:.1f} s** (imports {started['imports']:.1f}, hashing and finding the "
+            f"index {started['index']:.1f}; {started['cpu_seconds']:.1f} of CPU in all); {memory}",
             f"- Building the index: {built['seconds']:,.0f} s, {built['cpu_seconds']:,.0f} of them CPU, "
-            f"{settings['rows'] / built['cpu_seconds']:,.0f} rows/s by CPU time, at most {built['peak_mb']:,.0f} MB; the file "
-            f"has {result['index_mb']:,.0f} MB",
+            f"{settings['rows'] / built['cpu_seconds']:,.0f} rows/s by CPU time, at most "
+            f"{built['peak_mb']:,.0f} MB; the file has {result['index_mb']:,.0f} MB",
             "",
-            "| images | rows | rows/s per worker | on images, µs a row | else, µs a row | share on images | wall, s |",
+            "| images | rows | rows/s per worker | on images, µs a row | else, µs a row | share on images | "
+            "wall, s |",
             "|---|---|---|---|---|---|---|",
             *rows,
             "",

@@ -3,10 +3,11 @@
     python benchmarks/flex_kernels.py --log
     python benchmarks/flex_kernels.py --gpus sm_80 --heads bfloat16:64     # one GPU, one kind of head
 
-Inductor's kernels for the mask and the options that `packing/masks.py` gives FlexAttention, forward and backward, as
-transformers has it compiled, four query heads to a key's; compiled by Triton and its `ptxas` (`cuda_without_gpu.py`). A kernel
-that needs more shared memory than a block may have does not start; what is spilled behind its registers is slow. That the
-kernels are right is `tests/test_flex_kernels.py`'s business, how fast they are only a GPU's (`packing_gpu.py`).
+Inductor's kernels for the mask and the options that `packing/masks.py` gives FlexAttention, forward and
+backward, as transformers has it compiled, four query heads to a key's; compiled by Triton and its `ptxas`
+(`cuda_without_gpu.py`). A kernel that needs more shared memory than a block may have does not start; what is
+spilled behind its registers is slow. That the kernels are right is `tests/test_flex_kernels.py`'s business,
+how fast they are only a GPU's (`packing_gpu.py`).
 """
 
 from __future__ import annotations
@@ -112,13 +113,15 @@ def log_entry(result: dict[str, Any]) -> str:
         if int(width) <= widest[dtype] and not all(row[name]["fits"] for name in PASSES):
             misfits.append(f"{row['gpu']} {row['head']}")
         cells = [
-            f"{'' if row[name]['fits'] else '**does not fit**: '}{row[name]['shared_kb']:.0f} KB, {row[name]['spilled']:,} bytes"
+            f"{'' if row[name]['fits'] else '**does not fit**: '}{row[name]['shared_kb']:.0f} KB, "
+            f"{row[name]['spilled']:,} bytes"
             for name in PASSES
         ]
         table.append(f"| {row['gpu']} ({GPUS[row['gpu']]}) | {dtype} | {width} | {' | '.join(cells)} |")
     return "\n".join(
         [
-            f"## {result['date']} · flex_kernels: what FlexAttention's kernels take of a GPU, compiled without one",
+            f"## {result['date']} · flex_kernels: what FlexAttention's kernels take of a GPU, compiled "
+            "without one",
             "",
             f"- Machine: {result['machine']}",
             f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",

@@ -1,16 +1,18 @@
 """Do scores suffer from drawing an image's conversations together, which is what makes packed batches cheap?
 
-    python benchmarks/grouping.py --vqa_rad vqa_rad_public.json --image_folder images/         # an hour on 2 cores
-    python benchmarks/grouping.py --vqa_rad vqa_rad_public.json --image_folder images/ --log   # and adds it to the log
+    python benchmarks/grouping.py --vqa_rad vqa_rad_public.json --image_folder images/    # an hour on 2 cores
+    python benchmarks/grouping.py --vqa_rad vqa_rad_public.json --image_folder images/ --log
     python benchmarks/grouping.py --works demo --seeds 3 4
 
-`Schedule.shuffle="images"`, the default, draws image by image; `"conversations"` is the paper's plain shuffling. What differs is
-the order of the data, hence which questions share a step and how noisy its gradient is. Two works, each trained with both, from
-the same beginning, over several seeds:
+`Schedule.shuffle="images"`, the default, draws image by image; `"conversations"` is the paper's plain
+shuffling. What differs is the order of the data, hence which questions share a step and how noisy its
+gradient is. Two works, each trained with both, from the same beginning, over several seeds:
 
-- demo: the vqa stage of `make demo` behind its instruct stage. A seed draws another clinic, orders its rows otherwise and begins
+- demo: the vqa stage of `make demo` behind its instruct stage. A seed draws another clinic, orders its rows
+otherwise and begins
   LoRA elsewhere. 600 held-out questions are answered.
-- vqa_rad: `recipes/configs/tiny-vqa-rad.yaml`, three epochs of VQA-RAD's 1,797 training questions on the demo's base, which is
+- vqa_rad: `recipes/configs/tiny-vqa-rad.yaml`, three epochs of VQA-RAD's 1,797 training questions on the
+demo's base, which is
   far too small for it: its 451 held-out answers are scored beside the loss, and the loss says more.
 
 Only results are compared here; what grouping saves is measured by `packing.py`.
@@ -177,8 +179,10 @@ def log_entry(result: dict[str, Any]) -> str:
             f"- Machine: {result['machine']}",
             f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
             f"- Command: `{result['command']}`",
-            '- What: the same stage from the same beginning with `shuffle="images"` and `"conversations"`, packed, fp32',
-            "- Expected: drawn by images, exact match at most .02 lower in the mean, held-out loss at most .05 higher",
+            '- What: the same stage from the same beginning with `shuffle="images"` and `"conversations"`, '
+            "packed, fp32",
+            "- Expected: drawn by images, exact match at most .02 lower in the mean, held-out loss at most "
+            ".05 higher",
             f"- Result: images minus conversations, mean over the seeds. {'; '.join(differences)}",
             "",
             f"| work | seed | {' | '.join(heads)} |",

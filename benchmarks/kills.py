@@ -1,19 +1,21 @@
-"""Runs that are killed at random moments and gone on with: do they end with the tensors of a run that was left alone?
+"""Runs that are killed at random moments and gone on with: do they end with the tensors of a run that was
+left alone?
 
     python benchmarks/kills.py --kills 200          # an hour on 2 cores that did other work too
     python benchmarks/kills.py --kills 200 --log    # the same, and adds what it found to LOG.md and results/
     python benchmarks/kills.py --kills 20 --seed 7  # other moments; a seed gives the same ones again
 
-Two curricula of two stages train on the demo's tiny LLaVA, each once without interruption: projector then LoRA with dropout, and
-projector then full. Then calls are killed with SIGKILL and made again until they come to their end. Half of the moments are
-drawn from the time a call takes. The other half are file operations in the run's folder (an open for writing, a rename, a new
-folder, a removal), drawn from all that a call makes: the process kills itself just before that one, so that checkpoints, stage
-folders and logs are hit in the middle of their writing, which by the clock would be rare. After every kill, what stands under a
-final name must be whole. At its end a run must have the same tensors bit for bit, the same losses, the same counts, and each
-unusable row listed once.
+Two curricula of two stages train on the demo's tiny LLaVA, each once without interruption: projector then
+LoRA with dropout, and projector then full. Then calls are killed with SIGKILL and made again until they come
+to their end. Half of the moments are drawn from the time a call takes. The other half are file operations in
+the run's folder (an open for writing, a rename, a new folder, a removal), drawn from all that a call makes:
+the process kills itself just before that one, so that checkpoints, stage folders and logs are hit in the
+middle of their writing, which by the clock would be rare. After every kill, what stands under a final name
+must be whole. At its end a run must have the same tensors bit for bit, the same losses, the same counts, and
+each unusable row listed once.
 
-Calls are forked from a process that has imported everything, so that one takes seconds. What is left out: several processes
-(`tests/test_interruptions.py`), GPUs, power failures.
+Calls are forked from a process that has imported everything, so that one takes seconds. What is left out:
+several processes (`tests/test_interruptions.py`), GPUs, power failures.
 """
 
 from __future__ import annotations
@@ -105,7 +107,8 @@ def write_data(place: Path) -> None:
 
 
 def finetune(place: Path, out: Path, kind: str, **changes: Any) -> None:
-    """The call that is killed and repeated: two stages, held-out losses, a checkpoint every 2 steps, half an epoch."""
+    """The call that is killed and repeated: two stages, held-out losses, a checkpoint every 2 steps, half an
+    epoch."""
     from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, curriculum_finetune
 
     first = Stage("align", "projector", Schedule(epochs=1.5, learning_rate=2e-3, global_batch=4))
@@ -130,7 +133,8 @@ def finetune(place: Path, out: Path, kind: str, **changes: Any) -> None:
 def start(
     place: Path, out: Path, kind: str, before: Callable[..., object] | None = None, *how: Any, **changes: Any
 ) -> BaseProcess:
-    """Make the call in a process of its own, forked from one that has imported everything; its output is `<out>.log`.
+    """Make the call in a process of its own, forked from one that has imported everything; its output is
+    `<out>.log`.
 
     Args:
         before: called with `how` in that process before the call, such as `kill_at_operation`.
@@ -160,7 +164,8 @@ def _call(
     multiprocessing.set_start_method(
         "fork", force=True
     )  # data-loader workers, as in a process that nobody forked
-    gc.freeze()  # or the trainer's collections would go through, and so copy, all that was imported before the fork
+    # or the trainer's collections would go through, and so copy, all that was imported before the fork
+    gc.freeze()
     if before is not None:
         before(*how)
     finetune(place, out, kind, **changes)
@@ -251,7 +256,8 @@ def kill_often(
 def call(
     place: Path, out: Path, kind: str, undisturbed: tuple[float, int], share: float | None, by_the_clock: bool
 ) -> tuple[str, BaseProcess]:
-    """Make the call and kill it when this share of its time or of its file operations is over, if it lasts so long."""
+    """Make the call and kill it when this share of its time or of its file operations is over, if it lasts so
+    long."""
     seconds, operations = undisturbed
     if share is None:
         moment, process = "left alone", start(place, out, kind)
@@ -327,11 +333,12 @@ def log_entry(result: dict[str, Any]) -> str:
             f"- Machine: {result['machine']}",
             f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
             f"- Command: `{result['command']}`, {result['seconds']} s",
-            "- What: two curricula of two stages on the demo's tiny LLaVA (projector then LoRA with dropout .1; projector then "
-            "full), fp32, a checkpoint every 2 steps, held-out losses every 3",
-            "- Expected: every run ends as the one that was left alone: tensors bit for bit, losses, counts, rejected rows",
-            f"- Result: as expected. {sum(result['kills'].values())} kills ({hit}), {result['calls']} calls, {result['runs']} "
-            "runs that came to their end, none differing",
+            "- What: two curricula of two stages on the demo's tiny LLaVA (projector then LoRA with dropout "
+            ".1; projector then full), fp32, a checkpoint every 2 steps, held-out losses every 3",
+            "- Expected: every run ends as the one that was left alone: tensors bit for bit, losses, counts, "
+            "rejected rows",
+            f"- Result: as expected. {sum(result['kills'].values())} kills ({hit}), {result['calls']} calls, "
+            f"{result['runs']} runs that came to their end, none differing",
             "",
         ]
     )

@@ -1,38 +1,50 @@
-"""Packed training beside TRL's `SFTTrainer` at its best legal settings: speed, memory, and how near both come to their FLOPs.
+"""Packed training beside TRL's `SFTTrainer` at its best legal settings: speed, memory, and how near both come
+to their FLOPs.
 
-    python benchmarks/packing.py --data DATA                          # every work, five pairs: two hours on 2 idle cores
-    python benchmarks/packing.py --data DATA --work vqa slake --log   # two of them, and adds what it found to LOG.md and results/
+    python benchmarks/packing.py --data DATA    # every work, five pairs: two hours on 2 idle cores
+    python benchmarks/packing.py --data DATA --work vqa slake --log    # adds to LOG.md and results/
 
-`DATA` holds `vqa_rad/` (MEVF's trainset.json, and images/) and `slake/` (train.json) as released; without it, both are made up.
+`DATA` holds `vqa_rad/` (MEVF's trainset.json, and images/) and `slake/` (train.json) as released; without it,
+both are made up.
 
-Both sides train the same LoRA (every linear of the language model) and projector of the same LLaVA with random weights on the
-same conversations (`packing_data.py`) in fp32, in the same global batch, at the same rate; every run is a process of its own
-(`packing_runs.py`), pairs follow one another directly, in alternating order. A run's optimizer steps all take the same
-conversations; another pair takes others, for vqa and slake another real step of an epoch. The losses of the first step are
+Both sides train the same LoRA (every linear of the language model) and projector of the same LLaVA with
+random weights on the same conversations (`packing_data.py`) in fp32, in the same global batch, at the same
+rate; every run is a process of its own (`packing_runs.py`), pairs follow one another directly, in alternating
+order. A run's optimizer steps all take the same conversations; another pair takes others, for vqa and slake
+another real step of an epoch. The losses of the first step are
 compared: they must agree to 1e-4.
 
-- packed: `curriculum_finetune` as a user calls it, but for `feature_cache=False`. cached: the same with `feature_cache=True`;
-  since steps take the same images, all but the first are a second epoch. padded: with `layout="padded"`: what is left of TRL's
-  trainer if only its loss is changed, so padded → packed is what packing alone gives.
-- trl: no activation checkpointing; questions as prompt and completion with `completion_only_loss`, dialogues as messages with
-  `assistant_only_loss`; `group_by_length`; images as paths, decoded while training; of the device batches 1 to 16, and then of
-  no worker and one, the fastest over a quarter of a step. `nll` is its only loss without full logits (`dft` computes the same,
-  `chunked_nll` is another name of it, Liger's needs a GPU); on a CPU it scores every position of a row all the same, and twice.
-- trl defaults: `SFTConfig`'s own settings (so with activation checkpointing), device batch 8, messages, as its documentation has
+- packed: `curriculum_finetune` as a user calls it, but for `feature_cache=False`. cached: the same with
+`feature_cache=True`;
+  since steps take the same images, all but the first are a second epoch. padded: with `layout="padded"`: what
+  is left of TRL's trainer if only its loss is changed, so padded → packed is what packing alone gives.
+- trl: no activation checkpointing; questions as prompt and completion with `completion_only_loss`, dialogues
+as messages with
+  `assistant_only_loss`; `group_by_length`; images as paths, decoded while training; of the device batches 1
+  to 16, and then of no worker and one, the fastest over a quarter of a step. `nll` is its only loss without
+  full logits (`dft` computes the same, `chunked_nll` is another name of it, Liger's needs a GPU); on a CPU it
+  scores every position of a row all the same, and twice.
+- trl defaults: `SFTConfig`'s own settings (so with activation checkpointing), device batch 8, messages, as
+its documentation has
   it for images; only bf16 is off, and `max_length`, which would cut images.
-- trl dialogue: all questions of an image as one dialogue, at trl's settings. That is another objective: later questions see
+- trl dialogue: all questions of an image as one dialogue, at trl's settings. That is another objective: later
+questions see
   earlier answers. It says what TRL can do where that is wanted.
 
-Speed is questions (conversations) per wall second of the training loop, warm-up left out: our first step, TRL's first quarter of
-a step; TRL's cost is the same in every step. Memory is the process's greatest resident size (`VmHWM`), with everything it does.
-padded and trl dialogue explain and are not judged: the first pair alone has them. Waiting is the share of the training loop in
-which our model waits for a step's images, which are decoded in its own process, the default on a CPU; TRL's does not tell.
-Useful positions are those that are neither padding nor a beginning which another row of the step holds, too.
+Speed is questions (conversations) per wall second of the training loop, warm-up left out: our first step,
+TRL's first quarter of a step; TRL's cost is the same in every step. Memory is the process's greatest resident
+size (`VmHWM`), with everything it does.
+padded and trl dialogue explain and are not judged: the first pair alone has them. Waiting is the share of the
+training loop in which our model waits for a step's images, which are decoded in its own process, the default
+on a CPU; TRL's does not tell. Useful positions are those that are neither padding nor a beginning which
+another row of the step holds, too.
 
-The bound by FLOPs is what TRL's padded step costs over what the packed one costs (the formula stands in `packing_runs.py`); the
-bound of packing alone takes TRL's with our head. A curve over 1 to 20 questions an image shows how near we come.
+The bound by FLOPs is what TRL's padded step costs over what the packed one costs (the formula stands in
+`packing_runs.py`); the bound of packing alone takes TRL's with our head. A curve over 1 to 20 questions an
+image shows how near we come.
 
-Left out: GPUs (`packing_gpu.py`), several processes, what is learnt (`tests/test_packing.py` compares losses and gradients).
+Left out: GPUs (`packing_gpu.py`), several processes, what is learnt (`tests/test_packing.py` compares losses
+and gradients).
 """
 
 from __future__ import annotations
@@ -172,7 +184,8 @@ def main() -> None:
 
 
 def build_base(folder: Path, texts: Sequence[str], options: argparse.Namespace) -> int:
-    """Write `base/`, a LLaVA with random weights, and `processor/`, a stage's; returns the number of parameters."""
+    """Write `base/`, a LLaVA with random weights, and `processor/`, a stage's; returns the number of
+    parameters."""
     from transformers import LlamaConfig
 
     tokenizer = train_tokenizer(texts, LEARNT_TOKENS)
@@ -415,9 +428,11 @@ def log_entry(result: dict[str, Any]) -> str:
         f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
         f"- Command: `{result['command']}`",
         f"- What: LLaVA of {result['parameters'] / 1e6:.1f} M parameters, {tokens} image tokens, vocabulary "
-        f"{settings['vocabulary']:,}, LoRA rank {RANK} and projector, fp32; {'real' if result['real_data'] else 'made-up'} "
-        f"questions; {settings['pairs']} pairs. TRL's best: {'; '.join(probes)}",
-        f"- Expected: {'; '.join([_wanted(name) for name in works if WORKS[name].least] or ['near the bound'])}; "
+        f"{settings['vocabulary']:,}, LoRA rank {RANK} and projector, fp32; "
+        f"{'real' if result['real_data'] else 'made-up'} questions; {settings['pairs']} pairs. TRL's best: "
+        f"{'; '.join(probes)}",
+        "- Expected: "
+        f"{'; '.join([_wanted(name) for name in works if WORKS[name].least] or ['near the bound'])}; "
         f"{WANTED_USEFUL:.0%} of the positions useful",
         f"- Result: {f'missed: {missed}' if missed else 'as expected'}",
         "",
@@ -428,11 +443,12 @@ def log_entry(result: dict[str, Any]) -> str:
         lines += [f"| {head} |", "|" + "---|" * 9, *rows, ""]
     if result["curve"]:
         lines += [
-            "| questions an image | times TRL's speed (range) | bound by FLOPs | of packing alone | of the bound |",
+            "| questions an image | times TRL's speed (range) | bound by FLOPs | of packing alone | of the "
+            "bound |",
             "|---|---|---|---|---|",
             *(
-                f"| {point['questions']} | {_times(point['ratio'])} | {point['bound']:.1f} | {point['bound_packing']:.1f} | "
-                f"{point['near']:.0%} |"
+                f"| {point['questions']} | {_times(point['ratio'])} | {point['bound']:.1f} | "
+                f"{point['bound_packing']:.1f} | {point['near']:.0%} |"
                 for point in result["curve"]
             ),
             "",
@@ -447,8 +463,9 @@ def _table_row(name: str, arm: str, work: dict[str, Any]) -> str:
     waiting = format(found["waiting_share"]["median"], ".1%") if "waiting_share" in found else ""
     bound = {"trl": work["bound"], "padded": work["bound_packing"]}.get(arm)
     return (
-        f"| {name} | {ARMS[arm].label} | {_range(found['per_second'], 2)} | {found['per_cpu_second']['median']:.2f} | "
-        f"{waiting} | {_range(found['peak_mb'], 0)} | {ratio} | {'' if bound is None else format(bound['median'], '.1f')} | "
+        f"| {name} | {ARMS[arm].label} | {_range(found['per_second'], 2)} | "
+        f"{found['per_cpu_second']['median']:.2f} | {waiting} | {_range(found['peak_mb'], 0)} | {ratio} | "
+        f"{'' if bound is None else format(bound['median'], '.1f')} | "
         f"{format(work['useful']['median'], '.1%') if judged else ''} |"
     )
 

@@ -1,14 +1,19 @@
-"""The conversations that `packing.py` and `packing_gpu.py` train on: one optimizer step's worth of each work, as LLaVA JSON.
+"""The conversations that `packing.py` and `packing_gpu.py` train on: one optimizer step's worth of each work,
+as LLaVA JSON.
 
-- vqa: a real step over VQA-RAD's training file, drawn image by image as a stage draws it (9.8 questions an image).
+- vqa: a real step over VQA-RAD's training file, drawn image by image as a stage draws it (9.8 questions an
+image).
 - slake: the same over SLAKE's English training questions (10.9 an image), images drawn: its files have none.
-- instruct: dialogues of 2.86 exchanges in the mean, as in LLaVA-Med's file of 60,000, each about an image of its own.
-- align: one caption each, about an image of its own; a quarter of the captions has fewer than 30 words, as in PMC-15M.
+- instruct: dialogues of 2.86 exchanges in the mean, as in LLaVA-Med's file of 60,000, each about an image of
+its own.
+- align: one caption each, about an image of its own; a quarter of the captions has fewer than 30 words, as in
+PMC-15M.
 - curve-k: k questions an image, questions and answers as in VQA-RAD, images drawn.
 
-Dialogues and captions are words of the questions and answers drawn at random. They come in groups of sixteen of nearly one
-length, taken from a thousand: what length-grouped device batches are given in an epoch of that size, so that a trainer that
-groups by length pads as little here as it would there.
+Dialogues and captions are words of the questions and answers drawn at random. They come in groups of sixteen
+of nearly one
+length, taken from a thousand: what length-grouped device batches are given in an epoch of that size, so that
+a trainer that groups by length pads as little here as it would there.
 
 Without a data folder, vqa and slake are made up after the same structure.
 """
@@ -183,7 +188,8 @@ class Drawer:
 
 
 def dialogues(rows: Rows) -> Rows:
-    """Questions about one image as the exchanges of one dialogue, which is another objective: later ones see earlier answers."""
+    """Questions about one image as the exchanges of one dialogue, which is another objective: later ones see
+    earlier answers."""
     return [
         _row(
             image,

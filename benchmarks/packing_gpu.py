@@ -1,21 +1,25 @@
 """Packed rows on one CUDA GPU, beside padded ones and TRL's trainer, with a LLaVA of LLaVA-1.5-7B's shape.
 
-    python benchmarks/packing_gpu.py --work vqa --data DATA --log                          # every arm, five repeats: hours
-    python benchmarks/packing_gpu.py --work vqa --data DATA --log --folder F --minutes 9   # in slices: each call goes on
-    python benchmarks/packing_gpu.py --tiny --quantization none --row_tokens 2048          # a miniature, also without a GPU
+    python benchmarks/packing_gpu.py --work vqa --data DATA --log    # every arm, five repeats: hours
+    python benchmarks/packing_gpu.py --work vqa --data DATA --log --folder F --minutes 9    # resumes
+    python benchmarks/packing_gpu.py --tiny --quantization none --row_tokens 2048    # small, no GPU
 
-Weights are random (13.5 GB in bf16, drawn on the GPU). `--folder` keeps them and what was run, so that the same command made
-again goes on. Each run is a process of its own (`packing_runs.py`): some optimizer steps of one LoRA stage over the questions of
-`packing_data.py`, one epoch, activation checkpointing on, four workers, the first step left out since it compiles. The arms:
+Weights are random (13.5 GB in bf16, drawn on the GPU). `--folder` keeps them and what was run, so that the
+same command made again goes on. Each run is a process of its own (`packing_runs.py`): some optimizer steps of
+one LoRA stage over the questions of `packing_data.py`, one epoch, activation checkpointing on, four workers,
+the first step left out since it compiles. The arms:
 
-- packed: as `curriculum_finetune` has it on CUDA, rows read by FlexAttention. A bound of tokens holds for a row.
-- packed, sdpa: what it falls back to: masks in full where something is shared, rows of their own where nothing is.
+- packed: as `curriculum_finetune` has it on CUDA, rows read by FlexAttention. A bound of tokens holds for a
+row.
+- packed, sdpa: what it falls back to: masks in full where something is shared, rows of their own where
+nothing is.
 - padded: `layout="padded"`, with the same bound for rows × longest; `sdpa` chooses the kernel.
-- TRL: its `SFTTrainer` over the same base, LoRA and data, length-grouped, the answers' loss alone; its best device batch counts.
+- TRL: its `SFTTrainer` over the same base, LoRA and data, length-grouped, the answers' loss alone; its best
+device batch counts.
   Over 4 bits it casts what trains to bf16, where ours stays fp32.
 
-A ratio is of runs of one repeat, which share their data; all of them must train as many parameters on as many supervised tokens.
-What runs out of memory is written down so.
+A ratio is of runs of one repeat, which share their data; all of them must train as many parameters on as many
+supervised tokens. What runs out of memory is written down so.
 
 Not yet run on a GPU. Left out: several GPUs, FlashAttention's own package, Liger's kernels.
 """
@@ -159,7 +163,8 @@ def main() -> None:
 
 
 def build_base(folder: Path, texts: Sequence[str], image_size: int, tiny: bool) -> int:
-    """Write `base/` in bf16, drawn on the GPU where there is one, and `processor/`; returns the number of parameters."""
+    """Write `base/` in bf16, drawn on the GPU where there is one, and `processor/`; returns the number of
+    parameters."""
     import torch
     from transformers import LlamaConfig
 
@@ -173,7 +178,8 @@ def build_base(folder: Path, texts: Sequence[str], image_size: int, tiny: bool) 
 
 
 def arms(options: argparse.Namespace) -> list[Arm]:
-    """Every arm that is asked for, so that what is wanted most is run first: each kind's first size over each base."""
+    """Every arm that is asked for, so that what is wanted most is run first: each kind's first size over each
+    base."""
     bases = ["bf16" if name == "none" else name for name in options.quantization]
     sizes = [options.device_batches if kind == "TRL" else options.row_tokens for kind in options.arms]
     return [
@@ -235,7 +241,8 @@ class Work:
                 for what in SAME_WORK:
                     if found[what] != wanted[what]:
                         sys.exit(
-                            f"{arm} and {other} do not do the same work: {what} is {found[what]} and {wanted[what]}."
+                            f"{arm} and {other} do not do the same work: {what} is {found[what]} and "
+                            f"{wanted[what]}."
                         )
 
     def by_arm(self, wanted: Sequence[Arm]) -> dict[Arm, dict[int, Found]]:
@@ -247,7 +254,8 @@ class Work:
 
 
 def log_entry(result: dict[str, Any], done: dict[Arm, dict[int, Found]]) -> str:
-    """The result as a section of `LOG.md`: medians, ranges, and ratios to TRL's best device batch of the same base."""
+    """The result as a section of `LOG.md`: medians, ranges, and ratios to TRL's best device batch of the same
+    base."""
     rows = []
     for arm, runs in sorted(done.items()):
         held = {repeat: found for repeat, found in runs.items() if found is not None}
@@ -271,10 +279,11 @@ def log_entry(result: dict[str, Any], done: dict[Arm, dict[int, Found]]) -> str:
             f"- Machine: {result['machine']}",
             f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
             f"- Command: `{result['command']}`",
-            f"- What: LLaVA of {result['parameters'] / 1e6:,.1f} M parameters, {settings['work']}, LoRA and projector; "
-            f"{settings['steps']} steps of {settings['conversations']}",
+            f"- What: LLaVA of {result['parameters'] / 1e6:,.1f} M parameters, {settings['work']}, LoRA and "
+            f"projector; {settings['steps']} steps of {settings['conversations']}",
             "",
-            "| base | arm | tokens of a device batch | conversations/s (runs) | times TRL's best (range) | GPU MB | useful |",
+            "| base | arm | tokens of a device batch | conversations/s (runs) | times TRL's best (range) | "
+            "GPU MB | useful |",
             "|---|---|---|---|---|---|---|",
             *rows,
             "",

@@ -1,15 +1,17 @@
-"""One run of `packing.py` or `packing_gpu.py`, in the process that is measured: a stage or TRL's trainer; and what a step costs.
+"""One run of `packing.py` or `packing_gpu.py`, in the process that is measured: a stage or TRL's trainer; and
+what a step costs.
 
-The bound by FLOPs counts multiply-adds twice. A step of N positions, of which S are supervised, that show I images of t tokens:
+The bound by FLOPs counts multiply-adds twice. A step of N positions, of which S are supervised, that show I
+images of t tokens:
 
     tower      I · L_v · (24 t h_v² + 4 t² h_v)           forward alone (its MLP is 4 h_v wide)
-    projector  I · t · 6 P_p                              P_p weights, forward and both gradients
-    language   N · 4 P_l + N · 6 P_r                      P_l frozen weights: forward, gradient of the input; P_r of LoRA
-    attention  L · 12 h · (pairs of tokens that see one another: n (n + 1) / 2 for a sequence of n)
-    head       S · 4 h V                                  TRL on a CPU: N · 6 h V, every position, and forward again
+    projector  I · t · 6 P_p                              P_p weights, forward and both gradients language   N
+    · 4 P_l + N · 6 P_r                      P_l frozen weights: forward, gradient of the input; P_r of LoRA
+    attention  L · 12 h · (pairs of tokens that see one another: n (n + 1) / 2 for a sequence of n) head
+    S · 4 h V                                  TRL on a CPU: N · 6 h V, every position, and forward again
 
-Packed, N counts what is shared once, and pairs are those along each conversation's own path. Bound = TRL's FLOPs over ours; the
-bound of packing alone takes TRL's with our head.
+Packed, N counts what is shared once, and pairs are those along each conversation's own path. Bound = TRL's
+FLOPs over ours; the bound of packing alone takes TRL's with our head.
 """
 
 from __future__ import annotations
@@ -256,7 +258,8 @@ def trl_row(row: dict[str, Any], form: str, images: Path, processor: Any) -> dic
 def count(
     folder: Path, index_file: Path, schedule: Any, max_row_tokens: int, fill: int | None
 ) -> dict[str, float]:
-    """Positions, images, supervised tokens and pairs of tokens of a step, packed and padded, and the FLOPs of both.
+    """Positions, images, supervised tokens and pairs of tokens of a step, packed and padded, and the FLOPs of
+    both.
 
     Padded are rows of a device batch of two, neighbours in length, as TRL has them at its best.
     """

@@ -1,26 +1,31 @@
-"""What a stage costs beside TRL's bare `SFTTrainer`: speed of the training loop, and memory of the whole process.
+"""What a stage costs beside TRL's bare `SFTTrainer`: speed of the training loop, and memory of the whole
+process.
 
     python benchmarks/stage_overhead.py                       # five pairs, ten minutes on 2 cores
-    python benchmarks/stage_overhead.py --log                 # the same, and adds what it found to LOG.md and results/
+    python benchmarks/stage_overhead.py --log                 # the same; adds to LOG.md and results/
     python benchmarks/stage_overhead.py --vocabulary 32000    # with LLaVA's number of tokens to choose from
 
-Both sides train the same LoRA and projector of the same LLaVA (about 20 million parameters, 576 image tokens) on the same
-conversations in fp32, with the same collation (`PackedCollator`, images decoded while training), device batch, global batch,
-rates and number of optimizer steps. Ours is `curriculum_finetune` as a user calls it. The bare one is `SFTTrainer` with a data
-collator, gradient accumulation, and its own `compute_loss`. A step takes every conversation there is, so that both must find the
-same loss, which is checked. Each run is a process of its own; pairs follow one another directly, in alternating order.
+Both sides train the same LoRA and projector of the same LLaVA (about 20 million parameters, 576 image tokens)
+on the same conversations in fp32, with the same collation (`PackedCollator`, images decoded while training),
+device batch, global batch, rates and number of optimizer steps. Ours is `curriculum_finetune` as a user calls
+it. The bare one is `SFTTrainer` with a data collator, gradient accumulation, and its own `compute_loss`. A
+step takes every conversation there is, so that both must find the same loss, which is checked. Each run is a
+process of its own; pairs follow one another directly, in alternating order.
 
-Speed is conversations per second from the trainer's first step to its last, without loading. Memory is the process's greatest
-resident size, with everything it does: for ours that includes checking the data and writing the stage's folder. Much of that
-size is freed memory which glibc keeps for later, and how much differs from run to run. So a last run of each side, whose speed
+Speed is conversations per second from the trainer's first step to its last, without loading. Memory is the
+process's greatest
+resident size, with everything it does: for ours that includes checking the data and writing the stage's
+folder. Much of that size is freed memory which glibc keeps for later, and how much differs from run to run.
+So a last run of each side, whose speed
 does not count, tells glibc to hand back what is freed: its greatest size is what was really held at once.
 
-Numbers are only worth something from a machine that does nothing else: a second busy process on 2 cores made both sides many
-times slower, since the threads of a matrix product wait for one another.
+Numbers are only worth something from a machine that does nothing else: a second busy process on 2 cores made
+both sides many times slower, since the threads of a matrix product wait for one another.
 
-One difference is meant: without Triton, TRL scores every position of a row, image tokens included; a stage scores the supervised
-ones. The default vocabulary is small so that this hardly counts and what is measured is the stage's machinery;
-`--vocabulary 32000` shows it. What is left out: GPUs, several processes, held-out evaluation, the packed layout.
+One difference is meant: without Triton, TRL scores every position of a row, image tokens included; a stage
+scores the supervised ones. The default vocabulary is small so that this hardly counts and what is measured is
+the stage's machinery; `--vocabulary 32000` shows it. What is left out: GPUs, several processes, held-out
+evaluation, the packed layout.
 """
 
 from __future__ import annotations
@@ -194,13 +199,15 @@ def run_ours(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def longest(options: argparse.Namespace) -> int:
-    """Tokens of the longest conversation; with all of about that length, this many per row makes even device batches."""
+    """Tokens of the longest conversation; with all of about that length, this many per row makes even device
+    batches."""
     collator, conversations = collation(options)
     return max(int(collator([conversation])["input_ids"].shape[1]) for conversation in conversations)
 
 
 def collation(options: argparse.Namespace) -> tuple[Any, list[Any]]:
-    """The package's collator, with a stage's processor, and the conversations: all that the bare side takes from us."""
+    """The package's collator, with a stage's processor, and the conversations: all that the bare side takes
+    from us."""
     from llavamed_peft.datasets.llava_json import read
     from llavamed_peft.modeling.load import read_config
     from llavamed_peft.modeling.processor import load_processor, make_stage_processor
@@ -315,7 +322,8 @@ def log_entry(result: dict[str, Any]) -> str:
         speed, peak = result["conversations_per_second"][side], result["peak_mb"][side]
         rows.append(
             f"| {name} | {speed['median']:.3f} ({speed['least']:.3f} to {speed['most']:.3f}) | "
-            f"{peak['median']:,.0f} ({peak['least']:,.0f} to {peak['most']:,.0f}) | {result['held_mb'][side]:,.0f} |"
+            f"{peak['median']:,.0f} ({peak['least']:,.0f} to {peak['most']:,.0f}) | "
+            f"{result['held_mb'][side]:,.0f} |"
         )
     return "\n".join(
         [
@@ -324,9 +332,10 @@ def log_entry(result: dict[str, Any]) -> str:
             f"- Machine: {result['machine']}",
             f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
             f"- Command: `{result['command']}`",
-            f"- What: LLaVA of {result['parameters'] / 1e6:.1f} M parameters, {tokens} image tokens, vocabulary "
-            f"{settings['vocabulary']}, LoRA rank {RANK} and projector, fp32; {settings['steps']} steps of "
-            f"{settings['conversations']} conversations, device batch {settings['device_batch']}; {settings['repeats']} pairs",
+            f"- What: LLaVA of {result['parameters'] / 1e6:.1f} M parameters, {tokens} image tokens, "
+            f"vocabulary {settings['vocabulary']}, LoRA rank {RANK} and projector, fp32; {settings['steps']} "
+            f"steps of {settings['conversations']} conversations, device batch {settings['device_batch']}; "
+            f"{settings['repeats']} pairs",
             f"- Expected: at least {WANTED}× the bare trainer's speed",
             f"- Result: **{ratio['median']:.3f}×** (pairs: {ratio['least']:.3f} to {ratio['most']:.3f}), "
             f"{'as expected' if ratio['median'] >= WANTED else 'less than expected'}",

@@ -3,15 +3,15 @@
     python benchmarks/waiting.py --data DATA         # five repeats; eight minutes on 2 idle cores
     python benchmarks/waiting.py --data DATA --log   # the same, and adds what it found to LOG.md and results/
 
-`DATA` is as in `packing.py`; without it, questions and images are made up. Stages as there, each in a process of its own, over
-one epoch of steps that all differ, as workers get to see them:
+`DATA` is as in `packing.py`; without it, questions and images are made up. Stages as there, each in a process
+of its own, over one epoch of steps that all differ, as workers get to see them:
 
 - vqa: VQA-RAD's questions, about ten an image.
 - align: captions, an image each: the most images for what the model has to do.
 
-The model has one thread, and with one worker that one has another core: what a GPU with cores enough beside it is like, where
-the model takes no core from the workers. It is small, so that decoding is no trifle beside it. The first step is left out:
-nothing can be ready before it.
+The model has one thread, and with one worker that one has another core: what a GPU with cores enough beside
+it is like, where the model takes no core from the workers. It is small, so that decoding is no trifle beside
+it. The first step is left out: nothing can be ready before it.
 
 Left out: GPUs, disks that are slower than the page cache.
 """
@@ -75,7 +75,8 @@ def main() -> None:
                     }
                     places = {"folder": folder, "file": str(path), "images": str(images)}
                     runs.append(run_apart(str(RUNS), [json.dumps(run | places)], {"OMP_NUM_THREADS": "1"}))
-                    told = f"{runs[-1]['waiting_share']:.1%} of the time waited, {runs[-1]['per_second']:.2f} conversations/s"
+                    share, speed = runs[-1]["waiting_share"], runs[-1]["per_second"]
+                    told = f"{share:.1%} of the time waited, {speed:.2f} conversations/s"
                     print(f"{work}, {workers} worker(s): {told}", file=sys.stderr)
     result = {
         **heading("waiting"),
@@ -98,7 +99,8 @@ def log_entry(result: dict[str, Any]) -> str:
             waiting, speed = (spread([run[what] for run in runs]) for what in ("waiting_share", "per_second"))
             shares = f"{waiting['median']:.1%} ({waiting['least']:.1%} to {waiting['most']:.1%})"
             rows.append(
-                f"| {work} | {workers} | {shares} | {speed['median']:.2f} ({speed['least']:.2f} to {speed['most']:.2f}) |"
+                f"| {work} | {workers} | {shares} | {speed['median']:.2f} ({speed['least']:.2f} to "
+                f"{speed['most']:.2f}) |"
             )
             missed += [f"{work} with {workers}"] if workers and waiting["median"] > WANTED else []
     return "\n".join(
@@ -110,7 +112,8 @@ def log_entry(result: dict[str, Any]) -> str:
             f"- Command: `{result['command']}`",
             f"- What: LLaVA of {result['parameters'] / 1e6:.1f} M parameters on one thread, "
             f"{(settings['image_size'] // 14) ** 2} image tokens, LoRA and projector, fp32, packed; "
-            f"{'real' if result['real_data'] else 'made-up'} questions; {settings['steps']} steps, {settings['repeats']} repeats",
+            f"{'real' if result['real_data'] else 'made-up'} questions; {settings['steps']} steps, "
+            f"{settings['repeats']} repeats",
             f"- Expected: with workers at most {WANTED:.0%} of the time",
             f"- Result: {'missed: ' + ', '.join(missed) if missed else 'as expected'}",
             "",

@@ -1,4 +1,5 @@
-"""What several benchmarks need: a LLaVA with random weights on disk, the machine in words, medians, an entry in the log."""
+"""What several benchmarks need: a LLaVA with random weights on disk, the machine in words, medians, an entry
+in the log."""
 
 from __future__ import annotations
 
@@ -72,7 +73,8 @@ def llava_config(
     """A LLaVA-1.5 around a language model.
 
     Args:
-        tower: sizes of the vision tower, as `CLIPVisionConfig` names them; `None`: about 5 million parameters.
+        tower: sizes of the vision tower, as `CLIPVisionConfig` names them; `None`: about 5 million
+            parameters.
     """
     from transformers import CLIPVisionConfig, LlavaConfig
 
@@ -93,7 +95,8 @@ def write_checkpoint(
     dtype: str = "float32",
     device: str = "cpu",
 ) -> int:
-    """Write a LLaVA with random weights, drawn on a device, and its processor; returns its number of parameters."""
+    """Write a LLaVA with random weights, drawn on a device, and its processor; returns its number of
+    parameters."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -135,7 +138,8 @@ def run_apart(
         return None
     if done.returncode:
         sys.exit(
-            f"{done.stderr}\n{Path(script).name} {shlex.join(arguments)} failed with exit code {done.returncode}."
+            f"{done.stderr}\n{Path(script).name} {shlex.join(arguments)} failed with exit code "
+            f"{done.returncode}."
         )
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -2,7 +2,8 @@
 
 >>> from llavamed_peft import curriculum_finetune, LLAVA_MED
 
-Importing this package imports no torch and has no effect; what needs torch is imported when it is first asked for.
+Importing this package imports no torch and has no effect; what needs torch is imported when it is first asked
+for.
 """
 
 from importlib import import_module

@@ -1,8 +1,9 @@
 """Data as values: a turn, a conversation about images, a question with its answer. No torch, no file access.
 
-`<image>` in a user's text stands for the next of the conversation's images, as in LLaVA's own data files. Where the marker
-stands in the first turn does not matter for training (the checkpoint's chat template decides); which turn it stands in does.
-Reading files, and deciding what of them is fit for use, is `datasets/`; turning text into tokens is `packing/`.
+`<image>` in a user's text stands for the next of the conversation's images, as in LLaVA's own data files.
+Where the marker stands in the first turn does not matter for training (the checkpoint's chat template
+decides); which turn it stands in does. Reading files, and deciding what of them is fit for use, is
+`datasets/`; turning text into tokens is `packing/`.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ class Turn:
 
     Args:
         role: `"user"` or `"assistant"`.
-        text: the words; blanks around them are removed. A user's text may hold `<image>` markers, an assistant's may not.
+        text: the words; blanks around them are removed. A user's text may hold `<image>` markers, an
+            assistant's may not.
 
     Raises:
         DataError: an unknown role, a text that is not a string, an empty answer, a marker inside an answer.
@@ -95,12 +97,14 @@ class Conversation:
                 )
         if len(self.turns) % 2:
             raise DataError(
-                f"Conversation.turns: the last of {len(self.turns)} turns is the user's; wanted an answer to it."
+                f"Conversation.turns: the last of {len(self.turns)} turns is the user's; wanted an answer to "
+                "it."
             )
         markers = sum(turn.image_count for turn in self.turns)
         if markers != len(self.images):
             raise DataError(
-                f"Conversation has {markers} {IMAGE_MARKER} marker(s) and {len(self.images)} image(s); wanted equal numbers."
+                f"Conversation has {markers} {IMAGE_MARKER} marker(s) and {len(self.images)} image(s); "
+                "wanted equal numbers."
             )
 
 

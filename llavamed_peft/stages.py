@@ -1,9 +1,11 @@
-"""What to train, as values: `Schedule`, `LoraSpec`, `Stage`, `Curriculum`, and the paper's curriculum on one screen.
+"""What to train, as values: `Schedule`, `LoraSpec`, `Stage`, `Curriculum`, and the paper's curriculum on one
+screen.
 
-Everything that changes the result of a run stands here, and so in the `stage.json` that the run leaves; how a run is computed
-(device batches, dtypes, workers) is a keyword of `curriculum_finetune`. No torch is imported.
+Everything that changes the result of a run stands here, and so in the `stage.json` that the run leaves; how a
+run is computed (device batches, dtypes, workers) is a keyword of `curriculum_finetune`. No torch is imported.
 
-Numbers come from LLaVA-Med (arXiv:2306.00890) where a comment names a section or table of it, else from the source it names.
+Numbers come from LLaVA-Med (arXiv:2306.00890) where a comment names a section or table of it, else from the
+source it names.
 """
 
 from __future__ import annotations
@@ -90,20 +92,24 @@ def _one_of(owner: object, name: str, allowed: tuple[str, ...]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Schedule:
-    """How long and how fast a stage learns: AdamW, linear warm-up, then cosine to zero (LLaVA-Med appendix; LLaVA's recipe).
+    """How long and how fast a stage learns: AdamW, linear warm-up, then cosine to zero (LLaVA-Med appendix;
+    LLaVA's recipe).
 
     Args:
         epochs: passes over the data; a fraction is allowed.
         learning_rate: peak rate of what the stage trains (in a projector stage: of the projector).
-        projector_learning_rate: peak rate of the projector in a `lora` or `full` stage; `None` means `learning_rate`.
+        projector_learning_rate: peak rate of the projector in a `lora` or `full` stage; `None` means
+            `learning_rate`.
         global_batch: conversations per optimizer step, over all devices and however they are laid out.
         warmup_ratio: share of the steps over which the rate rises from zero.
         weight_decay: AdamW's decoupled decay.
-        max_length: tokens, image tokens included; a longer conversation is rejected by name, never cut. LLaVA-NeXT's
-            tiles make up to about 2,900 tokens an image: use 4096 there, 8192 for LLaVA-OneVision.
-        shuffle: `"images"` draws whole images, their conversations together: packed, an image then stands once in a step. A step
-            shows fewer images for it, so its gradient is noisier; benchmarks/LOG.md has what that did to scores.
-            `"conversations"` is the paper's plain shuffling, in which they fall together by chance alone.
+        max_length: tokens, image tokens included; a longer conversation is rejected by name, never cut.
+            LLaVA-NeXT's tiles make up to about 2,900 tokens an image: use 4096 there, 8192 for
+            LLaVA-OneVision.
+        shuffle: `"images"` draws whole images, their conversations together: packed, an image then stands
+            once in a step. A step shows fewer images for it, so its gradient is noisier; benchmarks/LOG.md
+            has what that did to scores. `"conversations"` is the paper's plain shuffling, in which they fall
+            together by chance alone.
 
     Raises:
         ConfigError: a field out of its range; the message names field, value and what was wanted.
@@ -159,9 +165,10 @@ class Stage:
 
     Args:
         name: free; it names the stage's folder and its key in `data`.
-        trains: `"projector"` (the projector alone), `"lora"` (LoRA on every linear of the language model, `lm_head` not, plus
-            the projector in full) or `"full"` (projector, language model and `lm_head`). The vision tower is always frozen,
-            and so is LLaVA-NeXT's `image_newline`, which stock PEFT cannot carry.
+        trains: `"projector"` (the projector alone), `"lora"` (LoRA on every linear of the language model,
+            `lm_head` not, plus the projector in full) or `"full"` (projector, language model and `lm_head`).
+            The vision tower is always frozen, and so is LLaVA-NeXT's `image_newline`, which stock PEFT cannot
+            carry.
         schedule: how long and how fast.
         lora: only for `trains="lora"`; `None` there means `LoraSpec()`.
 
@@ -186,12 +193,14 @@ class Stage:
             raise ConfigError(f"Stage.lora is {self.lora!r}; wanted a LoraSpec or None.")
         if self.trains == "projector" and self.schedule.projector_learning_rate is not None:
             raise ConfigError(
-                f"Stage {self.name!r}: Schedule.projector_learning_rate is {self.schedule.projector_learning_rate!r}; "
-                "wanted None, since in a projector stage learning_rate is the projector's."
+                f"Stage {self.name!r}: Schedule.projector_learning_rate is "
+                f"{self.schedule.projector_learning_rate!r}; wanted None, since in a projector stage "
+                "learning_rate is the projector's."
             )
         if self.trains != "lora" and self.lora is not None:
             raise ConfigError(
-                f"Stage.lora is given, but stage {self.name!r} trains {self.trains!r}; wanted None or trains='lora'."
+                f"Stage.lora is given, but stage {self.name!r} trains {self.trains!r}; wanted None or "
+                "trains='lora'."
             )
 
     def to_dict(self) -> dict[str, Any]:
@@ -220,14 +229,14 @@ class Curriculum:
     """Stages in order, and what holds for all of them.
 
     Args:
-        stages: at least one, names unique. Two LoRA stages with no `full` stage between them share one rank and alpha,
-            since their tensors are one lineage.
+        stages: at least one, names unique. Two LoRA stages with no `full` stage between them share one rank
+            and alpha, since their tensors are one lineage.
         seed: of the order of the data, of LoRA's initialisation and of dropout.
-        image_aspect_ratio: what happens to an image that is not square, where the checkpoint shows one square per image
-            (LLaVA, ViP-LLaVA). `"pad"` pads it to a square with the processor's mean colour, so that nothing of a radiograph
-            is lost (as LLaVA-1.5 was trained); `"checkpoint"` leaves the checkpoint's own processor alone, which for CLIP
-            crops the borders. LLaVA-NeXT and OneVision cut any shape into tiles; nothing changes there. The stage's
-            processor carries the choice.
+        image_aspect_ratio: what happens to an image that is not square, where the checkpoint shows one square
+            per image (LLaVA, ViP-LLaVA). `"pad"` pads it to a square with the processor's mean colour, so
+            that nothing of a radiograph is lost (as LLaVA-1.5 was trained); `"checkpoint"` leaves the
+            checkpoint's own processor alone, which for CLIP crops the borders. LLaVA-NeXT and OneVision cut
+            any shape into tiles; nothing changes there. The stage's processor carries the choice.
 
     Raises:
         ConfigError: no stages, equal names, LoRA stages that do not fit one another.
@@ -283,7 +292,8 @@ class Curriculum:
         for key in keys:
             if key not in names:
                 raise ConfigError(
-                    f"{argument} has the key {key!r}, which is no stage of the curriculum.{did_you_mean(str(key), names)}"
+                    f"{argument} has the key {key!r}, which is no stage of the "
+                    f"curriculum.{did_you_mean(str(key), names)}"
                 )
 
     def to_dict(self) -> dict[str, Any]:
@@ -322,7 +332,8 @@ class Curriculum:
         """Read a curriculum from a YAML file, or from YAML text (a string with a line break in it).
 
         Raises:
-            ConfigError: no such file, not YAML, an unknown key (the nearest known one is named), a value out of range.
+            ConfigError: no such file, not YAML, an unknown key (the nearest known one is named), a value out
+                of range.
         """
         is_text = isinstance(source, str) and "\n" in source
         where = "curriculum" if is_text else str(source)
@@ -344,8 +355,9 @@ def require_same_lora(earlier: Stage, later: Stage) -> None:
         first, second = getattr(earlier.lora, name), getattr(later.lora, name)
         if first != second:
             raise ConfigError(
-                f"Stage {later.name!r} has LoRA {name} {second}, stage {earlier.name!r} before it {first}; wanted equal numbers, "
-                "since the later stage continues the earlier one's tensors. Change one, or put a full stage between them."
+                f"Stage {later.name!r} has LoRA {name} {second}, stage {earlier.name!r} before it {first}; "
+                "wanted equal numbers, since the later stage continues the earlier one's tensors. Change "
+                "one, or put a full stage between them."
             )
 
 

@@ -1,4 +1,5 @@
-"""YAML text as values and back: `2e-3` is a number, as YAML 1.2 has it, and no key stands twice in one mapping."""
+"""YAML text as values and back: `2e-3` is a number, as YAML 1.2 has it, and no key stands twice in one
+mapping."""
 
 from __future__ import annotations
 
@@ -23,7 +24,8 @@ def read_yaml(text: str, where: str) -> Any:
 
 
 class _Yaml12Loader(yaml.SafeLoader):
-    """PyYAML reads `2e-3` as a string (YAML 1.1 wants `2.0e-3`); a learning rate written that way must be a number.
+    """PyYAML reads `2e-3` as a string (YAML 1.1 wants `2.0e-3`); a learning rate written that way must be a
+    number.
 
     It also takes the last of equal keys without a word; here they are an error.
     """

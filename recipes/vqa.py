@@ -1,8 +1,9 @@
-"""Stage 3 of LLaVA-Med alone: short answers to questions about radiographs, then the held-out ones asked and scored.
+"""Stage 3 of LLaVA-Med alone: short answers to questions about radiographs, then the held-out ones asked and
+scored.
 
-Of VQA-RAD's own JSON (`--dataset vqa_rad`) one split trains and another is answered. Left behind in `output_dir`: `vqa/`, the
-PEFT adapter; `answers.jsonl`, each held-out question with the truth and what the model said; `scores.md`, exact match beside the
-majority answer, open and closed questions apart.
+Of VQA-RAD's own JSON (`--dataset vqa_rad`) one split trains and another is answered. Left behind in
+`output_dir`: `vqa/`, the PEFT adapter; `answers.jsonl`, each held-out question with the truth and what the
+model said; `scores.md`, exact match beside the majority answer, open and closed questions apart.
 
 The original release, both splits in one file (1,797 questions train, 451 are held out):
 
@@ -24,8 +25,8 @@ python recipes/vqa.py \\
     --quantization nf4 \\
     --output_dir runs/vqa-rad-mevf
 
-Questions as LLaVA JSON train too. They do not say which are open and which closed, so only the held-out loss is measured. SLAKE's
-own files are not read; the ones below were made of them:
+Questions as LLaVA JSON train too. They do not say which are open and which closed, so only the held-out loss
+is measured. SLAKE's own files are not read; the ones below were made of them:
 
 python recipes/vqa.py \\
     --model llava-hf/llava-1.5-7b-hf \\
@@ -35,8 +36,9 @@ python recipes/vqa.py \\
     --image_folder slake/images/ \\
     --output_dir runs/slake
 
-Epochs and batch default to the paper's, LoRA and the rates to LLaVA's own LoRA recipe. `recipes/configs/tiny-vqa-rad.yaml` is the
-first command on a tiny checkpoint, as a file of options. `python recipes/vqa.py --help` lists them all.
+Epochs and batch default to the paper's, LoRA and the rates to LLaVA's own LoRA recipe.
+`recipes/configs/tiny-vqa-rad.yaml` is the first command on a tiny checkpoint, as a file of options. `python
+recipes/vqa.py --help` lists them all.
 """
 
 from __future__ import annotations
@@ -163,7 +165,8 @@ def train(arguments: VqaArguments, run: RunArguments) -> StageAdapter:
 
 
 def held_out_questions(arguments: VqaArguments) -> list[Question]:
-    """All of them, or an error: a test set is not scored in part, and it is better known before training than behind it."""
+    """All of them, or an error: a test set is not scored in part, and it is better known before training than
+    behind it."""
     path = arguments.eval_data or arguments.data
     questions = list(vqa_rad.read(path, arguments.image_folder, arguments.eval_split))
     for image in sorted({question.image for question in questions}):

@@ -1,7 +1,7 @@
 """What the commands of recipes and cookbooks name, in miniature, and ways to run them.
 
-The folder has the commands' files under their own names: tiny checkpoints as `llava-hf/llava-1.5-7b-hf` and its like, a few rows
-as `pmc_align.json`, and so on.
+The folder has the commands' files under their own names: tiny checkpoints as `llava-hf/llava-1.5-7b-hf` and
+its like, a few rows as `pmc_align.json`, and so on.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""`catalogue.py` on tiny adapters, and the repository's own `adapters/` as it lies there, whatever is in it."""
+"""`catalogue.py` on tiny adapters, and on the repository's own `adapters/`, whatever is in it."""
 
 import json
 import shutil
@@ -55,11 +55,11 @@ def test_the_table_says_what_the_stage_files_say(run, shelf):
     sizes = {name: (adapter.path / WEIGHTS).stat().st_size / 1e6 for name, adapter in run.items()}
     losses = f"{metrics['eval_loss_before']:.4f} → {metrics['eval_loss_after']:.4f}"
     assert catalogue.table(shelf) == (
-        "| stage | base | trains | parent | data (rows used) | held-out loss | MB | sha256 |\n"
-        "| --- | --- | --- | --- | --- | --- | --- | --- |\n"
-        f"| [see](tiny-llava--see) | tiny-llava | projector | – | in memory (3) | – → – | {sizes['see']:.2f} | "
-        f"`{hashes['see']}` |\n| [ask](tiny-llava--ask) | tiny-llava | lora | [see](tiny-llava--see) | in memory (3) | "
-        f"{losses} | {sizes['ask']:.2f} | `{hashes['ask']}` |\n"
+        "| stage | base | trains | parent | data (rows used) | held-out loss | MB | sha256 |\n| --- | --- | "
+        "--- | --- | --- | --- | --- | --- |\n| [see](tiny-llava--see) | tiny-llava | projector | – | in "
+        f"memory (3) | – → – | {sizes['see']:.2f} | `{hashes['see']}` |\n| [ask](tiny-llava--ask) | "
+        f"tiny-llava | lora | [see](tiny-llava--see) | in memory (3) | {losses} | {sizes['ask']:.2f} | "
+        f"`{hashes['ask']}` |\n"
     )
 
 
@@ -107,8 +107,8 @@ def test_an_index_without_its_markers_is_left_alone(shelf, text):
     with pytest.raises(AdapterError) as caught:
         catalogue.update(shelf)
     assert str(caught.value) == (
-        f"{shelf / 'README.md'}: wanted a line {catalogue.BEGIN} and below it a line {catalogue.END}, for the table to stand "
-        "between."
+        f"{shelf / 'README.md'}: wanted a line {catalogue.BEGIN} and below it a line {catalogue.END}, for "
+        "the table to stand between."
     )
     assert (shelf / "README.md").read_text() == text
 
@@ -121,22 +121,24 @@ def test_an_empty_catalogue_has_an_empty_table(tmp_path):
 def rename(shelf):
     (shelf / "tiny-llava--ask").rename(shelf / "tiny-llava-ask")
     return "tiny-llava-ask", (
-        ": stage.json says base 'tiny-llava' and stage 'ask'; wanted the folder's name to be 'tiny-llava--ask'. Rename it."
+        ": stage.json says base 'tiny-llava' and stage 'ask'; wanted the folder's name to be "
+        "'tiny-llava--ask'. Rename it."
     )
 
 
 def bare_folder(shelf):
     (shelf / "notes").mkdir()
     return "notes", (
-        ": has no stage.json, adapter_config.json, README.md; wanted each of stage.json, adapter_config.json and README.md in a "
-        "folder of the catalogue."
+        ": has no stage.json, adapter_config.json, README.md; wanted each of stage.json, adapter_config.json "
+        "and README.md in a folder of the catalogue."
     )
 
 
 def no_card(shelf):
     (shelf / "tiny-llava--see" / CARD).unlink()
     return "tiny-llava--see", (
-        ": has no README.md; wanted each of stage.json, adapter_config.json and README.md in a folder of the catalogue."
+        ": has no README.md; wanted each of stage.json, adapter_config.json and README.md in a folder of the "
+        "catalogue."
     )
 
 

@@ -167,14 +167,20 @@ def test_inspect_needs_no_weights(asked, tmp_path):
         told = "image_folder has the key 'tow', which is no stage of the curriculum. Did you mean 'two'?"
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"llavamed-peft: {told}\n")
     done = run("inspect", "--config", tmp_path / "padded.yaml", "--packing")
-    told = f"llavamed-peft: {tmp_path / 'padded.yaml'}: layout is 'padded', so nothing is packed; wanted 'packed' for --packing.\n"
+    told = (
+        f"llavamed-peft: {tmp_path / 'padded.yaml'}: layout is 'padded', so nothing is packed; wanted 'packed' "
+        "for --packing.\n"
+    )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
     plain = run(*words, before=[sys.executable, "-X", "utf8=0", "-c", ASCII])
     assert (plain.returncode, plain.stderr) == (0, "")
     assert "ASSISTANT:[[ yes ?</s>]]" in plain.stdout
 
 
-ASCII = "import sys; sys.stdout.reconfigure(encoding='ascii'); from llavamed_peft.cli.main import main; sys.exit(main())"
+ASCII = (
+    "import sys; sys.stdout.reconfigure(encoding='ascii'); "
+    "from llavamed_peft.cli.main import main; sys.exit(main())"
+)
 
 
 def test_show_needs_no_weights(asked, tmp_path):
@@ -202,7 +208,10 @@ def test_version():
 
 @pytest.mark.parametrize("words", [["--help"], *([verb, "--help"] for verb in VERBS)])
 def test_help_needs_no_torch(words):
-    code = "import sys; from llavamed_peft.cli.main import main\ntry: main()\nfinally: assert 'torch' not in sys.modules"
+    code = (
+        "import sys; from llavamed_peft.cli.main import main\n"
+        "try: main()\nfinally: assert 'torch' not in sys.modules"
+    )
     done = run(*words, before=[sys.executable, "-c", code])
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: llavamed-peft")

@@ -1,4 +1,5 @@
-"""`recipes/demo/demo.py` around its training (which `make demo` runs): what it removes, shows, and calls missed."""
+"""`recipes/demo/demo.py` around its training (which `make demo` runs): what it removes, shows, and calls
+missed."""
 
 import sys
 from pathlib import Path

@@ -1,5 +1,5 @@
-"""`evaluation`: scores against a table worked out by hand; answers against greedy decoding by hand, against themselves in other
-batches, and against what was trained."""
+"""`evaluation`: scores against a table worked out by hand; answers against greedy decoding by hand, against
+themselves in other batches, and against what was trained."""
 
 import numpy as np
 import pytest
@@ -132,7 +132,8 @@ def images(folder):
 
 
 def asked(images):
-    """Questions of several lengths about images of several shapes, one without an image, one with two and an earlier turn."""
+    """Questions of several lengths about images of several shapes, one without an image, one with two and an
+    earlier turn."""
     several = [
         question("yes", image=image, words=f"{'what ' * i}is in it?") for i, image in enumerate(images)
     ]
@@ -148,7 +149,8 @@ def asked(images):
 
 @pytest.mark.parametrize("model_type", tiny.MODELS)
 def test_the_model_is_asked_what_it_was_asked_in_training(checkpoint, images, monkeypatch, model_type):
-    """What `generate` is given is what the collator gives in training, up to the first token of the last answer."""
+    """What `generate` is given is what the collator gives in training, up to the first token of the last
+    answer."""
     model, processor = checkpoint(model_type)
     seen = []
 

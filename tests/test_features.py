@@ -1,4 +1,4 @@
-"""The feature cache: stored features train as the images themselves do, however filling them was disturbed."""
+"""The feature cache: stored features train as images do, however filling it was disturbed."""
 
 from __future__ import annotations
 
@@ -465,7 +465,8 @@ def test_equal_files_are_forecast_once(
     capsys: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """As where an export has a copy of the image for each question, and a later stage's export copies of its own."""
+    """As where an export has a copy of the image for each question, and a later stage's export copies of its
+    own."""
 
     def copies(name: str) -> list[Conversation]:
         paths = [Path(images[number % 3]).with_name(f"{name} {number}.png") for number in range(15)]
@@ -664,7 +665,8 @@ def in_files_of_two() -> None:
 
 
 def at_flush(number: int, then: Callable[..., object], *arguments: object) -> None:
-    """Before a feature cache flushes for this number of times: a plan and its folder first, then a file and its folder."""
+    """Before a feature cache flushes for this number of times: a plan and its folder first, then a file and
+    its folder."""
     in_files_of_two()
     flush, flushed = whole.flush, 0
 
@@ -826,11 +828,14 @@ def asked(i, *images):
     turns = (Turn("user", "<image>" * len(images) + " what?"), Turn("assistant", "a heart " * (1 + i % 3)))
     return Conversation(str(i), turns, images)
 
-rows = [asked(i, f"{images}/{i % 6}.png") for i in range(7)] + [asked(8), asked(9), asked(10, f"{images}/cut.png")]
+rows = [asked(i, f"{images}/{i % 6}.png") for i in range(7)]
+rows += [asked(8), asked(9), asked(10, f"{images}/cut.png")]
 schedule = Schedule(epochs=2, learning_rate=0.05, global_batch=5)
-stages = Stage("align", "projector", schedule), Stage("vqa", "lora", schedule, LoraSpec(rank=4, alpha=8, dropout=0.0))
+lora = LoraSpec(rank=4, alpha=8, dropout=0.0)
+stages = Stage("align", "projector", schedule), Stage("vqa", "lora", schedule, lora)
 data = {stage.name: rows for stage in stages}
-curriculum_finetune(base, data, out, curriculum=Curriculum(stages), max_rejected=0.1, feature_cache=True, max_row_tokens=60)
+how = dict(max_rejected=0.1, feature_cache=True, max_row_tokens=60)
+curriculum_finetune(base, data, out, curriculum=Curriculum(stages), **how)
 assert PartialState().num_processes == int(processes), PartialState()
 """
 

@@ -1,8 +1,10 @@
-"""FlexAttention, which reads packed rows on CUDA: its block mask, its gradients, how often it is compiled, where it cannot be.
+"""FlexAttention, which reads packed rows on CUDA: its block mask, its gradients, how often it is compiled,
+where it cannot be.
 
-Its kernels for training run on CUDA only. On a CPU torch's own formulas for both passes take their place, which shows everything
-but the kernels (`test_flex_kernels.py` has them): that mask, model, checkpointing and trainer give FlexAttention what it must
-get, and what becomes of it. With `CUDA_VISIBLE_DEVICES=0` the same tests run the kernels.
+Its kernels for training run on CUDA only. On a CPU torch's own formulas for both passes take their place,
+which shows everything but the kernels (`test_flex_kernels.py` has them): that mask, model, checkpointing and
+trainer give FlexAttention what it must get, and what becomes of it. With `CUDA_VISIBLE_DEVICES=0` the same
+tests run the kernels.
 """
 
 from __future__ import annotations
@@ -62,7 +64,7 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-    """Where FlexAttention can be trained through: a GPU if one is visible, else a CPU on which it is allowed."""
+    """Where FlexAttention can be trained: a GPU if one is visible, else a CPU on which it is allowed."""
     torch._dynamo.reset()
     if not ON_GPU:
         flex_on_cpu.allow(monkeypatch.setattr)
@@ -139,7 +141,8 @@ def test_loss_and_every_gradient_are_the_padded_batchs(
     bases: dict[str, Path],
     conversations: list[Conversation],
 ) -> None:
-    """In one row, and in several that are padded to the longest; projector and LoRA also under activation checkpointing."""
+    """In one row, and in several that are padded to the longest; projector and LoRA also under activation
+    checkpointing."""
     model, processor = trainable(bases[kind], trains, quantization)
     model.to(device)
     padded = loss_and_gradients(model, padded_inputs(model, processor, conversations))

@@ -1,6 +1,8 @@
-"""FlexAttention's CUDA kernels for packed rows, as Inductor writes them, run in Triton's interpreter: no GPU is there.
+"""FlexAttention's CUDA kernels for packed rows, as Inductor writes them, run in Triton's interpreter: no GPU
+is there.
 
-One process for each case, since Triton reads once whether it interprets. What only a GPU shows is left out: bfloat16, time.
+One process for each case, since Triton reads once whether it interprets. What only a GPU shows is left out:
+bfloat16, time.
 """
 
 from __future__ import annotations
@@ -43,7 +45,8 @@ batch = PackedCollator(processor, max_row_tokens=int(bound)).inputs(conversation
 shape = list(batch["input_ids"].shape)
 packed = loss_and_gradients(model, batch | masks.attention_inputs(batch.pop("ends"), model.config))
 assert_same(packed, padded)
-print(json.dumps([shape, sorted({kernel.name.rstrip("_0123456789") for kernel in kernels if "_tem_" in kernel.name})]))
+names = {kernel.name.rstrip("_0123456789") for kernel in kernels if "_tem_" in kernel.name}
+print(json.dumps([shape, sorted(names)]))
 """
 
 

@@ -1,4 +1,5 @@
-"""`images.py` on real files, written here with Pillow: every pixel format a figure or radiograph comes in, and damaged ones."""
+"""`images.py` on real files, written here with Pillow: every pixel format a figure or radiograph comes in,
+and damaged ones."""
 
 import hashlib
 import os
@@ -15,8 +16,8 @@ from llavamed_peft.storage import images
 from llavamed_peft.storage.equal_images import content_key
 from llavamed_peft.storage.images import FORMATS, MAX_PIXELS, image_size, load_image
 
-# What has to be done to an upright array [height, width] so that a viewer obeying the orientation shows it upright again
-# (EXIF 2.3, tag 274: where row 0 and column 0 of the stored array lie in the picture).
+# What has to be done to an upright array [height, width] so that a viewer obeying the orientation shows it
+# upright again (EXIF 2.3, tag 274: where row 0 and column 0 of the stored array lie in the picture).
 STORED = {
     1: lambda a: a,
     2: lambda a: a[:, ::-1],
@@ -37,7 +38,8 @@ def pixels(path):
 
 
 def upright():
-    """[32, 48, 3]: left half red, and the upper left quarter white, so that no turn or flip leaves it the same."""
+    """[32, 48, 3]: left half red, and the upper left quarter white, so that no turn or flip leaves it the
+    same."""
     array = np.zeros((32, 48, 3), np.uint8)
     array[:, :24] = (255, 0, 0)
     array[:16, :24] = 255
@@ -273,14 +275,15 @@ def test_decompression_bombs_are_refused_on_the_header(tmp_path, monkeypatch, re
     with pytest.raises(DataError) as caught:
         read(path)
     assert str(caught.value) == (
-        f"{path}: too large to decode safely: Image size (3600000000 pixels) exceeds limit of 178956970 pixels, could be "
-        "decompression bomb DOS attack. Wanted at most 178,956,970 pixels."
+        f"{path}: too large to decode safely: Image size (3600000000 pixels) exceeds limit of 178956970 "
+        "pixels, could be decompression bomb DOS attack. Wanted at most 178,956,970 pixels."
     )
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", None)  # as other code in the process may have done
     with pytest.raises(DataError) as caught:
         read(path)
     assert str(caught.value) == (
-        f"{path}: 60000 x 60000 is 3,600,000,000 pixels, too many to decode safely; wanted at most 178,956,970."
+        f"{path}: 60000 x 60000 is 3,600,000,000 pixels, too many to decode safely; wanted at most "
+        "178,956,970."
     )
     assert Image.MAX_IMAGE_PIXELS is None
 
@@ -314,7 +317,8 @@ def test_equal_files_have_one_name_and_only_such_as_look_alike_are_read_in_full(
     long = bytes(range(256)) * 100
     other = long[:9000] + b"!" + long[9001:]
     contents = {
-        "a": long, "short": b"x", "b": other, "a again": long, "c": b"!" + long[1:], "d": long[:-1] + b"!", "longer": long + b"x",
+        "a": long, "short": b"x", "b": other, "a again": long, "c": b"!" + long[1:],
+        "d": long[:-1] + b"!", "longer": long + b"x",
         "short again": b"x", "b again": other, "empty": b"", "empty again": b"",
     }  # fmt: skip
     names = []

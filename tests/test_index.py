@@ -1,4 +1,5 @@
-"""The index: built once, found again with its counts and rejected rows, and never found where something it depends on changed."""
+"""The index: built once, found again with its counts and rejected rows, and never found where something it
+depends on changed."""
 
 from __future__ import annotations
 

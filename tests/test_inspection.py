@@ -1,4 +1,4 @@
-"""What `inspect` and `show` say: word for word on tiny checkpoints, and held against what training then does."""
+"""What `inspect` and `show` say: word for word on tiny checkpoints, and compared with training."""
 
 import json
 import re
@@ -103,7 +103,7 @@ steps
   align                 4       2      8               1     1.5             2                          28
   instruct              4       2      2               2     1.5             3                          28
   vqa       no data given              2                     1.5
-"""
+"""  # noqa: E501 - a terminal of 120 columns
 
 
 @pytest.fixture(scope="module")
@@ -164,8 +164,8 @@ def test_only_a_png_is_drawn_over(place):
 def test_a_single_step_of_warm_up_is_named(place):
     curriculum = Curriculum((Stage("align", "projector", replace(SHORT, epochs=1, global_batch=8)),))
     assert said(place, curriculum=curriculum).endswith(
-        "\n  align would learn nothing: warm-up begins at rate 0, and there is one optimizer step. Give it more data or epochs, "
-        "a smaller global_batch, or warmup_ratio=0.\n"
+        "\n  align would learn nothing: warm-up begins at rate 0, and there is one optimizer step. Give it "
+        "more data or epochs, a smaller global_batch, or warmup_ratio=0.\n"
     )
 
 
@@ -425,7 +425,8 @@ tiny-llava: llava over llama and clip_vision_model, sha256 4e0cbfadd35b
 
 @pytest.fixture
 def catalogue(tmp_path):
-    """The three stages of the tiny base with fixed numbers, without their weights, in folders beside one another."""
+    """The three stages of the tiny base with fixed numbers, without their weights, in folders beside one
+    another."""
     schedule = Schedule(epochs=2, learning_rate=3e-3, global_batch=16, max_length=256)
     lora = LoraSpec(rank=16, alpha=32, dropout=0)
     parent = None
@@ -484,7 +485,10 @@ def test_show_is_a_tree_from_the_base_to_the_stage(catalogue):
     assert "   ├─ made on CPU (x86_64) with llavamed-peft 0.1.0, torch 2.13.0" in lines
     assert "   └─ instruct: lora (adapter), sha256 8523372bce04, in tiny-llava--instruct" in lines
     assert "      ├─ lora: rank 16, alpha 32, dropout 0" in lines
-    used = "      │  └─ instruct.json, sha256 ea05693d63b4: 1,500 rows = 297 used + 1,200 missing image + 3 empty answer"
+    used = (
+        "      │  └─ instruct.json, sha256 ea05693d63b4: 1,500 rows = 297 used + 1,200 missing image + "
+        "3 empty answer"
+    )
     assert used in show(catalogue / "tiny-llava--vqa", width=120)
     assert "      └─ vqa: lora (adapter), sha256 5a9f8116dd9b, in tiny-llava--vqa" in lines
     assert max(map(len, show(catalogue / "tiny-llava--vqa", width=60))) <= 60

@@ -1,8 +1,9 @@
 """A run that is killed, stopped, or runs into a fault ends, by the same call, as if nothing had happened.
 
-Calls are made by `benchmarks/kills.py` in processes of their own, forked from one that has imported everything; what shall
-befall one of them is a function of this file, which runs in it first. The run is two stages with dropout, half an epoch,
-held-out losses, several device batches a step, an image that breaks off and a row that cannot be used.
+Calls are made by `benchmarks/kills.py` in processes of their own, forked from one that has imported
+everything; what shall befall one of them is a function of this file, which runs in it first. The run is two
+stages with dropout, half an epoch, held-out losses, several device batches a step, an image that breaks off
+and a row that cannot be used.
 """
 
 from __future__ import annotations
@@ -77,7 +78,8 @@ def out(place: Path, request: pytest.FixtureRequest, undisturbed: dict[str, tupl
 
 
 def during(stage: str, steps: int, training: bool, then: Callable[..., object], *arguments: object) -> None:
-    """Behind so many steps of a stage, in the first device batch of the next one or of the held-out loss, something happens."""
+    """Behind so many steps of a stage, in the first device batch of the next one or of the held-out loss,
+    something happens."""
     compute, seen = StageTrainer._summed_loss, 0
 
     def watched(self: StageTrainer, model: torch.nn.Module, batch: object) -> torch.Tensor:
@@ -540,7 +542,7 @@ def test_a_stage_whose_images_vanish_ends_and_goes_on_once_they_are_back(place: 
     kills.finish(kills.start(place, whole, "lora", **decoded), whole)
     last = failed(place, out, during, "vqa", 3, True, lose_the_images, **decoded)
     assert re.search(
-        r"data\.json: (9|10) of 14 rows cannot be used \(\S+%; max_rejected is 50\.0%\)\. Commonest: an image",
+        r"data\.json: (9|10) of 14 rows cannot be used \(\S+%; max_rejected is 50\.0%\)\. Commonest: an",
         last,
     ), last
     assert f"Of the training data of stage 'vqa', met while it trained: {place}/" in last
@@ -584,7 +586,10 @@ def test_a_full_disk_is_an_error_and_goes_on_when_there_is_room(
     )
     if allowed.returncode != 0:
         pytest.skip(f"no file system can be mounted here: {allowed.stderr!r}")
-    script = "import pathlib, sys, test_interruptions; test_interruptions.on_a_small_disk(*map(pathlib.Path, sys.argv[1:]))"
+    script = (
+        "import pathlib, sys, test_interruptions; "
+        "test_interruptions.on_a_small_disk(*map(pathlib.Path, sys.argv[1:]))"
+    )
     kills.context()  # sets what such a run is computed with
     done = subprocess.run(
         ["unshare", "-rm", sys.executable, "-c", script, str(place), str(out)],
@@ -611,7 +616,10 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(place: Path
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-100])
     goes_on(place, out)
-    told = f"{file}: has {size - 100:,} bytes, was written with {size:,}. Removed, since damaged. The checkpoint of step 2 stands"
+    told = (
+        f"{file}: has {size - 100:,} bytes, was written with {size:,}. Removed, since damaged. The checkpoint of "
+        "step 2 is intact"
+    )
     assert said(out).count(told) == 1
 
 

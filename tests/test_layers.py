@@ -1,7 +1,8 @@
-"""The architecture, held by a test: who may import whom, what stays free of torch, and what an import of the package does.
+"""The architecture, held by a test: who may import whom, what stays free of torch, and what an import of the
+package does.
 
-Read from the source text (AST), so that imports inside functions and under `TYPE_CHECKING` count as well: a layer that needs a
-higher one for a type alone still leans on it. The layers are the table in CONTRIBUTING.md.
+Read from the source text (AST), so that imports inside functions and under `TYPE_CHECKING` count as well: a
+layer that needs a higher one for a type alone still leans on it. The layers are the table in CONTRIBUTING.md.
 """
 
 import ast
@@ -76,7 +77,8 @@ PUBLIC = {
 
 
 class Import(NamedTuple):
-    """One imported name, absolute: `from ..errors import DataError` in `datasets/vqa.py` has target `llavamed_peft.errors`."""
+    """One imported name, absolute: `from ..errors import DataError` in `datasets/vqa.py` has target
+    `llavamed_peft.errors`."""
 
     file: str
     line: int
@@ -94,7 +96,7 @@ class Import(NamedTuple):
 
     @property
     def imported_unit(self) -> str | None:
-        """The unit of this package that is imported; "" for the package itself, None for anything installed."""
+        """The imported unit of this package; "" for the package itself, None for what is installed."""
         top, _, rest = self.target.partition(".")
         if top != "llavamed_peft":
             return None
@@ -128,7 +130,8 @@ def imports_in(file: str, root: ast.AST | None = None) -> Iterator[Import]:
 
 
 def package_imports() -> list[Import]:
-    """Every import of every module in `LAYERS`, so not of the package's own `__init__`, which is the face of all layers."""
+    """Every import of every module in `LAYERS`, so not of the package's own `__init__`, which is the face of
+    all layers."""
     return [found for file in files() if unit_of(file) in LAYERS for found in imports_in(file)]
 
 
@@ -229,7 +232,8 @@ def test_an_unknown_public_name_is_an_attribute_error() -> None:
 
 
 def run_fresh(code: str) -> subprocess.CompletedProcess[str]:
-    """Run code in a new process with few environment variables: an import in this one may already have set some."""
+    """Run code in a new process with few environment variables: an import in this one may already have set
+    some."""
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "SYSTEMROOT") if name in os.environ}
     command = [sys.executable, "-c", code]
     return subprocess.run(
@@ -261,7 +265,10 @@ def test_value_layers_run_without_torch() -> None:
         for file in files()
         if unit_of(file) in NO_TORCH
     )
-    code = f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\nprint(*({HEAVY!r} & set(sys.modules)))"
+    code = (
+        f"import importlib, sys\nfor name in {modules!r}: importlib.import_module(name)\n"
+        f"print(*({HEAVY!r} & set(sys.modules)))"
+    )
     done = run_fresh(code)
     assert done.stdout.strip() == "", f"importing {', '.join(modules)} also imports {done.stdout.strip()}"
 

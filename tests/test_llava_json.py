@@ -1,5 +1,5 @@
-"""`datasets.llava_json`: what published files do is read, what would have to be guessed is rejected with a reason, and nothing
-is dropped in silence. Also the rejects themselves, which every reader shares."""
+"""`datasets.llava_json`: what published files do is read, what would have to be guessed is rejected with a
+reason, and nothing is dropped in silence. Also the rejects themselves, which every reader shares."""
 
 import json
 import subprocess
@@ -147,8 +147,8 @@ BAD = {
     "a question of another format": (
         row(conversations=..., question="what?", answer="yes"),
         "malformed row",
-        "the row has no 'conversations'; wanted a list of turns. VQA-RAD's own files, and no other set's, are read by "
-        "recipes/vqa.py --dataset vqa_rad.",
+        "the row has no 'conversations'; wanted a list of turns. VQA-RAD's own files, and no other set's, "
+        "are read by recipes/vqa.py --dataset vqa_rad.",
     ),
     "turns as text": (
         row(conversations="hi"),
@@ -348,7 +348,8 @@ def test_image_folder(folder, tmp_path_factory, monkeypatch):
         list(llava_json.read(path, image_folder=folder / "none", rejects=[]))
     assert (
         str(caught.value)
-        == f"image folder {folder / 'none'}: no such folder; wanted the folder the rows' image paths start from."
+        == f"image folder {folder / 'none'}: no such folder; wanted the folder the rows' image paths "
+        "start from."
     )
     write(folder, [row()])
     monkeypatch.chdir(folder)
@@ -459,12 +460,14 @@ BROKEN_FILES = {
     ),
     "comma": (
         b"[" + GOOD + b",\n]",
-        f"broken JSON at byte {len(GOOD) + 4} (line 2, behind row 1): parse error: unallowed token at this point in JSON text",
+        f"broken JSON at byte {len(GOOD) + 4} (line 2, behind row 1): parse error: unallowed token at this "
+        "point in JSON text",
     ),
     "more behind": (b"[]\n[]", "broken JSON at byte 4 (line 2, behind row 0): parse error: trailing garbage"),
     "nan": (
         MANY + b',\n{"id": NaN}]',
-        f"broken JSON at byte {END + 10} (line 2001, behind row 2000): NaN and Infinity are not JSON, write null",
+        f"broken JSON at byte {END + 10} (line 2001, behind row 2000): NaN and Infinity are not JSON, write "
+        "null",
     ),
 }
 
@@ -534,7 +537,8 @@ print(rows, turns, peak)
 @pytest.mark.skipif(sys.platform != "linux", reason="/proc is Linux's")
 @pytest.mark.parametrize("layout", ["array", "lines"])
 def test_500_000_rows_need_less_than_300_mb(folder, layout):
-    """The size of the released alignment file: about 190 MB of JSON; held in memory as Python objects it is above 1 GB."""
+    """The size of the released alignment file: about 190 MB of JSON; held in memory as Python objects it is
+    above 1 GB."""
     one = json.dumps(
         row(
             domain={"mri": True, "ct_scan": False},

@@ -1,4 +1,5 @@
-"""Dense masks of packed rows: where none is needed, what attention may do with one, and models that cannot be given any."""
+"""Dense masks of packed rows: where none is needed, what attention may do with one, and models that cannot be
+given any."""
 
 from __future__ import annotations
 
@@ -103,7 +104,7 @@ OTHERS = {
 
 @pytest.mark.parametrize("language", OTHERS)
 def test_a_language_model_that_is_not_attention_alone_is_refused(language: str) -> None:
-    """Packed, it would train to the end and learn something else; the first two let a branch see its sibling."""
+    """Packed, it would train and learn something else; the first two let a branch see its sibling."""
     text_config = CONFIG_MAPPING[language](**SMALL, **OTHERS[language])
     with torch.device("meta"):
         model = LlavaForConditionalGeneration(

@@ -1,4 +1,5 @@
-"""Several processes train what one does: really several, over gloo, each with a whole model or with shards of one."""
+"""Several processes train what one does: really several, over gloo, each with a whole model or with shards of
+one."""
 
 from __future__ import annotations
 
@@ -58,7 +59,7 @@ def plain_descent(self, model=None):  # Adam would blow rounding up
 def training_step(self, model, *inputs):
     if how.startswith("zero"):
         assert model.zero_optimization_stage() == int(how[-1])
-        whole = [parameter for parameter in model.parameters() if parameter.requires_grad and parameter.numel()]
+        whole = [tensor for tensor in model.parameters() if tensor.requires_grad and tensor.numel()]
         assert bool(whole) == (how == "zero2"), len(whole)
     return step(self, model, *inputs)
 
@@ -75,19 +76,24 @@ if stopped:
     StageTrainer._summed_loss = stopping
 said = (Turn("user", "<image>\\nwhat is this?"), Turn("assistant", "a heart"))
 answers = [Turn("assistant", "a heart " * (1 + i % 3)) for i in range(9)]
-rows = [Conversation(str(i), (said[0], answer), (f"{images}/{i % 4}.png",)) for i, answer in enumerate(answers)]
-rows += [Conversation("text", (Turn("user", "what is a lung?"), Turn("assistant", "an organ"))) for _ in range(2)]
+rows = [
+    Conversation(str(i), (said[0], answer), (f"{images}/{i % 4}.png",)) for i, answer in enumerate(answers)
+]
+rows += [Conversation("text", (Turn("user", "what is a lung?"), Turn("assistant", "an organ")))] * 2
 rows += [Conversation("cut", said, (f"{images}/cut.png",))]
 schedule = Schedule(epochs=2, learning_rate=0.05, global_batch=5)
 lora = LoraSpec(rank=4, alpha=8, dropout=0.0)
-align, vqa, more = Stage("align", "projector", schedule), Stage("vqa", "lora", schedule, lora), Stage("more", "full", schedule)
+align, vqa = Stage("align", "projector", schedule), Stage("vqa", "lora", schedule, lora)
+more = Stage("more", "full", schedule)
 stages = (align, vqa, more) if dtype == "float32" else (vqa, align, more)
 data = {stage.name: rows for stage in stages}
 how_computed = dict(eval_steps=2, max_row_tokens=100, dtype=dtype, gradient_checkpointing=how != "alone")
-curriculum_finetune(base, data, out, curriculum=Curriculum(stages), eval_data=data, max_rejected=0.1, **how_computed)
+how_computed |= dict(eval_data=data, max_rejected=0.1)
+curriculum_finetune(base, data, out, curriculum=Curriculum(stages), **how_computed)
 assert PartialState().num_processes == int(processes), PartialState()
 """
-# As `accelerate launch` wants them; what stands in the recipes' own for GPUs is there too, where a CPU can take it.
+# As `accelerate launch` wants them; what stands in the recipes' own for GPUs is there too, where a CPU can
+# take it.
 LAUNCH = {
     "fsdp2": {
         "distributed_type": "FSDP",
@@ -147,7 +153,8 @@ def main(words):
     step, StageTrainer.training_step = StageTrainer.training_step, training_step
     row = Conversation("0", (Turn("user", "<image> what?"), Turn("assistant", "a heart")), (words.image,))
     stage = Stage("more", "full", Schedule(epochs=1, learning_rate=0.01, global_batch=2))
-    curriculum_finetune(words.base, {"more": [row] * 6}, words.out, curriculum=Curriculum((stage,)), feature_cache=False)
+    how = dict(curriculum=Curriculum((stage,)), feature_cache=False)
+    curriculum_finetune(words.base, {"more": [row] * 6}, words.out, **how)
 
 start(main, Words)
 """
@@ -316,7 +323,8 @@ def alone_in_bf16(place: Path) -> Path:
 
 @pytest.mark.parametrize("how", SHARDED)
 def test_trained_in_bf16_the_tensors_are_kept_in_fp32(how: str, place: Path, alone_in_bf16: Path) -> None:
-    """Sharded weights are rounded to compute with; what is summed up and handed on is not (rounded, 2e-3 is lost)."""
+    """Sharded weights are rounded to compute with; what is summed up and handed on is not (rounded, 2e-3 is
+    lost)."""
     together = launch(place, 2, how, "bfloat16")
     for stage in STAGES:
         (weights,) = (path.name for path in (alone_in_bf16 / stage).glob("*.safetensors"))

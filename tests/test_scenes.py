@@ -1,4 +1,5 @@
-"""The demo's world and its shipped base: scenes are a function of their seed, their texts hold together, the base answers."""
+"""The demo's world and its shipped base: scenes are a function of their seed, their texts hold together, the
+base answers."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def texts(scene: Scene) -> list[str]:
     return [scene.caption, *asked, *(text for turn in scene.dialogue for text in turn)]
 
 
-# --------------------------------------------------------------------------------------------------------------- scenes
+# ----------------------------------------------------------------------------------------------------
+# scenes
 
 
 @MAKERS
@@ -56,7 +58,8 @@ def test_same_seed_same_scene(scene_of):
 
 def test_scenes_do_not_depend_on_the_process():
     """Another process, with another hash seed, draws the same: no order of a set decides anything."""
-    code = "import hashlib, scenes; print([hashlib.sha256(f(s).image.tobytes() + f(s).caption.encode()).hexdigest() "
+    code = "import hashlib, scenes; "
+    code += "print([hashlib.sha256(f(s).image.tobytes() + f(s).caption.encode()).hexdigest() "
     code += "for f in (scenes.general_scene, scenes.clinic_scene) for s in range(20)])"
     prints = {
         subprocess.run(
@@ -128,7 +131,8 @@ def test_every_modality_is_drawn():
     assert seen.total() == 500 and min(seen[name] for name in MODALITIES) > 60
 
 
-# ------------------------------------------------------------------------------------------------------------- data files
+# ----------------------------------------------------------------------------------------------------
+# data files
 
 
 def test_dataset_on_disk(tmp_path):
@@ -168,7 +172,8 @@ def test_sets_share_no_seed():
     assert max(FIRST_SEED, key=FIRST_SEED.get) == "base"
 
 
-# -------------------------------------------------------------------------------------------------------- the shipped base
+# -------------------------------------------------------------------------------------------------------- the
+# shipped base
 
 
 def test_texts_survive_the_tokenizer(processor):
@@ -224,7 +229,8 @@ def test_image_preparation(processor):
 
 
 def test_shipped_base_answers(processor):
-    """Loaded as any checkpoint is, it describes its own world: most questions about unseen general scenes come out exactly."""
+    """Loaded as any checkpoint is, it describes its own world: most questions about unseen general scenes
+    come out exactly."""
     import torch
     from transformers import AutoModelForImageTextToText
 

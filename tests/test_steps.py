@@ -1,4 +1,5 @@
-"""Steps: each conversation once an epoch, exactly `global_batch` of them a step, the same on any number of processes."""
+"""Steps: each conversation once an epoch, exactly `global_batch` of them a step, the same on any number of
+processes."""
 
 from __future__ import annotations
 
@@ -216,7 +217,8 @@ PUBLISHED = Path(__file__).parents[2] / "shared" / "data" / "vqa_rad" / "trainse
 @pytest.mark.parametrize("max_row_tokens", [2048, 4096, 16384])
 @pytest.mark.parametrize("global_batch", [64, 128])
 def test_real_questions_fill_packed_rows_well(processes: int, max_row_tokens: int, global_batch: int) -> None:
-    """VQA-RAD as LLaVA-1.5 sees it: 580 tokens of image and prompt, about a token for four characters of a question."""
+    """VQA-RAD as LLaVA-1.5 sees it: 580 tokens of image and prompt, about a token for four characters of a
+    question."""
     rows = json.loads(PUBLISHED.read_text(encoding="utf-8"))
     names = {name: number for number, name in enumerate(dict.fromkeys(row["image_name"] for row in rows))}
     groups = np.array([names[row["image_name"]] for row in rows])

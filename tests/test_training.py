@@ -1,4 +1,5 @@
-"""The step: one mean over the step's supervised tokens however it is cut, exactly the scope's parameters, two learning rates."""
+"""The step: one mean over the step's supervised tokens however it is cut, exactly the scope's parameters, two
+learning rates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,5 @@
-"""The values check themselves: every refusal with its exact words, YAML there and back, and the paper's numbers."""
+"""The values check themselves: every refusal with its exact words, YAML there and back, and the paper's
+numbers."""
 
 import dataclasses
 import pickle
@@ -149,8 +150,8 @@ def test_stage_name_is_free(name: str) -> None:
         ({"trains": "lora", "lora": 8}, "Stage.lora is 8; wanted a LoraSpec or None."),
         (
             {"schedule": schedule(projector_learning_rate=2e-5)},
-            "Stage 'align': Schedule.projector_learning_rate is 2e-05; wanted None, since in a projector stage learning_rate is "
-            "the projector's.",
+            "Stage 'align': Schedule.projector_learning_rate is 2e-05; wanted None, since in a projector "
+            "stage learning_rate is the projector's.",
         ),
         (
             {"lora": LoraSpec()},
@@ -199,8 +200,9 @@ def test_two_lora_stages_of_one_lineage_have_one_rank_and_alpha() -> None:
             # A projector stage between them carries the LoRA on, so it does not part them.
             Curriculum((lora("instruct", **{name: first}), ALIGN, lora("vqa", **{name: second})))
         assert str(refusal.value) == (
-            f"Stage 'vqa' has LoRA {name} {second}, stage 'instruct' before it {first}; wanted equal numbers, since the later "
-            "stage continues the earlier one's tensors. Change one, or put a full stage between them."
+            f"Stage 'vqa' has LoRA {name} {second}, stage 'instruct' before it {first}; wanted equal "
+            "numbers, since the later stage continues the earlier one's tensors. Change one, or put a full "
+            "stage between them."
         )
 
 
@@ -235,11 +237,13 @@ def test_dropout_may_change_within_a_lineage() -> None:
         (lambda: Conversation("1", ("Hello",)), "Conversation.turns is ('Hello',); wanted a tuple of Turn."),
         (
             lambda: Conversation("1", (TELL, ASK), ("a.jpg",)),
-            "Conversation.turns: turn 1 is the assistant's; wanted the user's (user first, then alternating).",
+            "Conversation.turns: turn 1 is the assistant's; wanted the user's (user first, then "
+            "alternating).",
         ),
         (
             lambda: Conversation("1", (ASK, ASK), ("a.jpg", "a.jpg")),
-            "Conversation.turns: turn 2 is the user's; wanted the assistant's (user first, then alternating).",
+            "Conversation.turns: turn 2 is the user's; wanted the assistant's (user first, then "
+            "alternating).",
         ),
         (
             lambda: Conversation("1", (ASK, TELL, Turn("user", "Why?")), ("a.jpg",)),
@@ -333,16 +337,16 @@ def test_hints() -> None:
 
 # --- the paper's numbers ---
 
-# arXiv:2306.00890 section 4, section 5.2 and appendix (hyper-parameters); 15 epochs are those of the published row
-# "LLaVA-Med from LLaVA" in the VQA table. Columns:
+# arXiv:2306.00890 section 4, section 5.2 and appendix (hyper-parameters); 15 epochs are those of the
+# published row "LLaVA-Med from LLaVA" in the VQA table. Columns:
 # name, trains, learning rate, projector's learning rate, conversations per step, epochs.
 PAPER = [
     ("align", "projector", 2e-3, None, 128, 1),
     ("instruct", "full", 2e-5, None, 128, 3),
     ("vqa", "full", 2e-5, None, 64, 15),
 ]
-# LLaVA's own LoRA recipe (scripts/v1_5/finetune_lora.sh in haotian-liu/LLaVA): rank 128, alpha 256, LoRA 2e-4, projector 2e-5;
-# batches and epochs as above.
+# LLaVA's own LoRA recipe (scripts/v1_5/finetune_lora.sh in haotian-liu/LLaVA): rank 128, alpha 256, LoRA
+# 2e-4, projector 2e-5; batches and epochs as above.
 AS_LORA = [
     ("align", "projector", 2e-3, None, 128, 1),
     ("instruct", "lora", 2e-4, 2e-5, 128, 3),
@@ -543,7 +547,8 @@ def test_a_yaml_file_is_named_in_its_errors(tmp_path: Path) -> None:
 def test_yaml_with_a_key_twice_is_an_error() -> None:
     with pytest.raises(ConfigError, match="the key 'epochs' stands twice"):
         Curriculum.from_yaml(
-            "stages:\n- {name: a, trains: projector, schedule: {epochs: 1, learning_rate: 1e-3, epochs: 30}}\n"
+            "stages:\n- {name: a, trains: projector, schedule: {epochs: 1, learning_rate: 1e-3, epochs: "
+            "30}}\n"
         )
 
 

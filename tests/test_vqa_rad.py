@@ -1,4 +1,5 @@
-"""`datasets.vqa_rad`: both published forms in miniature, and the published files themselves where they are at hand."""
+"""`datasets.vqa_rad`: both published forms in miniature, and the published files themselves where they are at
+hand."""
 
 import json
 from collections import Counter
@@ -137,7 +138,8 @@ def test_a_split_the_file_cannot_have_is_an_error_not_an_empty_list(folder):
     with pytest.raises(ConfigError) as caught:
         list(vqa_rad.read(path, split="test"))
     assert str(caught.value) == (
-        f"{path}: split='test' was asked for, but by its name the file is the train split; wanted 'train' or None."
+        f"{path}: split='test' was asked for, but by its name the file is the train split; wanted 'train' or "
+        "None."
     )
     with pytest.raises(ConfigError) as caught:
         list(vqa_rad.read(path, split="val"))

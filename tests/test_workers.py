@@ -1,4 +1,5 @@
-"""Data-loader workers that die or hang: the row they were at is named, however they were started. They really die and hang."""
+"""Data-loader workers that die or hang: the row they were at is named, however they were started. They really
+die and hang."""
 
 from __future__ import annotations
 
@@ -119,7 +120,8 @@ def test_workers_that_are_not_forked_yield_the_same_batches(
 
 
 class SharesPixelsOnly(DeviceBatches):
-    """Fails in the worker where pixels would be copied once more, or small tensors would each be an open file."""
+    """Fails in the worker where pixels would be copied once more, or small tensors would each be an open
+    file."""
 
     def __getitem__(self, rows: Sequence[int]) -> DeviceInputs:
         made = super().__getitem__(rows)
@@ -184,8 +186,8 @@ def test_training_names_the_row_that_killed_a_worker(
         curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=ONE_STAGE, workers=2)
     said = str(raised.value)
     assert (
-        f"A worker that decodes images died at in memory:4 (id id-3), image {tmp_path / '3.png'}, in the device batch of"
-        in said
+        f"A worker that decodes images died at in memory:4 (id id-3), image {tmp_path / '3.png'}, in the "
+        "device batch of" in said
     )
     assert (
         "leave the row out if it is the cause; if memory ran out, take fewer workers" in said

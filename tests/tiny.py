@@ -1,8 +1,9 @@
-"""Tiny checkpoints of all four classes, in the file layout of the Hub, built from configurations without a network.
+"""Tiny checkpoints of all four classes, in the file layout of the Hub, built from configurations without a
+network.
 
-Every width is a multiple of 64, as bitsandbytes needs. Chat templates do what the llava-hf checkpoints' do: LLaVA-1.5 ends no
-assistant turn, LLaVA-NeXT (Mistral) ends it with EOS, LLaVA-OneVision (Qwen2) writes an assistant turn otherwise than its
-generation prompt.
+Every width is a multiple of 64, as bitsandbytes needs. Chat templates do what the llava-hf checkpoints' do:
+LLaVA-1.5 ends no assistant turn, LLaVA-NeXT (Mistral) ends it with EOS, LLaVA-OneVision (Qwen2) writes an
+assistant turn otherwise than its generation prompt.
 """
 
 from __future__ import annotations
@@ -35,25 +36,27 @@ GRID = (IMAGE_SIZE // PATCH) ** 2
 PINPOINTS = [[56, 112], [112, 56], [112, 112]]
 
 VICUNA = (
-    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': ' }}{% endif %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}"
-    "{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + ' ' }}{% endgeneration %}"
-    "{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+    "{% for message in messages %}{% if message['role'] != 'system' %}{{ message['role'].upper() + ': "
+    "' }}{% endif %}{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ "
+    "'<image>\n' }}{% endfor %}{% for part in message['content'] | selectattr('type', 'equalto', "
+    "'text') %}{% if message['role'] == 'assistant' %}{% generation %}{{ part['text'] + ' ' }}{% "
+    "endgeneration %}{% else %}{{ part['text'] + ' ' }}{% endif %}{% endfor %}{% endfor %}{% "
+    "if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
 )
 MISTRAL = (
-    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% endfor %}{{ ' [/INST]' }}"
-    "{% else %}{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ ' ' + part['text'] }}{% endfor %}"
-    "{{ eos_token }}{% endif %}{% endfor %}"
+    "{% for message in messages %}{% if message['role'] == 'user' %}{{ '[INST] ' }}{% for part in "
+    "message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}{% endfor %}{% "
+    "for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ part['text'] }}{% "
+    "endfor %}{{ ' [/INST]' }}{% else %}{% for part in message['content'] | selectattr('type', "
+    "'equalto', 'text') %}{{ ' ' + part['text'] }}{% endfor %}{{ eos_token }}{% endif %}{% "
+    "endfor %}"
 )
 ONEVISION = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}"
-    "{% for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] }}{% endfor %}"
-    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + ' ' }}{% for part in "
+    "message['content'] | selectattr('type', 'equalto', 'image') %}{{ '<image>' }}{% endfor %}{% "
+    "for part in message['content'] | selectattr('type', 'equalto', 'text') %}{{ '\n' + part['text'] "
+    "}}{% endfor %}{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ "
+    "'<|im_start|>assistant\n' }}{% endif %}"
 )
 TEMPLATES = {"llava": VICUNA, "vipllava": VICUNA, "llava_next": MISTRAL, "llava_onevision": ONEVISION}
 MODELS = {
@@ -64,7 +67,8 @@ MODELS = {
 }
 LANGUAGES = {"llama": LlamaConfig, "mistral": MistralConfig, "qwen2": Qwen2Config}
 WORDS = [
-    "USER: ASSISTANT: [INST] [/INST] what is in the image ? yes no the left right lung a chest x-ray shows normal heart"
+    "USER: ASSISTANT: [INST] [/INST] what is in the image ? yes no the left right lung a chest x-ray shows "
+    "normal heart"
 ] * 4
 
 
@@ -124,7 +128,8 @@ def build(
     seed: int = 0,
     template: str | None = None,
 ) -> Path:
-    """Write a tiny checkpoint and return its folder. The processor's `patch_size` is left out, as on many Hub folders."""
+    """Write a tiny checkpoint and return its folder. The processor's `patch_size` is left out, as on many Hub
+    folders."""
     folder = Path(folder)
     config_class, model_class = MODELS[model_type]
     text = text_config(language, 384)

@@ -1,4 +1,4 @@
-"""What a stage leaves: its folder, read (`stage_adapter.py`), written (`writing.py`), described (`card.py`)."""
+"""What a stage leaves: its folder, read, written, described, and listed in a catalogue."""
 
 from .stage_adapter import StageAdapter, load_stage
 

@@ -1,9 +1,12 @@
-"""The catalogue of published adapters: one folder `<base>--<stage>/` each, and an index table made from their `stage.json`.
+"""The catalogue of published adapters: one folder `<base>--<stage>/` each, and an index table made from their
+`stage.json`.
 
-An entry that lies there whole is a stage's folder as training left it and loads at once. Of an adapter whose weights are on the
-Hub the entry has the small files only (`adapter_config.json`, `stage.json`, `README.md`); the hash in its `stage.json` pins the
-weights. Either way the folder's name and the table follow from `stage.json`, so nothing in the table is written by hand.
-Publishing to the Hub and downloading from it are left out, and so are full stages: their checkpoints are models of their own.
+An entry that lies there whole is a stage's folder as training left it and loads at once. Of an adapter whose
+weights are on the Hub the entry has the small files only (`adapter_config.json`, `stage.json`, `README.md`);
+the hash in its `stage.json` pins the weights. Either way the folder's name and the table follow from
+`stage.json`, so nothing in the table is written by hand.
+Publishing to the Hub and downloading from it are left out, and so are full stages: their checkpoints are
+models of their own.
 """
 
 from __future__ import annotations
@@ -119,7 +122,8 @@ def table(folder: str | Path) -> str:
         folder: of the catalogue; hidden folders and plain files in it are left alone.
 
     Raises:
-        AdapterError: there is no such folder, or one in it is not named as its `stage.json` says, or is damaged.
+        AdapterError: there is no such folder, or one in it is not named as its `stage.json` says, or is
+            damaged.
     """
     folder = Path(folder)
     if not folder.is_dir():
@@ -136,7 +140,8 @@ def table(folder: str | Path) -> str:
 
 
 def update(folder: str | Path) -> Path:
-    """Write the table into the catalogue's `README.md`, between its two marker lines; the rest of the file stays.
+    """Write the table into the catalogue's `README.md`, between its two marker lines; the rest of the file
+    stays.
 
     Returns:
         The file. If there was none, it is made.

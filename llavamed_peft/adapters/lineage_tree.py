@@ -25,7 +25,8 @@ class _Node:
 
 
 def show(adapter: str | Path, width: int = 100) -> list[str]:
-    """A finished stage as a tree of lines: base, the stages before it, and of each schedule, data and metrics.
+    """A finished stage as a tree of lines: base, the stages before it, and of each schedule, data and
+    metrics.
 
     A stage before it is described where its folder lies beside that of its child, found by the content hash.
 

@@ -1,1 +1,1 @@
-"""The console script (`main.py`), and how recipes read options (`arguments.py`) and start (`launching.py`)."""
+"""The console script, and how recipes read their options and start."""

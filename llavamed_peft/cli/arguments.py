@@ -1,9 +1,10 @@
-"""How a script's options are read: `parse`, and the options that several share, `RunArguments` and `CurriculumArguments`.
+"""How a script's options are read: `parse`, and the options that several share, `RunArguments` and
+`CurriculumArguments`.
 
-A recipe of one stage has a dataclass of its own for what decides the result (data, schedule, LoRA). That of a whole curriculum is
-here, since `inspect --config` reads it too, and so is how a run is computed, the same everywhere. Options come from the command
-line and from a YAML file, and what is written on the command line counts. An option that nobody knows is an error, wherever it
-stands, and so is a value of another kind.
+A recipe of one stage has a dataclass of its own for what decides the result (data, schedule, LoRA). That of a
+whole curriculum is here, since `inspect --config` reads it too, and so is how a run is computed, the same
+everywhere. Options come from the command line and from a YAML file, and what is written on the command line
+counts. An option that nobody knows is an error, wherever it stands, and so is a value of another kind.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from ..stages import Curriculum
 
 
 def files_by_stage(words: Iterable[str], curriculum: Curriculum) -> dict[str, list[str]]:
-    """`["a.json", "vqa=b.json"]` → stage name → files: a plain file is every stage's, `stage=file` that stage's.
+    """`["a.json", "vqa=b.json"]` → stage name → files: a plain file is every stage's, `stage=file` that
+    stage's.
 
     Raises:
         ConfigError: a stage that the curriculum does not have.
@@ -75,7 +77,8 @@ class RunArguments:
     layout: Literal["packed", "padded"] = field(
         default="packed",
         metadata={
-            "help": "'packed': what conversations begin with alike, such as an image, stands once; 'padded': a row each"
+            "help": "'packed': what conversations begin with alike, such as an image, stands once; 'padded': "
+            "a row each"
         },
     )
     max_row_tokens: int | None = field(
@@ -102,14 +105,16 @@ class RunArguments:
     workers: int | None = field(
         default=None,
         metadata={
-            "help": "processes that decode images ahead, for each GPU; None: its share of the cores, up to 8; none on a CPU; "
+            "help": "processes that decode images ahead, for each GPU; None: its share of the cores, up to "
+            "8; none on a CPU; "
             "fewer where /dev/shm has no room"
         },
     )
     feature_cache: Literal["auto", True, False] = field(
         default="auto",
         metadata={
-            "help": "store what the vision tower makes of each image and compute it once; auto: where that pays and fits"
+            "help": "store what the vision tower makes of each image and compute it once; auto: where that "
+            "pays and fits"
         },
     )
     report_to: list[str] = field(
@@ -123,7 +128,8 @@ _NAMED = {"LLAVA_MED": LLAVA_MED, "LLAVA_MED_FULL": LLAVA_MED_FULL}
 
 @dataclass(kw_only=True)
 class CurriculumArguments:
-    """What decides the result of a whole curriculum: the options of `recipes/curriculum.py`, and of every cookbook."""
+    """What decides the result of a whole curriculum: the options of `recipes/curriculum.py`, and of every
+    cookbook."""
 
     MAPPINGS: ClassVar = ("data", "eval_data", "image_folder", "curriculum")
 

@@ -19,8 +19,8 @@ from .parsing import parse
 def start(main: Callable[..., object], *arguments: type) -> None:
     """Parse the options and call `main` with them.
 
-    Where the package refuses, the process ends with a line on stderr and exit code 1; where it was asked to stop, with 143
-    (SIGTERM) or 130 (Ctrl-C) and a line that says how to go on.
+    Where the package refuses, the process ends with a line on stderr and exit code 1; where it was asked to
+    stop, with 143 (SIGTERM) or 130 (Ctrl-C) and a line that says how to go on.
 
     Of several processes under torchrun the one that fails is named, with its error, in torchrun's last lines.
     """

@@ -1,14 +1,16 @@
-"""The console script `llavamed-peft`: one verb per subparser, each a short function that imports what it needs when it is called.
+"""The console script `llavamed-peft`: one verb per subparser, each a short function that imports what it
+needs when it is called.
 
     llavamed-peft ask llava-hf/llava-1.5-7b-hf runs/llava-med/vqa chest.png "Is the heart enlarged?"
-    llavamed-peft inspect llava-hf/llava-1.5-7b-hf align=pmc_align.json vqa=vqa_rad/train.json --image_folder images/
+    llavamed-peft inspect llava-hf/llava-1.5-7b-hf align=align.json vqa=vqa.json --image_folder images/
     llavamed-peft inspect --config recipes/configs/llava-1.5-7b/nf4-24gb.yaml
     llavamed-peft show runs/llava-med/vqa
     llavamed-peft merge llava-hf/llava-1.5-7b-hf runs/llava-med/vqa merged/
     llavamed-peft catalogue adapters
 
-What this package refuses is one line on stderr and exit code 2, as argparse does with a wrong command line; anything else that
-goes wrong is a defect and shows its traceback. Training has no verb: it is `curriculum_finetune`, and the scripts in `recipes/`.
+What this package refuses is one line on stderr and exit code 2, as argparse does with a wrong command line;
+anything else that goes wrong is a defect and shows its traceback. Training has no verb: it is
+`curriculum_finetune`, and the scripts in `recipes/`.
 """
 
 from __future__ import annotations
@@ -66,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="llavamed-peft",
-        description="The LLaVA-Med curriculum, as swappable PEFT stage adapters. For research only, not for clinical use.",
+        description="The LLaVA-Med curriculum, as swappable PEFT stage adapters. For research only, not for "
+        "clinical use.",
     )
     parser.add_argument("--version", action="version", version=f"llavamed-peft {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
@@ -88,7 +91,8 @@ def _parser() -> argparse.ArgumentParser:
     inspect = verbs.add_parser(
         "inspect",
         help="show what would train, on which tokens, and what would be rejected; needs no weights",
-        description="Show what a run would do, without running it. Of BASE only configuration and processor are read.",
+        description="Show what a run would do, without running it. Of BASE only configuration and processor "
+        "are read.",
     )
     inspect.add_argument("base", metavar="BASE", nargs="?", help="Hub id or folder of a LLaVA checkpoint")
     inspect.add_argument(
@@ -127,7 +131,8 @@ def _parser() -> argparse.ArgumentParser:
         const=True,
         default=False,
         metavar="FILE.png",
-        help="show how each stage's first step is packed on a GPU; with a file, draw it there, too (so DATA stands before it)",
+        help="show how each stage's first step is packed on a GPU; with a file, draw it there, too (so DATA "
+        "stands before it)",
     )
     inspect.add_argument(
         "--max_row_tokens",
@@ -169,7 +174,8 @@ def _ask(options: argparse.Namespace) -> None:
     from ..conversations import Question
     from ..storage.images import image_size
 
-    # What is wrong with image or words shows before a model is loaded. The answer is what is asked for, so it has no words yet.
+    # What is wrong with image or words shows before a model is loaded. The answer is what is asked for, so it
+    # has no words yet.
     question = Question("question", options.image, options.question, answer="?", answer_type="open")
     image_size(question.image)
 
@@ -215,7 +221,8 @@ def _inspect(options: argparse.Namespace) -> None:
         max_row_tokens = run.max_row_tokens
         if options.packing and run.layout != "packed":
             raise ConfigError(
-                f"{options.config}: layout is {run.layout!r}, so nothing is packed; wanted 'packed' for --packing."
+                f"{options.config}: layout is {run.layout!r}, so nothing is packed; wanted 'packed' for "
+                "--packing."
             )
         data, image_folder = arguments.files("data"), arguments.folders()
     else:
@@ -231,7 +238,8 @@ def _inspect(options: argparse.Namespace) -> None:
         names = [stage.name for stage in curriculum.stages]
         if options.stage not in names:
             raise ConfigError(
-                f"--stage is {options.stage!r}, no stage of the curriculum.{did_you_mean(options.stage, names)}"
+                f"--stage is {options.stage!r}, no stage of the "
+                f"curriculum.{did_you_mean(options.stage, names)}"
             )
         for argument, given in (("data", data), ("image_folder", image_folder)):
             if isinstance(given, dict):

@@ -18,18 +18,20 @@ def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[
     """Read a script's options from its command line and from the YAML file behind `--config`.
 
     Args:
-        arguments: dataclasses whose fields are the options, with a `help` in their metadata. Those that a dataclass names in
-            `MAPPINGS` may be mappings in the file.
+        arguments: dataclasses whose fields are the options, with a `help` in their metadata. Those that a
+            dataclass names in `MAPPINGS` may be mappings in the file.
         command_line: the words behind the script's name; `None`: those of this process.
 
     Returns:
-        One object of each dataclass. Where something is wrong (an option nobody knows, a missing or impossible one) the process
-        ends with exit code 2, usage and reason on stderr; the nearest known name is given.
+        One object of each dataclass. Where something is wrong (an option nobody knows, a missing or
+        impossible one) the process ends with exit code 2, usage and reason on stderr; the nearest known name
+        is given.
     """
     parser = _Parser(
         arguments,
         allow_abbrev=False,
-        description="Every option may also stand in a YAML file, --config FILE; what the command line says counts.",
+        description="Every option may also stand in a YAML file, --config FILE; what the command line says "
+        "counts.",
     )
     for action in parser._actions:
         if action.choices and True in action.choices:
@@ -63,7 +65,8 @@ def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[
                 choices = known[name].choices
                 wanted = f"one of {', '.join(map(str, choices))}" if choices else _words(hints[name])
                 parser.error(
-                    f"{name} is {value!r}; wanted {wanted}{', or no such line' if _fits(None, hints[name]) else ''}."
+                    f"{name} is {value!r}; wanted "
+                    f"{wanted}{', or no such line' if _fits(None, hints[name]) else ''}."
                 )
     return tuple(parsed)
 
@@ -79,7 +82,8 @@ class _Parser(TrlParser):
     file: str | None = None
 
     def take_file(self, words: list[str]) -> list[object]:
-        """Take `--config FILE` out of the words and make what the file says the options' defaults; returns keys that are none."""
+        """Take `--config FILE` out of the words and make what the file says the options' defaults; returns
+        keys that are none."""
         if "--config" not in words:
             return []
         place = words.index("--config")

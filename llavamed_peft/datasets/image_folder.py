@@ -1,9 +1,9 @@
 """The image a row names, as a path inside the image folder: a data file decides no further than that folder.
 
-The rule is one of names: a row's path is relative, with forward slashes, and after `..` is worked out it still lies in the
-folder. Symbolic links inside the folder are followed wherever they lead: they were put there by the folder's owner, not by the
-data file, and the Hugging Face cache consists of such links. Whether the file is an image at all is seen when it is opened
-(`images.py`).
+The rule is one of names: a row's path is relative, with forward slashes, and after `..` is worked out it
+still lies in the folder. Symbolic links inside the folder are followed wherever they lead: they were put
+there by the folder's owner, not by the data file, and the Hugging Face cache consists of such links. Whether
+the file is an image at all is seen when it is opened (`images.py`).
 """
 
 from __future__ import annotations

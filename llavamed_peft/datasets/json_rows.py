@@ -1,12 +1,14 @@
 """The rows of a JSON file, one at a time: an array of rows, or JSON lines, told apart by the first character.
 
-An array is parsed as a stream (ijson), so a file of 500,000 rows needs the memory of one. What a row must look like is its
-reader's matter; here are the faults of the file: missing, empty, not UTF-8, broken JSON (placed to the byte), an object in the
-place of rows. `row_id` and `text_of` read the two kinds of cell every format has.
+An array is parsed as a stream (ijson), so a file of 500,000 rows needs the memory of one. What a row must
+look like is its reader's matter; here are the faults of the file: missing, empty, not UTF-8, broken JSON
+(placed to the byte), an object in the place of rows. `row_id` and `text_of` read the two kinds of cell every
+format has.
 
-Left out: compressed files, and NaN or Infinity, which Python writes but JSON does not have: in an array they are broken JSON,
-in JSON lines their line is rejected, and both messages name them. Nor is there a guard against an array made to be harmful:
-ijson's memory grows with the square of the nesting depth (5,000 levels: some 60 MB).
+Left out: compressed files, and NaN or Infinity, which Python writes but JSON does not have: in an array they
+are broken JSON, in JSON lines their line is rejected, and both messages name them. Nor is there a guard
+against an array made to be harmful: ijson's memory grows with the square of the nesting depth (5,000 levels:
+some 60 MB).
 """
 
 from __future__ import annotations
@@ -31,19 +33,22 @@ _LONGEST_LINE = 1 << 26  # bytes; a longer line is no row
 def json_rows(
     path: str | os.PathLike[str], row_keys: Collection[str], wanted: str, rejects: Rejects | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (row, value) for each row of a JSON array or of a JSON-lines file; a byte order mark and blank lines are skipped.
+    """Yield (row, value) for each row of a JSON array or of a JSON-lines file; a byte order mark and blank
+    lines are skipped.
 
     Args:
         path: the file.
         row_keys: keys a row may have; a single object with none of them is not JSON lines of one row.
-        wanted: what the reader reads, for the messages, such as `"LLaVA JSON: an array of rows, or one row a line"`.
+        wanted: what the reader reads, for the messages, such as `"LLaVA JSON: an array of rows, or one row a
+            line"`.
         rejects: takes the lines that are not JSON (only JSON lines have such); with `None` they raise.
 
     Returns:
         A generator. `row` counts from 1; in JSON lines it is the line's number. `value` is any JSON value.
 
     Raises:
-        DataError: the file is missing, a folder, empty, not UTF-8, not JSON, or one JSON object instead of rows.
+        DataError: the file is missing, a folder, empty, not UTF-8, not JSON, or one JSON object instead of
+            rows.
     """
     with _open(path, wanted) as file:
         start = len(codecs.BOM_UTF8) if file.read(3) == codecs.BOM_UTF8 else 0
@@ -70,7 +75,8 @@ def row_id(row: Any, key: str, number: int) -> str:
 
 
 def text_of(value: Any, what: str) -> str:
-    """A cell that holds text. Numbers, true and false become the text that JSON writes for them: 3 -> "3", true -> "true".
+    """A cell that holds text. Numbers, true and false become the text that JSON writes for them: 3 -> "3",
+    true -> "true".
 
     Raises:
         BadRow: null, a list or an object, or half a surrogate pair, which no tokenizer takes.
@@ -111,7 +117,8 @@ def _open(path: str | os.PathLike[str], wanted: str) -> BinaryIO:
 
 
 class _Pieces:
-    """A file handed to the parser in pieces, single bytes from `fine_from` on; counts bytes and lines for the error's place."""
+    """A file handed to the parser in pieces, single bytes from `fine_from` on; counts bytes and lines for the
+    error's place."""
 
     def __init__(self, file: BinaryIO, fine_from: int | None = None) -> None:
         self.file, self.fine_from = file, fine_from
@@ -187,7 +194,8 @@ def _refuse_constant(name: str) -> NoReturn:
 def _require_lines(
     file: BinaryIO, path: str | os.PathLike[str], first: bytes, row_keys: Collection[str], wanted: str
 ) -> None:
-    """Raise where a file that does not begin with `[` is not JSON lines either; faults of single lines are let through."""
+    """Raise where a file that does not begin with `[` is not JSON lines either; faults of single lines are
+    let through."""
     start = file.tell()
     if first != b"{":
         head = file.read(16)
@@ -198,7 +206,8 @@ def _require_lines(
     domain = _caption_domain(file)
     if domain is not None:
         raise DataError(
-            f"{path}: one JSON object, {{{domain!r}: [...]}}: it looks like figure captions by domain; wanted {wanted}."
+            f"{path}: one JSON object, {{{domain!r}: [...]}}: it looks like figure captions by domain; "
+            f"wanted {wanted}."
         )
     file.seek(start)
     lines = (line for line in iter(partial(file.readline, _LONGEST_LINE), b"") if line.strip())
@@ -214,7 +223,8 @@ def _require_lines(
 
 
 def _caption_domain(file: BinaryIO) -> str | None:
-    """The first key of a file that begins like LLaVA-Med's figure captions, `{domain: [{"pair_id": …`, else `None`."""
+    """The first key of a file that begins like LLaVA-Med's figure captions, `{domain: [{"pair_id": …`, else
+    `None`."""
     try:
         events = list(
             takewhile(

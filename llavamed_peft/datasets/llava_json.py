@@ -1,11 +1,15 @@
-"""LLaVA's own JSON: `{"id", "image", "conversations": [{"from": "human"|"gpt", "value": "…<image>…"}]}` becomes `Conversation`s.
+"""LLaVA's own JSON: `{"id", "image", "conversations": [{"from": "human"|"gpt", "value": "…<image>…"}]}`
+becomes `Conversation`s.
 
-Reads an array or JSON lines, as a stream. What published files are known to do is allowed: the key `"conversatons"`, values
-that are numbers, rows without an image, `<image>` before or behind the question or in a later turn, several images (a list
-under `image` or `images`), ids that are numbers, missing, or stand twice. What would have to be guessed is rejected with a
-reason: above all, an image whose row has no `<image>` for it is not put anywhere, since which turn shows it is what is learnt.
+Reads an array or JSON lines, as a stream. What published files are known to do is allowed: the key
+`"conversatons"`, values that are numbers, rows without an image, `<image>` before or behind the question or
+in a later turn, several images (a list under `image` or `images`), ids that are numbers, missing, or stand
+twice. What would have to be guessed is rejected with a
+reason: above all, an image whose row has no `<image>` for it is not put anywhere, since which turn shows it
+is what is learnt.
 
-Left out: other keys of a row (`domain`, …), and decoding the images; that a row's image files exist is checked.
+Left out: other keys of a row (`domain`, …), and decoding the images; that a row's image files exist is
+checked.
 """
 
 from __future__ import annotations
@@ -37,11 +41,12 @@ def read(
     Args:
         path: the file. Nothing is read before the first conversation is asked for.
         image_folder: where the rows' image paths start; `None` means the folder of the file.
-        rejects: takes the rows that cannot be used (`rejects.Reason` names the reasons); with `None` the first one raises.
+        rejects: takes the rows that cannot be used (`rejects.Reason` names the reasons); with `None` the
+            first one raises.
 
     Returns:
-        A generator. A conversation's `id` is the row's, `"row 17"` where it has none; `images` are paths ready to open;
-        `source` is `"file.json:17"`, the row counted from 1 (in JSON lines: the line).
+        A generator. A conversation's `id` is the row's, `"row 17"` where it has none; `images` are paths
+        ready to open; `source` is `"file.json:17"`, the row counted from 1 (in JSON lines: the line).
 
     Raises:
         DataError: the file cannot be used, or a row cannot and `rejects` is `None`.
@@ -121,7 +126,8 @@ def _turn(turn: Any, position: int) -> Turn:
 
 
 def _images(row: dict[str, Any], markers: int, folder: ImageFolder) -> tuple[str, ...]:
-    """The row's images as paths, one for each marker; null, an empty string and an empty list mean that there are none."""
+    """The row's images as paths, one for each marker; null, an empty string and an empty list mean that there
+    are none."""
     given = [row[key] for key in _IMAGE_KEYS if row.get(key) not in (None, "", [])]
     if len(given) > 1:
         raise BadRow("malformed row", "the row has both 'image' and 'images'; wanted one of them.")
@@ -131,6 +137,9 @@ def _images(row: dict[str, Any], markers: int, folder: ImageFolder) -> tuple[str
     if not isinstance(names, list) or not all(isinstance(name, str) and name.strip() for name in names):
         raise BadRow("malformed row", f"the row's image is {names!r}; wanted a path or a list of paths.")
     if len(names) != markers:
-        detail = f"the turns hold {markers} {IMAGE_MARKER} marker(s) and the row has {len(names)} image(s); wanted equal numbers."
+        detail = (
+            f"the turns hold {markers} {IMAGE_MARKER} marker(s) and the row has {len(names)} image(s); wanted equal "
+            "numbers."
+        )
         raise BadRow("image count differs from marker count", detail)
     return tuple(folder.path(name) for name in names)

@@ -1,8 +1,8 @@
 """Rows that cannot be used: what is said about one, and where it goes. No row is dropped in silence.
 
-Each reader of `datasets/` has an argument `rejects`. With `None` the first bad row raises `DataError`; with anything that has
-an `append`, a list or a `RejectLog`, the row is appended as a `Reject` and reading goes on. Faults of a whole file (missing,
-not UTF-8, broken JSON) raise in either case: they are no row's.
+Each reader of `datasets/` has an argument `rejects`. With `None` the first bad row raises `DataError`; with
+anything that has an `append`, a list or a `RejectLog`, the row is appended as a `Reject` and reading goes on.
+Faults of a whole file (missing, not UTF-8, broken JSON) raise in either case: they are no row's.
 
 How many rejected rows a run puts up with is the caller's decision.
 """
@@ -21,7 +21,8 @@ from typing import Literal, Protocol, TextIO
 from ..errors import DataError
 from ..storage.whole import write_file
 
-# The phrases by which the readers' rejects are counted; they stay as they are, since they end up in `stage.json`.
+# The phrases by which the readers' rejects are counted; they stay as they are, since they end up in
+# `stage.json`.
 Reason = Literal[
     "line is not JSON",
     "malformed row",
@@ -75,7 +76,8 @@ class Rejects(Protocol):
 
 
 class BadRow(DataError):
-    """Raised inside a reader: the row at hand cannot be used. The reader makes a `Reject` of it with `refuse`.
+    """Raised inside a reader: the row at hand cannot be used. The reader makes a `Reject` of it with
+    `refuse`.
 
     Args:
         reason: the phrase it is counted under.
@@ -103,9 +105,9 @@ def refuse(rejects: Rejects | None, file: str | os.PathLike[str], row: int, id: 
 class RejectLog:
     """A JSON-lines file of rejects (`rejected.jsonl`) that counts them by reason; a context manager.
 
-    The file comes into being with the first reject; one left there by an earlier run is removed at the start, so a file at
-    `path` always speaks of this run. A row that comes again for the same reason (of a file that two stages read, of an index that
-    is used again) is counted and not written: each stands there once.
+    The file comes into being with the first reject; one left there by an earlier run is removed at the start,
+    so a file at `path` always speaks of this run. A row that comes again for the same reason (of a file that
+    two stages read, of an index that is used again) is counted and not written: each stands there once.
 
     >>> with RejectLog(folder / "rejected.jsonl") as log:
     ...     conversations = list(llava_json.read(path, rejects=log))
@@ -132,7 +134,8 @@ class RejectLog:
                 self._replace(whole.splitlines(keepends=True))
 
     def forget(self, reasons: Iterable[str]) -> None:
-        """Drop the lines of an earlier call that give one of these reasons; rows to which it still applies come again."""
+        """Drop the lines of an earlier call that give one of these reasons; rows to which it still applies
+        come again."""
         if not self._written:
             return
         old, lines = (set(reasons), self.path.read_text(encoding="utf-8").splitlines(keepends=True))
@@ -157,7 +160,8 @@ class RejectLog:
         self._written.add(hash(line))
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Line-buffered: the log of a run that was killed is whole. Appending: one that was closed goes on.
+            # Line-buffered: the log of a run that was killed is whole. Appending: one that was closed goes
+            # on.
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._file.write(line)
 

@@ -1,6 +1,7 @@
 """What may be given as a stage's data, and where it comes from: files, or values in memory.
 
-A source knows its name and content hash and reads its conversations one by one; `packing/indexing.py` decides which of them fit.
+A source knows its name and content hash and reads its conversations one by one; `packing/indexing.py` decides
+which of them fit.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ class Source:
         path: of the file, for `rejected.jsonl`.
         sha256: of its content.
         read: takes the log of rejected rows, yields conversations.
-        settings: what its conversations depend on beside the content (the reader, the image folder, …), as text that is equal
-            where they are; `None`: not told, so that its rows are checked anew in every call.
+        settings: what its conversations depend on beside the content (the reader, the image folder, …), as
+            text that is equal where they are; `None`: not told, so that its rows are checked anew in every
+            call.
     """
 
     name: str
@@ -45,7 +47,8 @@ Data = str | Path | Source | Sequence[str | Path | Source] | Iterable[Conversati
 def question_source(
     read: Callable[..., Iterator[Question]], path: str | Path, image_folder: str | Path | None, split: str
 ) -> Source:
-    """One split of a file of questions, as data for a stage; its rows are counted like those of a LLaVA JSON file.
+    """One split of a file of questions, as data for a stage; its rows are counted like those of a LLaVA JSON
+    file.
 
     Args:
         read: the reader of the file's format, such as `vqa_rad.read`.
@@ -102,7 +105,8 @@ def open_sources(data: Data, image_folder: str | Path | None, where: str) -> lis
     if len(values) < len(items):
         other = next(item for item in items if not isinstance(item, (Conversation, Question)))
         raise ConfigError(
-            f"{where} holds a {type(other).__name__}; wanted only Conversation and Question values, or only files."
+            f"{where} holds a {type(other).__name__}; wanted only Conversation and Question values, or only "
+            "files."
         )
     return [_in_memory(values)]
 
@@ -124,7 +128,8 @@ def _file(path: Path, image_folder: str | Path | None) -> Source:
 
 
 def _settings(read: Callable[..., Any], path: Path, image_folder: str | Path | None, *others: str) -> str:
-    """How a file is read. Folders stand as they were given, since rows hold such paths, and with where they are."""
+    """How a file is read. Folders stand as they were given, since rows hold such paths, and with where they
+    are."""
     folder = path.parent if image_folder is None else Path(image_folder)
     return repr((read.__module__, read.__qualname__, os.fspath(folder), os.path.abspath(folder), *others))
 

@@ -1,15 +1,18 @@
-"""VQA-RAD (Lau et al., Scientific Data 2018): questions of clinicians about 315 radiographs, read from its own JSON.
+"""VQA-RAD (Lau et al., Scientific Data 2018): questions of clinicians about 315 radiographs, read from its
+own JSON.
 
 Two published forms are read, told apart by their rows:
 
-- the original release, `vqa_rad_public.json`: both splits in one file; a row is a test row where its `phrase_type` starts with
+- the original release, `vqa_rad_public.json`: both splits in one file; a row is a test row where its
+`phrase_type` starts with
   `test_`. 1,797 training and 451 test questions.
-- the form that MEVF and, after it, the LLaVA-Med paper use: `trainset.json` and `testset.json`, a file a split, 3,064 and 451
+- the form that MEVF and, after it, the LLaVA-Med paper use: `trainset.json` and `testset.json`, a file a
+split, 3,064 and 451
   questions. Nothing in a row tells its split, so the file's name must, or the argument `split`.
 
-The splits share images: of the 203 test images, all are training images too in the MEVF form, 202 in the original one. Finding
-such leakage is not done here, nor are images decoded; answers stay as printed (`Yes`, `yes`), since normalising them is the
-metric's matter.
+The splits share images: of the 203 test images, all are training images too in the MEVF form, 202 in the
+original one. Finding such leakage is not done here, nor are images decoded; answers stay as printed (`Yes`,
+`yes`), since normalising them is the metric's matter.
 """
 
 from __future__ import annotations
@@ -56,19 +59,23 @@ def read(
 
     Args:
         path: `vqa_rad_public.json`, or `trainset.json` or `testset.json` of the MEVF form.
-        image_folder: where `image_name`s are; `None` means `images/` beside the file if there is one, else the file's folder.
-        split: `"train"` or `"test"`: only this split; `None`: every row. Rows of the other split are not checked. For a file of
-            the MEVF form whose name does not tell its split, `split` says which one the whole file is.
-        rejects: takes the rows that cannot be used (`rejects.Reason` names the reasons); with `None` the first one raises.
+        image_folder: where `image_name`s are; `None` means `images/` beside the file if there is one, else
+            the file's folder.
+        split: `"train"` or `"test"`: only this split; `None`: every row. Rows of the other split are not
+            checked. For a file of the MEVF form whose name does not tell its split, `split` says which one
+            the whole file is.
+        rejects: takes the rows that cannot be used (`rejects.Reason` names the reasons); with `None` the
+            first one raises.
 
     Returns:
-        A generator of questions with `split` filled in, `answer_type` lower-cased and rid of stray blanks, an answer that is a
-        number as text, and the columns `image_organ`, `question_type`, `phrase_type` as attributes. The file's rows, some
-        thousand, are held in memory.
+        A generator of questions with `split` filled in, `answer_type` lower-cased and rid of stray blanks, an
+        answer that is a number as text, and the columns `image_organ`, `question_type`, `phrase_type` as
+        attributes. The file's rows, some thousand, are held in memory.
 
     Raises:
         ConfigError: `split` is neither, or is not the split that the file's name says.
-        DataError: the file cannot be used, it does not tell its split, or a row cannot be used and `rejects` is `None`.
+        DataError: the file cannot be used, it does not tell its split, or a row cannot be used and `rejects`
+            is `None`.
     """
     if split is not None and split not in get_args(Split):
         raise ConfigError(f"split is {split!r}; wanted 'train', 'test' or None.")
@@ -107,7 +114,8 @@ def _split_of_file(path: Path, split: Split | None) -> Split:
         told = cast(Split, named.pop())
         if split not in (None, told):
             raise ConfigError(
-                f"{path}: split={split!r} was asked for, but by its name the file is the {told} split; wanted {told!r} or None."
+                f"{path}: split={split!r} was asked for, but by its name the file is the {told} split; "
+                f"wanted {told!r} or None."
             )
         return told
     if split is None:

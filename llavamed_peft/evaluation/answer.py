@@ -1,6 +1,7 @@
 """Questions about images → a model's greedy answers.
 
-The model is asked what it was asked in training: prompts come from the same `packing.Encoder`, images through the same processor.
+The model is asked what it was asked in training: prompts come from the same `packing.Encoder`, images through
+the same processor.
 Left out: sampling, and sharing the image among questions about it; every question brings its own.
 """
 
@@ -29,9 +30,11 @@ def answer_questions(
     """The model's greedy answer to each question.
 
     Args:
-        model: a LLaVA model, bare or with an adapter, 16, 32 or 4 bit, on its device. Its mode is as before afterwards.
+        model: a LLaVA model, bare or with an adapter, 16, 32 or 4 bit, on its device. Its mode is as before
+            afterwards.
         processor: of the stage (or the base) that is asked.
-        questions: what to ask. Of a conversation the last answer is asked for; it is not shown, the turns before it are.
+        questions: what to ask. Of a conversation the last answer is asked for; it is not shown, the turns
+            before it are.
         max_new_tokens: where an answer is cut if it has not ended by itself.
         batch_size: questions answered at once, padded on the left to the longest.
 
@@ -59,7 +62,8 @@ def answer_questions(
 
 
 def stop_token_ids(model: torch.nn.Module, encoder: Encoder) -> list[int]:
-    """Tokens that end an answer: the model's own EOS, and what the chat template puts behind one (ChatML: `<|im_end|>`)."""
+    """Tokens that end an answer: the model's own EOS, and what the chat template puts behind one (ChatML:
+    `<|im_end|>`)."""
     tokenizer = encoder.processor.tokenizer
     special = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
     own = bare(model).generation_config.eos_token_id
@@ -68,7 +72,8 @@ def stop_token_ids(model: torch.nn.Module, encoder: Encoder) -> list[int]:
 
 
 def _greedy(model: torch.nn.Module, encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding; a checkpoint's own settings (Qwen2's repetition penalty, Vicuna's temperature) would fill gaps."""
+    """Plain greedy decoding; a checkpoint's own settings (Qwen2's repetition penalty, Vicuna's temperature)
+    would fill gaps."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         eos_token_id=stop_token_ids(model, encoder),

@@ -1,7 +1,9 @@
-"""The plainest score of VQA answers: equal to the truth or not, open and closed questions apart, beside the majority answer.
+"""The plainest score of VQA answers: equal to the truth or not, open and closed questions apart, beside the
+majority answer.
 
-The majority answer is what a model that looks at nothing would say: the commonest training answer of the question's kind. An
-accuracy below it has not been earned by looking. The literature's metrics, token recall above all, are not here.
+The majority answer is what a model that looks at nothing would say: the commonest training answer of the
+question's kind. An accuracy below it has not been earned by looking. The literature's metrics, token recall
+above all, are not here.
 """
 
 from __future__ import annotations
@@ -103,6 +105,7 @@ def score_table(scores: Mapping[str, Score]) -> str:
     rows = ["| questions | n | exact match | majority answer | its exact match |", "|---|---|---|---|---|"]
     for kind, of_kind in scores.items():
         rows.append(
-            f"| {kind} | {of_kind.n} | {of_kind.accuracy:.1%} | {of_kind.majority_answer or '–'} | {of_kind.majority:.1%} |"
+            f"| {kind} | {of_kind.n} | {of_kind.accuracy:.1%} | {of_kind.majority_answer or '–'} | "
+            f"{of_kind.majority:.1%} |"
         )
     return "\n".join(rows) + "\n"

@@ -1,1 +1,1 @@
-"""Before a run: what would train (`scopes.py`), on what rows (`rows.py`), in what steps (`packed_step.py`)."""
+"""Before a run: what would train, on which rows, in which steps."""

@@ -1,9 +1,10 @@
 """What a run would do with its data, line by line, before it runs: `inspect`.
 
-It needs a checkpoint's configuration and processor, no weights and no GPU: the model is built on torch's meta device and adapters
-are attached to it there, so what is listed as trained is what `modeling/parts.py` has compared name by name. Rows are checked by
-the functions with which training checks them, and those shown were laid out by the collator, pixels decoded. Left out: time and
-memory, which only a run can tell, and held-out data.
+It needs a checkpoint's configuration and processor, no weights and no GPU: the model is built on torch's meta
+device and adapters are attached to it there, so what is listed as trained is what `modeling/parts.py` has
+compared name by name. Rows are checked by the functions with which training checks them, and those shown were
+laid out by the collator, pixels decoded. Left out: time and memory, which only a run can tell, and held-out
+data.
 """
 
 from __future__ import annotations
@@ -50,11 +51,13 @@ def inspect(
     Args:
         base: Hub id or folder of a LLaVA checkpoint; its weights are not read and need not be there.
         data: stage name → LLaVA JSON files; a stage without an entry is shown without data.
-        image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data file's own folder.
+        image_folder: that image paths are relative to: one folder, or stage name → folder; `None`: each data
+            file's own folder.
         curriculum: what would be trained.
         rows: how many usable rows of each data set are shown, supervised tokens marked.
         max_rejected: share of unusable rows above which training would refuse a data set.
-        packing: show how each stage's first step is packed; a path: and draw it there; its name ends in `.png`.
+        packing: show how each stage's first step is packed; a path: and draw it there; its name ends in
+            `.png`.
         max_row_tokens: of that step, as on one GPU; `None`: what a run takes there.
         width: characters of a line.
         colour: supervised tokens underlined and green, for a terminal; else they stand in `[[…]]`.
@@ -63,8 +66,8 @@ def inspect(
         Lines, as they are found out. What cannot be opened at all raises before the first.
 
     Raises:
-        ConfigError: `data` or `image_folder` has a key that is no stage of the curriculum; the picture is no PNG file, has no
-            folder to stand in, or nothing to show.
+        ConfigError: `data` or `image_folder` has a key that is no stage of the curriculum; the picture is no
+            PNG file, has no folder to stand in, or nothing to show.
         CheckpointError: the configuration or the processor cannot be used.
         DataError: a file that is missing, or broken as a whole.
     """
@@ -77,7 +80,8 @@ def inspect(
             )
         if not packing.parent.is_dir():
             raise ConfigError(
-                f"The picture of the packed steps is to be {packing}; {packing.parent} is no folder. Make it first."
+                f"The picture of the packed steps is to be {packing}; {packing.parent} is no folder. Make it "
+                "first."
             )
     max_row_tokens = max_row_tokens or MAX_ROW_TOKENS["cuda"]
     config = read_config(base)

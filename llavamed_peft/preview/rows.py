@@ -72,7 +72,8 @@ def check_data(sources: Sequence[Source], collator: PackedCollator, folder: Path
 
 def accounts(check: DataCheck, max_rejected: float, width: int) -> Iterator[str]:
     for count in check.index.files:
-        yield f"{visible(count.name)}: {count.rows:,} rows, {count.used:,} used, {sum(count.rejected.values()):,} rejected"
+        rejected = sum(count.rejected.values())
+        yield f"{visible(count.name)}: {count.rows:,} rows, {count.used:,} used, {rejected:,} rejected"
     for reason, number in check.reasons.items():
         yield f"  {reason}: {number:,}"
         for reject in check.examples[reason]:
@@ -90,8 +91,8 @@ def lengths(index: Index, width: int) -> Iterator[str]:
             index.column("supervised_tokens").mean(),
         )
         yield (
-            f"lengths: {lengths.min():,} to {lengths.max():,} tokens, mean {lengths.mean():,.0f}; of them {of_images:,.0f} of "
-            f"images and {supervised:,.0f} supervised"
+            f"lengths: {lengths.min():,} to {lengths.max():,} tokens, mean {lengths.mean():,.0f}; of them "
+            f"{of_images:,.0f} of images and {supervised:,.0f} supervised"
         )
         yield from indented(2, histogram(lengths, width - 2))
 
@@ -128,7 +129,8 @@ def marked_text(processor: ProcessorMixin, input_ids: Sequence[int], labels: Seq
     ):
         ids = [token for token, _ in run]
         shown += ids[:1] if is_image else ids
-        # From the beginning each time: a tokenizer may write the first token of a text otherwise than the same one inside it.
+        # From the beginning each time: a tokenizer may write the first token of a text otherwise than the
+        # same one inside it.
         text = processor.tokenizer.decode(
             shown, skip_special_tokens=False, clean_up_tokenization_spaces=False
         )

@@ -62,14 +62,15 @@ def what_trains(base: str, config: PreTrainedConfig, stages: Sequence[Stage]) ->
         count = sum(parameter.numel() for parameter in parameters.values())
         dtypes = ", ".join(sorted({_dtype_name(parameter.dtype) for parameter in parameters.values()}))
         yield (
-            f"  {stage.name}: {stage.trains}{spec}, {count:,} parameters in {len(parameters):,} tensors, {dtypes}; "
-            f"{count / whole:.2%} of the checkpoint"
+            f"  {stage.name}: {stage.trains}{spec}, {count:,} parameters in {len(parameters):,} tensors, "
+            f"{dtypes}; {count / whole:.2%} of the checkpoint"
         )
         yield from indented(4, aligned(_by_module(parameters), right={1, 3}))
 
 
 def _by_module(parameters: Mapping[str, torch.Tensor]) -> list[list[str]]:
-    """Rows of module, how many of its kind, its tensors' shapes, parameters; layers that are alike are one row."""
+    """Rows of module, how many of its kind, its tensors' shapes, parameters; layers that are alike are one
+    row."""
     modules: dict[str, dict[str, str]] = defaultdict(dict)
     sizes: dict[str, int] = defaultdict(int)
     for name, parameter in parameters.items():

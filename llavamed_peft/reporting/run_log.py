@@ -76,8 +76,8 @@ def _record(line: str) -> dict[str, Any] | None:
 def progress_line(record: dict[str, Any]) -> str:
     """A record as a line: step, loss, learning rates, speed, share of the time spent waiting, time left.
 
-    Waiting is the share of the time so far in which the model had no data; without workers, images are decoded
-    in it.
+    Waiting is the share of the time so far in which the model had no data; without workers, images are
+    decoded in it.
     """
     names = [name for name in record if name.endswith("_learning_rate")]
     rates = ", ".join(

@@ -26,7 +26,7 @@ def indented(blanks: int, lines: Iterable[str]) -> Iterator[str]:
 
 
 def aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:
-    """Rows of cells as lines of columns, those in `right` flush right; columns without a word are left out."""
+    """Rows of cells as lines of columns, those in `right` flush right; empty columns are left out."""
     columns = [column for column in range(len(rows[0])) if any(row[column] for row in rows)]
     widths = {column: max(len(row[column]) for row in rows) for column in columns}
     return [

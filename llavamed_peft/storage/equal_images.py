@@ -15,7 +15,8 @@ _END = 4096  # bytes at either end of a file by which most can be told apart
 
 
 def content_key(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of the file's bytes as 64 hexadecimal digits: equal keys mean equal files, under whatever names.
+    """SHA-256 of the file's bytes as 64 hexadecimal digits: equal keys mean equal files, under whatever
+    names.
 
     Raises:
         DataError: the file is missing or cannot be read.
@@ -35,9 +36,11 @@ def file_size(path: str | os.PathLike[str]) -> int:
 
 
 class ContentNames:
-    """Names image files by their content, in one pass over them: equal files have one name, different ones two.
+    """Names image files by their content, in one pass over them: equal files have one name, different ones
+    two.
 
-    What differs in size or at one of its ends is named after these; only files that are alike in them are read in full.
+    What differs in size or at one of its ends is named after these; only files that are alike in them are
+    read in full.
     """
 
     def __init__(self) -> None:

@@ -20,7 +20,8 @@ def file_sha256(path: str | Path, trust_cache: bool = False) -> str:
 
     Args:
         path: of the file.
-        trust_cache: take a file of the Hugging Face cache at its name, which is this hash, instead of reading it.
+        trust_cache: take a file of the Hugging Face cache at its name, which is this hash, instead of reading
+            it.
     """
     if trust_cache:
         stored = Path(path).resolve()
@@ -36,8 +37,8 @@ def file_sha256(path: str | Path, trust_cache: bool = False) -> str:
 def weights_sha256(folder: str | Path, trust_cache: bool = False) -> str:
     """The content hash of an adapter's or a checkpoint's folder.
 
-    Of one weight file it is the file's SHA-256, as `sha256sum` and the Hub show it; of several, the SHA-256 of their names and
-    hashes.
+    Of one weight file it is the file's SHA-256, as `sha256sum` and the Hub show it; of several, the SHA-256
+    of their names and hashes.
     """
     paths = sorted(path for pattern in _WEIGHTS for path in Path(folder).glob(pattern))
     if len(paths) == 1:

@@ -1,15 +1,19 @@
-"""Read an image file safely: its size, its pixels as RGB, what its content is known by. Pillow and numpy only.
+"""Read an image file safely: its size, its pixels as RGB, what its content is known by. Pillow and numpy
+only.
 
-What comes out of an archive, or from a stranger's data set, is opened here and nowhere else: formats are those of `FORMATS`
-(Pillow's EPS reader would start Ghostscript), sizes are checked on the header before a pixel is decoded, a damaged file is an
-error and never a grey rest, and whatever goes wrong is a `DataError` that names the file.
+What comes out of an archive, or from a stranger's data set, is opened here and nowhere else: formats are
+those of `FORMATS` (Pillow's EPS reader would start Ghostscript), sizes are checked on the header before a
+pixel is decoded, a damaged file is an error and never a grey rest, and whatever goes wrong is a `DataError`
+that names the file.
 
-Sizes are (height, width) in pixels, as arrays have them; orientation in EXIF is always applied, by `image_size` as by
-`load_image`, so the two agree.
+Sizes are (height, width) in pixels, as arrays have them; orientation in EXIF is always applied, by
+`image_size` as by `load_image`, so the two agree.
 
-Left out: resizing, padding and normalising (the checkpoint's own processor does them), colour profiles, DICOM, the frames of an
-animation behind the first, and windowing by the display settings of a scanner: deep greyscale is scaled by its own range. An
-orientation that a PNG states behind its pixels is not applied, since the header alone must tell the size.
+Left out: resizing, padding and normalising (the checkpoint's own processor does them), colour profiles,
+DICOM, the frames of an
+animation behind the first, and windowing by the display settings of a scanner: deep greyscale is scaled by
+its own range. An orientation that a PNG states behind its pixels is not applied, since the header alone must
+tell the size.
 """
 
 from __future__ import annotations
@@ -29,8 +33,8 @@ from ..errors import DataError
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 
 
-# Above this Pillow, as it is delivered, refuses to open a file (twice its warning level of 89,478,485). Ours to keep, since
-# `Image.MAX_IMAGE_PIXELS` is a global that other code in the process may have switched off.
+# Above this Pillow, as it is delivered, refuses to open a file (twice its warning level of 89,478,485). Ours
+# to keep, since `Image.MAX_IMAGE_PIXELS` is a global that other code in the process may have switched off.
 MAX_PIXELS = 178_956_970
 
 
@@ -47,7 +51,8 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         path: an image file of one of `FORMATS`.
 
     Returns:
-        (height, width) in pixels, EXIF orientation applied. No pixel is decoded, so a damaged body goes unnoticed.
+        (height, width) in pixels, EXIF orientation applied. No pixel is decoded, so a damaged body goes
+        unnoticed.
 
     Raises:
         DataError: no such file, not an image, a damaged header, more than `MAX_PIXELS` pixels.
@@ -56,7 +61,8 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
         _refuse_bomb(path, image)
         width, height = image.size
         if isinstance(image, TiffImagePlugin.TiffImageFile):
-            # Some versions of Pillow turn a TIFF's `size` at opening, some do not; the tags are always as stored.
+            # Some versions of Pillow turn a TIFF's `size` at opening, some do not; the tags are always as
+            # stored.
             width, height = (
                 image.tag_v2[TiffImagePlugin.IMAGEWIDTH],
                 image.tag_v2[TiffImagePlugin.IMAGELENGTH],
@@ -67,11 +73,13 @@ def image_size(path: str | os.PathLike[str]) -> tuple[int, int]:
 def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode an image to RGB, 8 bits a channel, turned as EXIF says.
 
-    Greyscale deeper than 8 bits is scaled linearly from the image's own least and greatest value to 0..255 (Pillow would clip
-    at 255 and show a 16-bit radiograph as white); integers that already lie in 0..255 are left alone. Floating point values
-    are always scaled, and those that are not finite become black. An image of one single deep value becomes black.
+    Greyscale deeper than 8 bits is scaled linearly from the image's own least and greatest value to 0..255
+    (Pillow would clip at 255 and show a 16-bit radiograph as white); integers that already lie in 0..255 are
+    left alone. Floating point values are always scaled, and those that are not finite become black. An image
+    of one single deep value becomes black.
 
-    Whatever is transparent is laid on white: figures are drawn for white paper, and black lettering on a transparent ground
+    Whatever is transparent is laid on white: figures are drawn for white paper, and black lettering on a
+        transparent ground
     would vanish on black.
 
     Args:
@@ -81,7 +89,8 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
         An RGB image, decoded in full, with the file closed.
 
     Raises:
-        DataError: no such file, not an image, truncated or damaged, more than `MAX_PIXELS` pixels, no conversion to RGB.
+        DataError: no such file, not an image, truncated or damaged, more than `MAX_PIXELS` pixels, no
+            conversion to RGB.
     """
     with errors_of(path), Image.open(path, formats=FORMATS) as image:
         _refuse_bomb(path, image)
@@ -101,12 +110,14 @@ def _refuse_bomb(path: str | os.PathLike[str], image: Image.Image) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
         raise DataError(
-            f"{path}: {width} x {height} is {width * height:,} pixels, too many to decode safely; wanted at most {MAX_PIXELS:,}."
+            f"{path}: {width} x {height} is {width * height:,} pixels, too many to decode safely; wanted at "
+            f"most {MAX_PIXELS:,}."
         )
 
 
 def _orientation(image: Image.Image) -> int:
-    """EXIF orientation, 1 (upright) to 8, without decoding; EXIF that is damaged counts as none, as in every viewer."""
+    """EXIF orientation, 1 (upright) to 8, without decoding; EXIF that is damaged counts as none, as in every
+    viewer."""
     try:
         # Not `image.getexif()`: a PNG's own decodes all pixels to look for EXIF behind them.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)

@@ -2,7 +2,8 @@
 
     python recipes/demo/build_base.py --out recipes/demo/tiny-llava
 
-The shipped weights came out of this command in 31 minutes on 2 CPU cores that had other work too (22 minutes of CPU time):
+The shipped weights came out of this command in 31 minutes on 2 CPU cores that had other work too (22 minutes
+of CPU time):
 
 | held-out scenes | closed (guessing .500) | open | caption loss | dialogue loss |
 |---|---|---|---|---|
@@ -10,21 +11,24 @@ The shipped weights came out of this command in 31 minutes on 2 CPU cores that h
 | general, images shuffled | 0.488 | 0.239 | 2.158 | 0.618 |
 | clinic, never seen | 0.510 | 0.248 | 6.831 | 4.497 |
 
-Its weak point: "Is the bar on the left?" stays near chance (.53, on the 60 scenes watched in training), though it answers
-"Which side is the bar on?" (.85). One seed was run; another machine's arithmetic gives other weights.
+Its weak point: "Is the bar on the left?" stays near chance (.53, on the 60 scenes watched in training),
+though it answers "Which side is the bar on?" (.85). One seed was run; another machine's arithmetic gives
+other weights.
 
-It is a base as a curriculum wants one: it can look, caption and answer in its own world (the general scenes of `scenes.py`)
-and has never seen a clinic image. Clinic words it knows as text only: questions about a written report. What it leaves is an
-ordinary Hugging Face LLaVA checkpoint with its processor.
+It is a base as a curriculum wants one: it can look, caption and answer in its own world (the general scenes
+of `scenes.py`) and has never seen a clinic image. Clinic words it knows as text only: questions about a
+written report. What it leaves is an ordinary Hugging Face LLaVA checkpoint with its processor.
 
-What made so small a model look at the image before it answers, found by trial and not taken apart piece by piece: weights drawn
-with 1/sqrt(width) instead of 0.02; a vision tower that first learns to say what each patch shows (`PatchProbe`) and goes on
-doing so; one shape in each scene for the first fifth of the steps; closed questions beside their opposites; "yes" and "no"
-weighing four times, open answers twice, the end of an answer a fifth. Of these the curriculum that follows keeps the pairs
-only, which are in its data; its loss is the plain mean. All questions about one image stand in one row behind a single copy of
-the image, each blind to the others.
+What made so small a model look at the image before it answers, found by trial and not taken apart piece by
+piece: weights drawn with 1/sqrt(width) instead of 0.02; a vision tower that first learns to say what each
+patch shows (`PatchProbe`) and goes on doing so; one shape in each scene for the first fifth of the steps;
+closed questions beside their opposites; "yes" and "no" weighing four times, open answers twice, the end of an
+answer a fifth. Of these the curriculum that follows keeps the pairs only, which are in its data; its loss is
+the plain mean. All questions about one image stand in one row behind a single copy of the image, each blind
+to the others.
 
-What is left out: gradient accumulation, bf16, resuming, several devices. The package has them; this script has only to run once.
+What is left out: gradient accumulation, bf16, resuming, several devices. The package has them; this script
+has only to run once.
 """
 
 from __future__ import annotations
@@ -75,8 +79,8 @@ EOS_WEIGHT, CLOSED_WEIGHT, OPEN_WEIGHT = 0.2, 4.0, 2.0
 PROBE_WEIGHT = 0.3
 SIMPLE_SHARE = 0.2  # of the steps, from the first on, with one shape in each scene
 
-# LLaVA-1.5's manner of speaking: `<s>USER: <image>\nquestion ASSISTANT: answer</s>`. Images come first; an answer begins with a
-# blank, so that its first word is one token.
+# LLaVA-1.5's manner of speaking: `<s>USER: <image>\nquestion ASSISTANT: answer</s>`. Images come first; an
+# answer begins with a blank, so that its first word is one token.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -102,14 +106,16 @@ CHAT_TEMPLATE = """\
     {%- endif -%}
 {%- endfor -%}
 {%- if add_generation_prompt -%}{{- 'ASSISTANT:' -}}{%- endif -%}
-"""
+"""  # noqa: E501 - the template's own lines
 
 
-# -------------------------------------------------------------------------------------------------- processor and model
+# -------------------------------------------------------------------------------------------------- processor
+# and model
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be written, and every word of `texts` with the blank before it is one token."""
+    """Byte-level BPE: any text can be written, and every word of `texts` with the blank before it is one
+    token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
@@ -133,7 +139,7 @@ def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
 
 
 def scene_texts(scenes: Iterable[Scene]) -> Iterable[str]:
-    """All that the scenes say, as the chat template puts it: requests behind `USER:`, answers behind a blank."""
+    """All that the scenes say, as the chat template has it: requests after `USER:`, answers after a space."""
     for scene in scenes:
         turns = chain(((question.question, question.answer) for question in scene.questions), scene.dialogue)
         for request, answer in chain(turns, ((instruction, scene.caption) for instruction in INSTRUCTIONS)):
@@ -149,7 +155,8 @@ def build_processor() -> LlavaProcessor:
         for number in range(2_000)
         for scene_of in (general_scene, clinic_scene)
     )
-    image_processor = CLIPImageProcessorPil(  # saved under CLIP's name, so that a machine with torchvision may use that instead
+    # saved under CLIP's name, so that a machine with torchvision may use that instead
+    image_processor = CLIPImageProcessorPil(
         size={"shortest_edge": IMAGE_SIZE},
         crop_size={"height": IMAGE_SIZE, "width": IMAGE_SIZE},
         image_mean=[0.5] * 3,
@@ -166,7 +173,8 @@ def build_processor() -> LlavaProcessor:
 
 
 def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """CLIP tower and Llama of four layers each, 128 wide; every matrix a multiple of 64 on both sides, for the NF4 kernels."""
+    """CLIP tower and Llama of four layers each, 128 wide; every matrix a multiple of 64 on both sides, for
+    the NF4 kernels."""
     tokenizer = processor.tokenizer
     layers = 4
     text = LlamaConfig(
@@ -204,7 +212,8 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     model = LlavaForConditionalGeneration(config)
     for name, weight in model.named_parameters():
         if weight.ndim == 2 and ("language_model" in name or "multi_modal_projector" in name):
-            # 0.02, made for widths in the thousands, leaves attention uniform at 128 and learning flat for long
+            # 0.02, made for widths in the thousands, leaves attention uniform at 128 and learning flat for
+            # long
             std = 0.08 if "embed_tokens" in name else weight.shape[1] ** -0.5
             into_residual = name.endswith(("o_proj.weight", "down_proj.weight"))
             nn.init.normal_(weight, std=std * (2 * layers) ** -0.5 if into_residual else std)
@@ -217,12 +226,14 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
     return model
 
 
-# ------------------------------------------------------------------------------------------------------- rows and batches
+# ------------------------------------------------------------------------------------------------------- rows
+# and batches
 
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One conversation behind its row's prefix: tokens, and how much each weighs in the loss (0: not supervised)."""
+    """One conversation behind its row's prefix: tokens, and how much each weighs in the loss (0: not
+    supervised)."""
 
     kind: str  # caption, dialogue, closed or open
     about: str  # what a question asks after; empty for the others
@@ -232,7 +243,8 @@ class Branch:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """Several conversations about one image: its prefix once (`<s>USER: ` and the image, or a report in words), then each."""
+    """Several conversations about one image: its prefix once (`<s>USER: ` and the image, or a report in
+    words), then each."""
 
     prefix: tuple[int, ...]
     branches: tuple[Branch, ...]
@@ -249,7 +261,8 @@ class RowBuilder:
         self._encode = lru_cache(maxsize=100_000)(self._encode)  # questions recur; templates are slow
 
     def sample(self, scene: Scene, rng: random.Random, seen: bool) -> Row:
-        """For training: caption or dialogue (both, if the image is only told), four pairs of closed questions, four open ones."""
+        """For training: caption or dialogue (both, if the image is only told), four pairs of closed
+        questions, four open ones."""
         talks = [("caption", self._ask_for_caption(scene, rng)), ("dialogue", scene.dialogue)]
         if seen:
             talks = [talks[0] if rng.random() < 0.7 else talks[1]]
@@ -292,7 +305,8 @@ class RowBuilder:
     def _encode(
         self, turns: Turns, report: str | None
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Prefix up to the line break behind the image (or the report), the tokens behind it, and which of them are answer."""
+        """Prefix up to the line break behind the image (or the report), the tokens behind it, and which of
+        them are answer."""
         messages = []
         for number, (request, answer) in enumerate(turns):
             shown = [{"type": "image"}] if number == 0 and report is None else []
@@ -326,7 +340,7 @@ class Batch:
 
 
 def collate(rows: Sequence[Row], pixels: Tensor) -> Batch:
-    """Lay rows out so that every branch continues the prefix's positions and sees the prefix and itself only."""
+    """Lay rows out: every branch continues the prefix's positions and sees only the prefix and itself."""
     length = max(len(row.prefix) + sum(len(branch.ids) for branch in row.branches) for row in rows)
     ids, positions = torch.zeros(2, len(rows), length, dtype=torch.long)
     branch = torch.full((len(rows), length), -1)
@@ -385,11 +399,13 @@ def answer(model: LlavaForConditionalGeneration, batch: Batch) -> Answers:
     )
 
 
-# ---------------------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------------------
+# training
 
 
 class PatchProbe(nn.Module):
-    """A dense task for the vision tower: which shape, colour and size stand in each patch, and the patch's own pixels."""
+    """A dense task for the vision tower: which shape, colour and size stand in each patch, and the patch's
+    own pixels."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -471,7 +487,8 @@ def train(
     seeds: Iterator[int],
     steps: int,
 ) -> None:
-    """The whole model on captions, questions and dialogues; a step takes six general scenes seen and two scenes told in words."""
+    """The whole model on captions, questions and dialogues; a step takes six general scenes seen and two
+    scenes told in words."""
     rows_of = RowBuilder(processor)
     rng = random.Random(0)
     watched = [general_scene(FIRST_SEED["general_heldout"] + 50_000 + number) for number in range(60)]
@@ -500,17 +517,20 @@ def train(
             result = evaluate(model, processor, watched)
             minutes = (time.monotonic() - started) / 60
             print(
-                f"step {step} of {steps}, {minutes:.1f} min: loss {loss.item():.3f}; held-out general {result}",
+                f"step {step} of {steps}, {minutes:.1f} min: loss {loss.item():.3f}; held-out general "
+                f"{result}",
                 flush=True,
             )
 
 
-# -------------------------------------------------------------------------------------------------------------- evaluation
+# ----------------------------------------------------------------------------------------------------
+# evaluation
 
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """Shares of questions answered exactly, by answer type and by kind; mean token losses of captions and dialogues."""
+    """Shares of questions answered exactly, by answer type and by kind; mean token losses of captions and
+    dialogues."""
 
     closed: float
     open: float
@@ -530,10 +550,12 @@ def evaluate(
     scenes: Sequence[Scene],
     shuffled: bool = False,
 ) -> Result:
-    """All texts of the scenes; an answer is right if each of its tokens, the end included, is the likeliest after the true ones.
+    """All texts of the scenes; an answer is right if each of its tokens, the end included, is the likeliest
+    after the true ones.
 
     Args:
-        shuffled: every scene's texts go with the next scene's image, to see how much is known without looking.
+        shuffled: every scene's texts go with the next scene's image, to see how much is known without
+            looking.
     """
     rows_of = RowBuilder(processor)
     rows = [rows_of.everything(scene) for scene in scenes]
@@ -562,7 +584,8 @@ def print_table(model: LlavaForConditionalGeneration, processor: LlavaProcessor)
     general = [general_scene(FIRST_SEED["general_heldout"] + number) for number in range(250)]
     clinic = [clinic_scene(FIRST_SEED["heldout"] + number) for number in range(250)]
     print(
-        "\n| held-out scenes | closed (guessing .500) | open | caption loss | dialogue loss |\n|---|---|---|---|---|"
+        "\n| held-out scenes | closed (guessing .500) | open | caption loss | dialogue loss "
+        "|\n|---|---|---|---|---|"
     )
     sets = (
         ("general", general, False),
@@ -573,7 +596,8 @@ def print_table(model: LlavaForConditionalGeneration, processor: LlavaProcessor)
     for name, scenes, shuffled in sets:
         result = evaluate(model, processor, scenes, shuffled)
         print(
-            f"| {name} | {result.closed:.3f} | {result.open:.3f} | {result.caption:.3f} | {result.dialogue:.3f} |",
+            f"| {name} | {result.closed:.3f} | {result.open:.3f} | {result.caption:.3f} | "
+            f"{result.dialogue:.3f} |",
             flush=True,
         )
         results[name] = result

@@ -1,16 +1,17 @@
-"""The whole curriculum on a laptop: draw a clinic, train three stages on the tiny base, ask each of them, show what changed.
+"""The whole curriculum on a laptop: draw a clinic, train three stages on the tiny base, ask each of them,
+show what changed.
 
     make demo
     make demo-seeds                    three seeds: three clinics, three orders, three first values of LoRA
     python recipes/demo/demo.py --output_dir runs/demo
 
-Training is `curriculum_finetune` as anyone calls it, on files in the formats anyone has; the base is `recipes/demo/tiny-llava`
-(1.6 M parameters, built by `build_base.py`, which has seen coloured shapes and read the clinic's sentences, but never seen one
-of its images). Prints a table and saves it with a picture of held-out images and every stage's answers. Fails where a stage
-did not learn what it should (`BOUNDS`).
+Training is `curriculum_finetune` as anyone calls it, on files in the formats anyone has; the base is
+`recipes/demo/tiny-llava` (1.6 M parameters, built by `build_base.py`, which has seen coloured shapes and read
+the clinic's sentences, but never seen one of its images). Prints a table and saves it with a picture of
+held-out images and every stage's answers. Fails where a stage did not learn what it should (`BOUNDS`).
 
-This shows that the machinery works, and nothing about medicine: the images are drawings, their world has a few hundred
-sentences, and captions recur between training and held-out images (the images do not).
+This shows that the machinery works, and nothing about medicine: the images are drawings, their world has a
+few hundred sentences, and captions recur between training and held-out images (the images do not).
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-# Notes of the libraries to programmers: kernels for a 4-bit model on a CPU, names that go away in a later version.
+# Notes of the libraries to programmers: kernels for a 4-bit model on a CPU, names that go away in a later
+# version.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 warnings.filterwarnings("ignore", category=FutureWarning)
 
@@ -50,7 +52,8 @@ from llavamed_peft.running.summary import plot_losses, read_metrics
 
 HERE = Path(__file__).parent
 BASE = HERE / "tiny-llava"
-# Held-out exact match that the last stage must reach, and by how much it must beat itself on other images' pixels.
+# Held-out exact match that the last stage must reach, and by how much it must beat itself on other images'
+# pixels.
 BOUNDS = {"closed": 0.85, "open": 0.85, "closed above shuffled": 0.30, "open above shuffled": 0.40}
 BASE_CLOSED_AT_MOST = 0.60
 LEFT = r"data|stages|table\.md|answers\.png|seeds\.md|seed-\d+"  # in the output folder
@@ -163,13 +166,16 @@ def run(curriculum: Curriculum, folder: Path, layout: str) -> Demo:
     draw(questions, exams, read_metrics(folder / "stages"), folder / "answers.png")
     print(f"\n{table}")
     print(
-        f"Training took {demo.training_seconds:.0f} s, asking {demo.asking_seconds:.0f} s. Closed questions come in pairs of"
+        f"Training took {demo.training_seconds:.0f} s, asking {demo.asking_seconds:.0f} s. Closed questions "
+        "come in pairs of"
     )
     print(
-        "opposite answers: guessing scores .50. 'shuffled' is the last stage shown other images. General scenes are what the"
+        "opposite answers: guessing scores .50. 'shuffled' is the last stage shown other images. General "
+        "scenes are what the"
     )
     print(
-        "base came with: the curriculum forgets some of them. The images are drawings and the base had read the clinic's"
+        "base came with: the curriculum forgets some of them. The images are drawings and the base had read "
+        "the clinic's"
     )
     print("sentences: nothing here says anything about medicine.")
     print(f"Stages: {folder}/stages/  Picture: {folder}/answers.png\n")
@@ -302,7 +308,8 @@ def seeds_table(demos: Mapping[int, Demo]) -> str:
 def draw(
     questions: Sequence[Question], exams: Mapping[str, Exam], losses: Sequence[dict[str, object]], path: Path
 ) -> None:
-    """Six held-out images with a question, the truth and every stage's answer, and below them each stage's losses."""
+    """Six held-out images with a question, the truth and every stage's answer, and below them each stage's
+    losses."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from PIL import Image

@@ -1,20 +1,21 @@
 """Draw the demo's world: images with the texts that go with them, from a seed.
 
-Two kinds of scenes, 80 x 80 pixels each. *General scenes* are coloured shapes on a plain background: what the tiny base
-checkpoint has seen. The *clinic* is drawn in the manner of five modalities (chest X-ray, CT, brain MRI, histology, gross
-specimen): what the curriculum teaches. A scene is a value: its image, a caption, questions with answers, a dialogue.
+Two kinds of scenes, 80 x 80 pixels each. *General scenes* are coloured shapes on a plain background: what the
+tiny base checkpoint has seen. The *clinic* is drawn in the manner of five modalities (chest X-ray, CT, brain
+MRI, histology, gross specimen): what the curriculum teaches. A scene is a value: its image, a caption,
+questions with answers, a dialogue.
 
     scene = clinic_scene(seed=7)
     scene.image.show(), scene.caption, scene.questions, scene.dialogue
     write_dataset("data/")     # PNG files and LLaVA JSON files for align, instruct and vqa, and held-out sets
 
-A seed gives the same scene on every machine: `random.Random` decides everything, and shapes are drawn at whole pixels.
-Every closed question is followed by its opposite, about the same image and with the other answer, so that neither the words
-of a question nor a liking for "yes" helps: guessing scores one half.
+A seed gives the same scene on every machine: `random.Random` decides everything, and shapes are drawn at
+whole pixels. Every closed question is followed by its opposite, about the same image and with the other
+answer, so that neither the words of a question nor a liking for "yes" helps: guessing scores one half.
 
-What is left out: anatomy. These are drawings, not medical images; nothing learnt from them says anything about a patient,
-and *left* is the left of the image, not the patient's. There is little to say about so simple a world: captions of held-out
-images occur in training too, the images do not.
+What is left out: anatomy. These are drawings, not medical images; nothing learnt from them says anything
+about a patient, and *left* is the left of the image, not the patient's. There is little to say about so
+simple a world: captions of held-out images occur in training too, the images do not.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from PIL import Image, ImageChops, ImageDraw
 IMAGE_SIZE = 80
 INSTRUCTIONS = ("Describe the image.", "Please describe the image.", "Give a short description of the image.")
 
-# First seed of each set. The sets are disjoint: each may take 100,000 seeds, the base's training all from 1,000,000 on.
+# First seed of each set. The sets are disjoint: each may take 100,000 seeds, the base's training all from
+# 1,000,000 on.
 FIRST_SEED = {
     "align": 0,
     "instruct": 100_000,
@@ -49,7 +51,8 @@ Turns = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class SceneQuestion:
-    """A question about a scene: its words, the true answer, whether it is closed (yes or no), and what it asks after."""
+    """A question about a scene: its words, the true answer, whether it is closed (yes or no), and what it
+    asks after."""
 
     question: str
     answer: str
@@ -59,7 +62,8 @@ class SceneQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One shape of a general scene: what it is called, and the centre and radius, in pixels, at which it stands."""
+    """One shape of a general scene: what it is called, and the centre and radius, in pixels, at which it
+    stands."""
 
     name: str
     color: str
@@ -100,7 +104,8 @@ class Scene:
     shapes: tuple[Shape, ...] = ()
 
 
-# ---------------------------------------------------------------------------------------------------------------- drawing
+# ----------------------------------------------------------------------------------------------------
+# drawing
 
 
 class _Canvas:
@@ -156,7 +161,8 @@ def _vary(rng: random.Random, color: Color, by: int = 14) -> Color:
     return (red, green, blue)
 
 
-# ------------------------------------------------------------------------------------------------------------------ words
+# ----------------------------------------------------------------------------------------------------
+# words
 
 
 def _article(noun: str) -> str:
@@ -165,7 +171,8 @@ def _article(noun: str) -> str:
 
 
 def _pair(kind: str, words: str, true: str, false: str) -> list[SceneQuestion]:
-    """A closed question and its opposite: `words` with `{}` filled once so that it is true, once so that it is false."""
+    """A closed question and its opposite: `words` with `{}` filled once so that it is true, once so that it
+    is false."""
     return [
         SceneQuestion(words.format(true), "yes", "closed", kind),
         SceneQuestion(words.format(false), "no", "closed", kind),
@@ -190,7 +197,8 @@ def _other(rng: random.Random, value: str, values: Iterable[str]) -> str:
     return rng.choice([candidate for candidate in values if candidate != value])
 
 
-# --------------------------------------------------------------------------------------------------------- general scenes
+# ----------------------------------------------------------------------------------------------------
+# general scenes
 
 COLORS: dict[str, Color] = {
     "red": (215, 45, 45),
@@ -213,7 +221,7 @@ _DOTTED = 0.35  # share of the general scenes with dots
 
 
 def general_scene(seed: int) -> Scene:
-    """One to four coloured shapes, each in its own quarter of a plain background, some over few or many dots."""
+    """One to four coloured shapes, each in a quarter of a plain background, some over few or many dots."""
     rng = random.Random(seed)
     background = rng.choice(BACKGROUNDS)
     colors = [color for color in COLORS if color not in (background, _TOO_ALIKE.get(background))]
@@ -268,7 +276,7 @@ def _draw_shape(canvas: _Canvas, shape: Shape, color: Color) -> None:
 
 
 def _mention(rng: random.Random, shapes: Sequence[Shape]) -> tuple[Shape, str]:
-    """A shape and words that mean it alone: "red circle", or "circle" or "red shape" where there is only one."""
+    """A shape and words that mean it alone: "red circle", or "circle" or "red shape" if there is one."""
     shape = rng.choice(shapes)
     words = [f"{shape.color} {shape.name}"]
     if sum(other.name == shape.name for other in shapes) == 1:
@@ -361,7 +369,8 @@ def _general_dialogue(rng: random.Random, shapes: Sequence[Shape], background: s
     return tuple(rng.sample(turns, 2))
 
 
-# -------------------------------------------------------------------------------------------------------------- the clinic
+# ----------------------------------------------------------------------------------------------------
+# the clinic
 
 _LESIONS = 0.8  # share of the CT and MRI scans with a lesion
 
@@ -606,13 +615,15 @@ def _side_pair(thing: str, side: str) -> list[SceneQuestion]:
 
 
 def _lesion_pair(rng: random.Random, lesion: bool) -> list[SceneQuestion]:
-    """Asked as often of scans with a lesion as of those without, so that the words do not give the answer away."""
+    """Asked as often of scans with a lesion as of those without, so that the words do not give the answer
+    away."""
     if lesion and rng.random() >= (1 - _LESIONS) / _LESIONS:
         return []
     return _presence("lesion", lesion, "Is there a lesion?", "Is the scan normal?")
 
 
-# ------------------------------------------------------------------------------------------------------------ data on disk
+# ----------------------------------------------------------------------------------------------------
+# data on disk
 
 
 def write_dataset(
@@ -628,15 +639,17 @@ def write_dataset(
 
     Args:
         folder: where to; made if it is not there.
-        seed: which clinic; two seeds have no scene in common, nor has any with those that the base was trained on.
+        seed: which clinic; two seeds have no scene in common, nor has any with those that the base was
+            trained on.
         align: clinic images with one caption each, asked for by an instruction.
         instruct: clinic images with one dialogue of two turns each.
         vqa: clinic images with all their questions, one row for each question.
-        heldout: clinic images that no stage trains on, with caption, dialogue and questions; and as many general scenes with
-            questions, to see what the base forgets.
+        heldout: clinic images that no stage trains on, with caption, dialogue and questions; and as many
+            general scenes with questions, to see what the base forgets.
 
     Returns:
-        File of each set by name: `align`, `instruct`, `vqa`, `align_heldout`, `instruct_heldout`, `vqa_heldout`,
+        File of each set by name: `align`, `instruct`, `vqa`, `align_heldout`, `instruct_heldout`,
+            `vqa_heldout`,
         `general_heldout`. Rows of the last two also carry `answer_type` (`open` or `closed`).
     """
     folder = Path(folder)
