@@ -50,26 +50,14 @@ from typing import Literal
 
 import torch
 
-from llavamed_peft import (
-    LLAVA_MED,
-    Curriculum,
-    LoraSpec,
-    Question,
-    Schedule,
-    Stage,
-    StageAdapter,
-    curriculum_finetune,
-    load_stage,
-)
-from llavamed_peft.cli.arguments import RunArguments
+from llavamed_peft import Question, StageAdapter, curriculum_finetune, load_stage
+from llavamed_peft.cli.arguments import RunArguments, StageArguments, stage_arguments
 from llavamed_peft.cli.launching import is_main_process, start
 from llavamed_peft.datasets import vqa_rad
 from llavamed_peft.datasets.sources import question_source
 from llavamed_peft.evaluation.answer import answer_questions
 from llavamed_peft.evaluation.exact_match import majority_answers, score, score_table
 from llavamed_peft.storage.images import load_image
-
-PAPER, LORA = LLAVA_MED["vqa"].schedule, LLAVA_MED["vqa"].lora
 
 
 @dataclass(kw_only=True)
@@ -79,7 +67,7 @@ class VqaArguments:
     model: str = field(metadata={"help": "Hub id or folder of a LLaVA checkpoint"})
     data: str = field(metadata={"help": "file of the training questions"})
     output_dir: str = field(
-        metadata={"help": "holds the stage's folder, answers.jsonl, scores.md; the same command goes on"}
+        metadata={"help": "holds the stage's folder, answers.jsonl, scores.md; the same command resumes"}
     )
     dataset: Literal["vqa_rad", "llava"] = field(default="vqa_rad", metadata={"help": "format of the files"})
     split: str = field(default="train", metadata={"help": "vqa_rad: what to train on"})
@@ -88,41 +76,10 @@ class VqaArguments:
         default=None, metadata={"help": "file of the held-out questions; None, vqa_rad: that of data"}
     )
     image_folder: str | None = field(
-        default=None, metadata={"help": "where image paths start; None: beside the data file"}
+        default=None, metadata={"help": "where image paths start; None: the data file's folder"}
     )
     start_from: str | None = field(
-        default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"}
-    )
-    epochs: float = field(
-        default=PAPER.epochs, metadata={"help": "passes over the data; a fraction is allowed"}
-    )
-    learning_rate: float = field(default=PAPER.learning_rate, metadata={"help": "peak rate of LoRA"})
-    projector_learning_rate: float | None = field(
-        default=PAPER.projector_learning_rate,
-        metadata={"help": "peak rate of the projector; None: that of LoRA"},
-    )
-    global_batch: int = field(
-        default=PAPER.global_batch, metadata={"help": "questions per optimizer step, all devices"}
-    )
-    warmup_ratio: float = field(
-        default=PAPER.warmup_ratio, metadata={"help": "share of the steps in which the rates rise"}
-    )
-    weight_decay: float = field(default=PAPER.weight_decay, metadata={"help": "AdamW's"})
-    max_length: int = field(
-        default=PAPER.max_length, metadata={"help": "tokens; a longer row is rejected. LLaVA-NeXT: 4096"}
-    )
-    shuffle: Literal["images", "conversations"] = field(
-        default=PAPER.shuffle, metadata={"help": "what is drawn"}
-    )
-    lora_rank: int = field(default=LORA.rank, metadata={"help": "as in start_from, where that has LoRA"})
-    lora_alpha: float = field(default=LORA.alpha, metadata={"help": "the update is scaled by alpha / rank"})
-    lora_dropout: float = field(default=LORA.dropout, metadata={"help": "on LoRA's inputs, in training"})
-    image_aspect_ratio: Literal["pad", "checkpoint"] = field(
-        default=LLAVA_MED.image_aspect_ratio,
-        metadata={"help": "pad images to a square, or do as the checkpoint's processor does"},
-    )
-    seed: int = field(
-        default=LLAVA_MED.seed, metadata={"help": "of the order of the data, LoRA's first values and dropout"}
+        default=None, metadata={"help": "a finished stage (folder or Hub id) to continue"}
     )
     max_new_tokens: int = field(
         default=32, metadata={"help": "where an answer is cut that does not end by itself"}
@@ -130,19 +87,8 @@ class VqaArguments:
     answer_batch: int = field(default=8, metadata={"help": "questions answered at once"})
 
 
-def train(arguments: VqaArguments, run: RunArguments) -> StageAdapter:
+def train(arguments: VqaArguments, stage: StageArguments, run: RunArguments) -> StageAdapter:
     """The stage, on questions of the data set."""
-    schedule = Schedule(
-        epochs=arguments.epochs,
-        learning_rate=arguments.learning_rate,
-        projector_learning_rate=arguments.projector_learning_rate,
-        global_batch=arguments.global_batch,
-        warmup_ratio=arguments.warmup_ratio,
-        weight_decay=arguments.weight_decay,
-        max_length=arguments.max_length,
-        shuffle=arguments.shuffle,
-    )
-    lora = LoraSpec(arguments.lora_rank, arguments.lora_alpha, arguments.lora_dropout)
     data, eval_data = arguments.data, arguments.eval_data
     if arguments.dataset == "vqa_rad":
         eval_data = question_source(
@@ -154,9 +100,7 @@ def train(arguments: VqaArguments, run: RunArguments) -> StageAdapter:
         {"vqa": data},
         arguments.output_dir,
         image_folder=arguments.image_folder,
-        curriculum=Curriculum(
-            (Stage("vqa", "lora", schedule, lora),), arguments.seed, arguments.image_aspect_ratio
-        ),
+        curriculum=stage.curriculum(),
         eval_data={"vqa": eval_data} if eval_data else None,
         start_from=arguments.start_from,
         **asdict(run),
@@ -165,8 +109,7 @@ def train(arguments: VqaArguments, run: RunArguments) -> StageAdapter:
 
 
 def held_out_questions(arguments: VqaArguments) -> list[Question]:
-    """All of them, or an error: a test set is not scored in part, and it is better known before training than
-    behind it."""
+    """All of them, or an error: a test set is not scored in part; better to know before training."""
     path = arguments.eval_data or arguments.data
     questions = list(vqa_rad.read(path, arguments.image_folder, arguments.eval_split))
     for image in sorted({question.image for question in questions}):
@@ -198,10 +141,10 @@ def write_answers(path: Path, questions: list[Question], answers: list[str]) -> 
             file.write(json.dumps({**row, "answer_type": question.answer_type}, ensure_ascii=False) + "\n")
 
 
-def main(arguments: VqaArguments, run: RunArguments) -> None:
+def main(arguments: VqaArguments, stage: StageArguments, run: RunArguments) -> None:
     folder = Path(arguments.output_dir)
     questions = held_out_questions(arguments) if arguments.dataset == "vqa_rad" else []
-    adapter = train(arguments, run)
+    adapter = train(arguments, stage, run)
     if not is_main_process():
         return
     print((folder / "stages.md").read_text(encoding="utf-8"))
@@ -215,4 +158,4 @@ def main(arguments: VqaArguments, run: RunArguments) -> None:
 
 
 if __name__ == "__main__":
-    start(main, VqaArguments, RunArguments)
+    start(main, VqaArguments, stage_arguments("vqa", rows="questions"), RunArguments)

@@ -168,8 +168,8 @@ def test_inspect_needs_no_weights(asked, tmp_path):
         assert (done.returncode, done.stdout, done.stderr) == (2, "", f"llavamed-peft: {told}\n")
     done = run("inspect", "--config", tmp_path / "padded.yaml", "--packing")
     told = (
-        f"llavamed-peft: {tmp_path / 'padded.yaml'}: layout is 'padded', so nothing is packed; wanted 'packed' "
-        "for --packing.\n"
+        f"llavamed-peft: {tmp_path / 'padded.yaml'}: layout is 'padded', so nothing is packed; wanted "
+        "'packed' for --packing.\n"
     )
     assert (done.returncode, done.stdout, done.stderr) == (2, "", told)
     plain = run(*words, before=[sys.executable, "-X", "utf8=0", "-c", ASCII])

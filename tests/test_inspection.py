@@ -15,7 +15,7 @@ from llavamed_peft import Curriculum, LoraSpec, Schedule, Stage, StageAdapter, c
 from llavamed_peft.adapters.lineage_tree import show
 from llavamed_peft.adapters.record import RECORD
 from llavamed_peft.batches.shares import share_of_step
-from llavamed_peft.cli.arguments import files_by_stage
+from llavamed_peft.cli.arguments import by_stage
 from llavamed_peft.datasets import llava_json
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError
 from llavamed_peft.modeling.load import read_config
@@ -375,16 +375,17 @@ def test_packing_says_where_training_would_refuse_a_sliding_window(place, tmp_pa
 
 
 def test_files_by_stage(tmp_path, monkeypatch):
+    stages = [stage.name for stage in CURRICULUM.stages]
     monkeypatch.chdir(tmp_path)
     Path("x=y.json").write_text("[]", encoding="utf-8")
-    assert files_by_stage(["a.json", "vqa=b=c.json", "vqa=d.json"], CURRICULUM) == {
+    assert by_stage("DATA", ["a.json", "vqa=b=c.json", "vqa=d.json"], stages) == {
         "align": ["a.json"],
         "instruct": ["a.json"],
         "vqa": ["a.json", "b=c.json", "d.json"],
     }
-    assert files_by_stage(["x=y.json"], CURRICULUM)["align"] == ["x=y.json"]
+    assert by_stage("DATA", ["x=y.json"], stages)["align"] == ["x=y.json"]
     with pytest.raises(ConfigError) as refusal:
-        files_by_stage(["algn=a.json"], CURRICULUM)
+        by_stage("DATA", ["algn=a.json"], stages)
     assert (
         str(refusal.value)
         == "'algn=a.json' is no file, and 'algn' no stage of the curriculum. Did you mean 'align'?"

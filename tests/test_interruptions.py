@@ -617,8 +617,8 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(place: Path
     file.write_bytes(file.read_bytes()[:-100])
     goes_on(place, out)
     told = (
-        f"{file}: has {size - 100:,} bytes, was written with {size:,}. Removed, since damaged. The checkpoint of "
-        "step 2 is intact"
+        f"{file}: has {size - 100:,} bytes, was written with {size:,}. Removed, since damaged. The "
+        "checkpoint of step 2 is intact"
     )
     assert said(out).count(told) == 1
 

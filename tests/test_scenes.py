@@ -18,16 +18,10 @@ DEMO = Path(__file__).resolve().parent.parent / "recipes" / "demo"
 BASE = DEMO / "tiny-llava"
 sys.path.insert(0, str(DEMO))
 
-from scenes import (  # noqa: E402  (the recipe's folder is no package)
-    FIRST_SEED,
-    IMAGE_SIZE,
-    INSTRUCTIONS,
-    MODALITIES,
-    Scene,
-    clinic_scene,
-    general_scene,
-    write_dataset,
-)
+from clinic_scenes import MODALITIES, clinic_scene  # noqa: E402  (the recipe's folder is no package)
+from general_scenes import general_scene  # noqa: E402
+from scene import IMAGE_SIZE, INSTRUCTIONS, Scene  # noqa: E402
+from scenes import FIRST_SEED, write_dataset  # noqa: E402
 
 MAKERS = pytest.mark.parametrize("scene_of", [general_scene, clinic_scene])
 

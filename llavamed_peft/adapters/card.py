@@ -9,8 +9,8 @@ import yaml
 from .record import StageRecord
 
 _NOTICE = """\
-For research only; not for clinical use. The adapter inherits the licence and the terms of its base model and \
-of the data it was
+For research only; not for clinical use. The adapter inherits the licence and the terms of its base model \
+and of the data it was
 trained on. LLaVA-Med's own data are CC BY-NC 4.0.
 """
 

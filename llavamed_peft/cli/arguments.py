@@ -1,63 +1,83 @@
-"""How a script's options are read: `parse`, and the options that several share, `RunArguments` and
-`CurriculumArguments`.
+"""The options of recipes and of the console script, as dataclasses, and the one grammar of `stage=path`.
 
-A recipe of one stage has a dataclass of its own for what decides the result (data, schedule, LoRA). That of a
-whole curriculum is here, since `inspect --config` reads it too, and so is how a run is computed, the same
-everywhere. Options come from the command line and from a YAML file, and what is written on the command line
-counts. An option that nobody knows is an error, wherever it stands, and so is a value of another kind.
+What decides the result and how it is computed are dataclasses of their own: `CurriculumArguments`, or for a
+single stage `StageDataArguments` and what `stage_arguments` makes; and `RunArguments`, the same everywhere.
+`parsing.py` reads them from the command line and from a YAML file.
 """
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ..errors import ConfigError, did_you_mean
 from ..llava_med import LLAVA_MED, LLAVA_MED_FULL
-from ..stages import Curriculum
+from ..stages import Curriculum, LoraSpec, Schedule, Stage
+
+# of an option: on the command line, or a mapping in a YAML file
+Words = Sequence[str] | Mapping[str, Any] | None
+
+_NAMED = {"LLAVA_MED": LLAVA_MED, "LLAVA_MED_FULL": LLAVA_MED_FULL}
 
 
-def files_by_stage(words: Iterable[str], curriculum: Curriculum) -> dict[str, list[str]]:
-    """`["a.json", "vqa=b.json"]` → stage name → files: a plain file is every stage's, `stage=file` that
-    stage's.
+def by_stage(option: str, given: Words, plain_for: Sequence[str] = ()) -> dict[str, list[str]]:
+    """`["vqa=a.json", "vqa=b.json"]`, or `{"vqa": ["a.json", "b.json"]}` → `{"vqa": ["a.json", "b.json"]}`.
+
+    Args:
+        option: its name, for errors.
+        given: its words, or a mapping.
+        plain_for: stages that a plain path counts for; without any, each word must be `stage=path`. A word
+            that is the name of a file is a plain path, also with a `=` in it.
 
     Raises:
-        ConfigError: a stage that the curriculum does not have.
+        ConfigError: a word is neither, names a stage that is not in `plain_for`, or a mapping holds no paths.
     """
-    names = [stage.name for stage in curriculum.stages]
-    files: dict[str, list[str]] = defaultdict(list)
-    for word in words:
-        stage, equals, file = word.partition("=")
-        if not equals or Path(word).is_file():
-            for name in names:
-                files[name].append(word)
-        elif stage in names:
-            files[stage].append(file)
-        else:
+    paths: dict[str, list[str]] = {}
+    if isinstance(given, Mapping):
+        for stage, value in given.items():
+            several = [value] if isinstance(value, str) else value
+            if not (isinstance(several, list) and several and all(p and isinstance(p, str) for p in several)):
+                raise ConfigError(f"{option}[{stage!r}] is {value!r}; wanted a path or a list of paths.")
+            paths[stage] = several
+        return paths
+    for word in given or ():
+        stage, equals, path = word.partition("=")
+        if plain_for and (not equals or Path(word).is_file()):
+            for name in plain_for:
+                paths.setdefault(name, []).append(word)
+        elif plain_for and stage not in plain_for:
             raise ConfigError(
-                f"{word!r} is no file, and {stage!r} no stage of the curriculum.{did_you_mean(stage, names)}"
+                f"{word!r} is no file, and {stage!r} no stage of the "
+                f"curriculum.{did_you_mean(stage, plain_for)}"
             )
-    return dict(files)
+        elif stage and equals and path:
+            paths.setdefault(stage, []).append(path)
+        else:
+            raise ConfigError(f"{option} is given {word!r}; wanted stage=path, such as align={word}.")
+    return paths
 
 
-def folders_by_stage(words: Sequence[str] | None) -> str | dict[str, str] | None:
-    """`["images/"]` → one folder for all stages; `["align=a/", "vqa=b/"]` → stage name → folder.
+def folder_by_stage(option: str, given: Words) -> str | dict[str, str] | None:
+    """`["images/"]` → one folder for all stages; `["align=a/", "vqa=b/"]`, or a mapping → stage → folder.
 
     Raises:
-        ConfigError: several folders, and not each with the name of a stage.
+        ConfigError: as `by_stage`; or a stage has several folders.
     """
-    if not words:
+    if not given:
         return None
-    if len(words) == 1 and ("=" not in words[0] or Path(words[0]).is_dir()):
-        return words[0]
-    parts = [word.partition("=") for word in words]
-    for word, (stage, equals, folder) in zip(words, parts, strict=True):
-        if not (stage and equals and folder):
-            raise ConfigError(f"--image_folder is {word!r}; wanted one folder, or stage=folder for each.")
-    return {stage: folder for stage, _, folder in parts}
+    if (
+        not isinstance(given, Mapping)
+        and len(given) == 1
+        and ("=" not in given[0] or Path(given[0]).is_dir())
+    ):
+        return given[0]
+    found = by_stage(option, given)
+    for stage, folders in found.items():
+        if len(folders) != 1:
+            raise ConfigError(f"{option}[{stage!r}] is {folders!r}; wanted one folder.")
+    return {stage: folder for stage, (folder,) in found.items()}
 
 
 @dataclass(kw_only=True)
@@ -77,7 +97,7 @@ class RunArguments:
     layout: Literal["packed", "padded"] = field(
         default="packed",
         metadata={
-            "help": "'packed': what conversations begin with alike, such as an image, stands once; 'padded': "
+            "help": "'packed': what conversations begin with, such as an image, is there once; 'padded': "
             "a row each"
         },
     )
@@ -123,9 +143,6 @@ class RunArguments:
     )
 
 
-_NAMED = {"LLAVA_MED": LLAVA_MED, "LLAVA_MED_FULL": LLAVA_MED_FULL}
-
-
 @dataclass(kw_only=True)
 class CurriculumArguments:
     """What decides the result of a whole curriculum: the options of `recipes/curriculum.py`, and of every
@@ -137,7 +154,7 @@ class CurriculumArguments:
     data: list[str] = field(metadata={"help": "LLaVA JSON of each stage, stage=file"})
     output_dir: str = field(
         metadata={
-            "help": "holds the stages' folders, the losses and rejected.jsonl; the same command goes on"
+            "help": "holds the stages' folders, the losses and rejected.jsonl; the same command resumes"
         }
     )
     image_folder: list[str] | None = field(
@@ -154,7 +171,7 @@ class CurriculumArguments:
         metadata={"help": "LLAVA_MED, LLAVA_MED_FULL, a YAML file of stages, or in --config the stages"},
     )
     start_from: str | None = field(
-        default=None, metadata={"help": "a finished stage (folder or Hub id) to begin behind"}
+        default=None, metadata={"help": "a finished stage (folder or Hub id) to continue"}
     )
 
     def files(self, option: Literal["data", "eval_data"]) -> dict[str, list[str]]:
@@ -163,44 +180,111 @@ class CurriculumArguments:
         Raises:
             ConfigError: a word is not `stage=file`, or a mapping holds something else.
         """
-        return _by_stage(option, getattr(self, option))
+        return by_stage(option, getattr(self, option))
 
     def folders(self) -> str | dict[str, str] | None:
-        """One folder for all stages, or stage → folder."""
-        given = self.image_folder
-        if given is None:
-            return None
-        if isinstance(given, list) and len(given) == 1 and "=" not in given[0]:
-            return given[0]
-        found = _by_stage("image_folder", given)
-        for stage, folders in found.items():
-            if len(folders) != 1:
-                raise ConfigError(f"image_folder[{stage!r}] is {folders!r}; wanted one folder.")
-        return {stage: folder for stage, (folder,) in found.items()}
+        """One folder for all stages, or stage → folder.
+
+        Raises:
+            ConfigError: as `folder_by_stage`.
+        """
+        return folder_by_stage("image_folder", self.image_folder)
 
     def stages(self) -> Curriculum:
-        """The curriculum that is named, lies in a file, or stands in the file of options."""
+        """The curriculum: one that has a name, one in a YAML file, or one in the file of options."""
         if isinstance(self.curriculum, Mapping):
             return Curriculum.from_dict(self.curriculum)
         return _NAMED.get(self.curriculum) or Curriculum.from_yaml(Path(self.curriculum))
 
 
-def _by_stage(option: str, given: Mapping[str, Any] | list[str] | None) -> dict[str, list[str]]:
-    """`["vqa=a.json", "vqa=b.json"]` or `{"vqa": ["a.json", "b.json"]}` → `{"vqa": ["a.json", "b.json"]}`."""
-    if isinstance(given, Mapping):
-        found = {stage: [files] if isinstance(files, str) else files for stage, files in given.items()}
-        for stage, files in found.items():
-            if not (
-                isinstance(files, list) and files and all(isinstance(file, str) and file for file in files)
-            ):
-                raise ConfigError(
-                    f"{option}[{stage!r}] is {given[stage]!r}; wanted a path or a list of paths."
-                )
-        return found
-    files_of: dict[str, list[str]] = {}
-    for word in given or []:
-        stage, equals, path = word.partition("=")
-        if not (stage and equals and path):
-            raise ConfigError(f"{option} is given {word!r}; wanted stage=path, such as align={word}.")
-        files_of.setdefault(stage, []).append(path)
-    return files_of
+@dataclass(kw_only=True)
+class StageDataArguments:
+    """What a single stage learns from, in LLaVA's format, and where it is left."""
+
+    model: str = field(metadata={"help": "Hub id or folder of a LLaVA checkpoint"})
+    data: list[str] = field(metadata={"help": "LLaVA JSON, one file or several"})
+    output_dir: str = field(
+        metadata={"help": "holds the stage's folder, the losses and rejected.jsonl; the same command resumes"}
+    )
+    image_folder: str | None = field(
+        default=None, metadata={"help": "where image paths start; None: each data file's folder"}
+    )
+    eval_data: list[str] | None = field(
+        default=None, metadata={"help": "LLaVA JSON to measure the held-out loss on"}
+    )
+    start_from: str | None = field(
+        default=None, metadata={"help": "a finished stage (folder or Hub id) to continue"}
+    )
+
+
+class StageArguments:
+    """The options of a stage's schedule and LoRA; `stage_arguments` makes the dataclass."""
+
+    STAGE: ClassVar[Stage]
+    image_aspect_ratio: str
+    seed: int
+
+    def curriculum(self) -> Curriculum:
+        """The stage with these options, as a curriculum of its own."""
+        given = vars(self)
+        schedule = {one.name: given[one.name] for one in fields(Schedule) if one.name in given}
+        lora = {
+            one.name: given[f"lora_{one.name}"] for one in fields(LoraSpec) if f"lora_{one.name}" in given
+        }
+        stage = replace(self.STAGE, schedule=Schedule(**schedule), lora=LoraSpec(**lora) if lora else None)
+        return Curriculum((stage,), self.seed, self.image_aspect_ratio)
+
+
+def stage_arguments(name: str, rows: str = "conversations") -> type[StageArguments]:
+    """A dataclass of the options of one of the paper's stages, with the paper's values as defaults.
+
+    Args:
+        name: of a stage of `LLAVA_MED`.
+        rows: what its data's rows are called.
+    """
+    stage = LLAVA_MED[name]
+    schedule, lora = stage.schedule, stage.lora
+    options: list[tuple[str, Any, Any, str]] = [
+        ("epochs", float, schedule.epochs, "passes over the data; a fraction is allowed"),
+        (
+            "learning_rate",
+            float,
+            schedule.learning_rate,
+            f"peak rate of {'LoRA' if lora else 'the projector'}",
+        ),
+    ]
+    if lora is not None:
+        rate, words = schedule.projector_learning_rate, "peak rate of the projector; None: that of LoRA"
+        options.append(("projector_learning_rate", float | None, rate, words))
+    options += [
+        ("global_batch", int, schedule.global_batch, f"{rows} per optimizer step, all devices"),
+        ("warmup_ratio", float, schedule.warmup_ratio, "share of the steps in which the learning rate rises"),
+        ("weight_decay", float, schedule.weight_decay, "AdamW's"),
+        ("max_length", int, schedule.max_length, "tokens; a longer row is rejected. LLaVA-NeXT: 4096"),
+        ("shuffle", Literal["images", "conversations"], schedule.shuffle, "what is drawn"),
+    ]
+    if lora is not None:
+        options += [
+            ("lora_rank", int, lora.rank, "as in start_from, where that has LoRA"),
+            ("lora_alpha", float, lora.alpha, "the update is scaled by alpha / rank"),
+            ("lora_dropout", float, lora.dropout, "on LoRA's inputs, in training"),
+        ]
+    at_random = (
+        "the order of the data" if lora is None else "the order of the data, LoRA's first values and dropout"
+    )
+    options += [
+        (
+            "image_aspect_ratio",
+            Literal["pad", "checkpoint"],
+            LLAVA_MED.image_aspect_ratio,
+            "pad images to a square, or do as the checkpoint's processor does",
+        ),
+        ("seed", int, LLAVA_MED.seed, f"of {at_random}"),
+    ]
+    made = [
+        (name, kind, field(default=default, metadata={"help": words}))
+        for name, kind, default, words in options
+    ]
+    return make_dataclass(
+        "StageArguments", made, bases=(StageArguments,), namespace={"STAGE": stage}, kw_only=True
+    )

@@ -23,34 +23,35 @@ import shutil
 import sys
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, LlavaMedError, did_you_mean
+from ..stages import Curriculum
 from ..version import __version__
+
+Verbs = Any  # what argparse's `add_subparsers` returns; its class has no public name
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one verb.
 
     Args:
-        arguments: the words of the command line behind the program's name; `None` takes the process's own.
+        arguments: the words of the command line after the program's name; `None`: this process's own.
 
     Returns:
         The exit code: 0, or 2 for what the package refuses.
     """
     parser = _parser()
-    options, behind = parser.parse_known_args(arguments)
-    words = [word for word in behind if word != "--"]
+    options, rest = parser.parse_known_args(arguments)
+    words = [word for word in rest if word != "--"]
     if options.verb is _inspect and not any(word.startswith("-") for word in words):
-        options.data += (
-            words  # argparse takes BASE and DATA in one go, before an option that stands between them
-        )
-    elif behind:
-        parser.error(f"unrecognized arguments: {' '.join(behind)}")
-    if not os.path.exists(
-        "/dev/nvidia0"
-    ):  # where DeepSpeed, once installed, says on stdout that it found no GPU
+        options.data += words  # argparse takes BASE and DATA together, before an option that is between them
+    elif rest:
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    # else DeepSpeed, once installed, says on stdout that it found no GPU
+    if not os.path.exists("/dev/nvidia0"):
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # The libraries' notes to programmers would only hide the answer or the error.
     warnings.simplefilter("ignore", FutureWarning)
@@ -73,7 +74,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"llavamed-peft {__version__}")
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
+    for add in (_add_ask, _add_inspect, _add_show, _add_merge, _add_catalogue):
+        add(verbs)
+    return parser
 
+
+def _add_ask(verbs: Verbs) -> None:
     ask = verbs.add_parser("ask", help="answer a question about an image with a stage's adapter")
     ask.add_argument("base", metavar="BASE", help="Hub id or folder of the raw base")
     ask.add_argument("adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one")
@@ -88,6 +94,8 @@ def _parser() -> argparse.ArgumentParser:
     )
     ask.set_defaults(verb=_ask)
 
+
+def _add_inspect(verbs: Verbs) -> None:
     inspect = verbs.add_parser(
         "inspect",
         help="show what would train, on which tokens, and what would be rejected; needs no weights",
@@ -132,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
         default=False,
         metavar="FILE.png",
         help="show how each stage's first step is packed on a GPU; with a file, draw it there, too (so DATA "
-        "stands before it)",
+        "comes before it)",
     )
     inspect.add_argument(
         "--max_row_tokens",
@@ -140,18 +148,20 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="of a packed row (default: 8192, as on a GPU, or what --config says)",
     )
+    _add_width(inspect)
     inspect.set_defaults(verb=_inspect, usage_error=inspect.error)
 
+
+def _add_show(verbs: Verbs) -> None:
     show = verbs.add_parser("show", help="show a stage's lineage, schedule, data and metrics as a tree")
     show.add_argument(
         "adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one; needs no weights"
     )
+    _add_width(show)
     show.set_defaults(verb=_show)
-    for verb in (inspect, show):
-        verb.add_argument(
-            "--width", type=_whole_number, metavar="N", help="characters of a line (default: the terminal's)"
-        )
 
+
+def _add_merge(verbs: Verbs) -> None:
     merge = verbs.add_parser("merge", help="write base and adapter as one checkpoint")
     merge.add_argument("base", metavar="BASE", help="Hub id or folder of the raw base")
     merge.add_argument("adapter", metavar="ADAPTER", help="a stage's folder, or a Hub repository of one")
@@ -163,10 +173,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     merge.set_defaults(verb=_merge)
 
+
+def _add_catalogue(verbs: Verbs) -> None:
     catalogue = verbs.add_parser("catalogue", help="renew the index of a folder of published adapters")
     catalogue.add_argument("folder", metavar="FOLDER", help="holds one folder <base>--<stage> per adapter")
     catalogue.set_defaults(verb=_catalogue)
-    return parser
+
+
+def _add_width(verb: argparse.ArgumentParser) -> None:
+    verb.add_argument(
+        "--width", type=_whole_number, metavar="N", help="characters of a line (default: the terminal's)"
+    )
 
 
 def _ask(options: argparse.Namespace) -> None:
@@ -206,61 +223,72 @@ def _inspect(options: argparse.Namespace) -> None:
     if options.max_row_tokens and not options.packing:
         options.usage_error("--max_row_tokens bounds the rows that --packing shows; give both")
 
-    from ..llava_med import LLAVA_MED
     from ..preview.inspect import inspect
-    from ..stages import Curriculum
-    from .arguments import files_by_stage, folders_by_stage
 
-    max_rejected, max_row_tokens = 0.05, None
-    if options.config is not None:
-        from .arguments import CurriculumArguments, RunArguments
-        from .parsing import parse
-
-        arguments, run = parse(CurriculumArguments, RunArguments, command_line=["--config", options.config])
-        base, curriculum, max_rejected = (arguments.model, arguments.stages(), run.max_rejected)
-        max_row_tokens = run.max_row_tokens
-        if options.packing and run.layout != "packed":
-            raise ConfigError(
-                f"{options.config}: layout is {run.layout!r}, so nothing is packed; wanted 'packed' for "
-                "--packing."
-            )
-        data, image_folder = arguments.files("data"), arguments.folders()
-    else:
-        base = options.base
-        curriculum = (
-            LLAVA_MED if options.curriculum is None else Curriculum.from_yaml(Path(options.curriculum))
-        )
-        data, image_folder = (
-            files_by_stage(options.data, curriculum),
-            folders_by_stage(options.image_folder),
-        )
+    run = _run_of_words(options) if options.config is None else _run_of_file(options.config, options.packing)
     if options.stage is not None:
-        names = [stage.name for stage in curriculum.stages]
-        if options.stage not in names:
-            raise ConfigError(
-                f"--stage is {options.stage!r}, no stage of the "
-                f"curriculum.{did_you_mean(options.stage, names)}"
-            )
-        for argument, given in (("data", data), ("image_folder", image_folder)):
-            if isinstance(given, dict):
-                curriculum.check_keys(argument, given)
-        curriculum = replace(curriculum, stages=(curriculum[options.stage],))
-        data = {options.stage: data[options.stage]} if options.stage in data else {}
-        if isinstance(image_folder, dict):
-            image_folder = image_folder.get(options.stage)
+        run = _one_stage(run, options.stage)
     for line in inspect(
-        base,
-        data,
-        image_folder,
-        curriculum,
+        run.base,
+        run.data,
+        run.image_folder,
+        run.curriculum,
         rows=options.rows,
-        max_rejected=max_rejected if options.max_rejected is None else options.max_rejected,
+        max_rejected=run.max_rejected if options.max_rejected is None else options.max_rejected,
         packing=options.packing if isinstance(options.packing, bool) else Path(options.packing),
-        max_row_tokens=options.max_row_tokens or max_row_tokens,
+        max_row_tokens=options.max_row_tokens or run.max_row_tokens,
         width=_width(options),
         colour=sys.stdout.isatty() and "NO_COLOR" not in os.environ,
     ):
         print(line, flush=True)
+
+
+@dataclass(frozen=True)
+class _Run:
+    """The run that `inspect` is asked about."""
+
+    base: str
+    data: dict[str, list[str]]
+    image_folder: str | dict[str, str] | None
+    curriculum: Curriculum
+    max_rejected: float = 0.05
+    max_row_tokens: int | None = None
+
+
+def _run_of_words(options: argparse.Namespace) -> _Run:
+    from ..llava_med import LLAVA_MED
+    from .arguments import by_stage, folder_by_stage
+
+    curriculum = LLAVA_MED if options.curriculum is None else Curriculum.from_yaml(Path(options.curriculum))
+    data = by_stage("DATA", options.data, [stage.name for stage in curriculum.stages])
+    return _Run(options.base, data, folder_by_stage("--image_folder", options.image_folder), curriculum)
+
+
+def _run_of_file(file: str, packing: object) -> _Run:
+    from .arguments import CurriculumArguments, RunArguments
+    from .parsing import parse
+
+    arguments, run = parse(CurriculumArguments, RunArguments, command_line=["--config", file])
+    if packing and run.layout != "packed":
+        raise ConfigError(
+            f"{file}: layout is {run.layout!r}, so nothing is packed; wanted 'packed' for --packing."
+        )
+    data, folders, curriculum = arguments.files("data"), arguments.folders(), arguments.stages()
+    return _Run(arguments.model, data, folders, curriculum, run.max_rejected, run.max_row_tokens)
+
+
+def _one_stage(run: _Run, name: str) -> _Run:
+    """The same for one of its stages alone."""
+    names = [stage.name for stage in run.curriculum.stages]
+    if name not in names:
+        raise ConfigError(f"--stage is {name!r}, no stage of the curriculum.{did_you_mean(name, names)}")
+    for argument, given in (("data", run.data), ("image_folder", run.image_folder)):
+        if isinstance(given, dict):
+            run.curriculum.check_keys(argument, given)
+    folder = run.image_folder.get(name) if isinstance(run.image_folder, dict) else run.image_folder
+    data = {name: run.data[name]} if name in run.data else {}
+    alone = replace(run.curriculum, stages=(run.curriculum[name],))
+    return replace(run, data=data, image_folder=folder, curriculum=alone)
 
 
 def _show(options: argparse.Namespace) -> None:

@@ -138,8 +138,8 @@ def _images(row: dict[str, Any], markers: int, folder: ImageFolder) -> tuple[str
         raise BadRow("malformed row", f"the row's image is {names!r}; wanted a path or a list of paths.")
     if len(names) != markers:
         detail = (
-            f"the turns hold {markers} {IMAGE_MARKER} marker(s) and the row has {len(names)} image(s); wanted equal "
-            "numbers."
+            f"the turns hold {markers} {IMAGE_MARKER} marker(s) and the row has {len(names)} image(s); "
+            "wanted equal numbers."
         )
         raise BadRow("image count differs from marker count", detail)
     return tuple(folder.path(name) for name in names)
