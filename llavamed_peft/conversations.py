@@ -1,8 +1,8 @@
 """Data as values: a turn, a conversation about images, a question with its answer. No torch, no file access.
 
-`<image>` in a user's text stands for the next of the conversation's images, as in LLaVA's own data files.
-Where the marker stands in the first turn does not matter for training (the checkpoint's chat template
-decides); which turn it stands in does. Reading files, and deciding what of them is fit for use, is
+`<image>` in a user's text is the place of the next of the conversation's images, as in LLaVA's own data
+files. Where the marker is in the first turn does not matter for training (the checkpoint's chat template
+decides); which turn it is in does. Reading files, and deciding what of them is fit for use, is
 `datasets/`; turning text into tokens is `packing/`.
 """
 
@@ -28,7 +28,7 @@ class Turn:
 
     Args:
         role: `"user"` or `"assistant"`.
-        text: the words; blanks around them are removed. A user's text may hold `<image>` markers, an
+        text: the words; whitespace around them is removed. A user's text may hold `<image>` markers, an
             assistant's may not.
 
     Raises:

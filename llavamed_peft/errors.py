@@ -30,7 +30,7 @@ class AdapterError(LlavaMedError, ValueError):
 
 
 class TrainingError(LlavaMedError, RuntimeError):
-    """A stage cannot begin or go on; the stages before it are untouched."""
+    """A stage cannot begin or continue; the stages before it are untouched."""
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
@@ -46,13 +46,13 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
 
 
 class Interrupted(KeyboardInterrupt):
-    """The run was asked to stop, has saved, and can be gone on with; the message says from where.
+    """The run was asked to stop, has saved, and can be resumed; the message says from where.
 
     Like Ctrl-C's own `KeyboardInterrupt` it is no `Exception`: what catches errors lets it pass.
 
     Args:
         signal_number: `signal.SIGTERM` or `signal.SIGINT`; a script's exit code is by custom 128 + this.
-        message: what was done until now and how to go on.
+        message: what was done until now and how to resume.
     """
 
     def __init__(self, signal_number: int, message: str):

@@ -1,7 +1,6 @@
-"""What to train, as values: `Schedule`, `LoraSpec`, `Stage`, `Curriculum`, and the paper's curriculum on one
-screen.
+"""What to train, as values: `Schedule`, `LoraSpec`, `Stage`, `Curriculum`.
 
-Everything that changes the result of a run stands here, and so in the `stage.json` that the run leaves; how a
+Everything that changes the result of a run is here, and so in the `stage.json` that the run leaves; how a
 run is computed (device batches, dtypes, workers) is a keyword of `curriculum_finetune`. No torch is imported.
 
 Numbers come from LLaVA-Med (arXiv:2306.00890) where a comment names a section or table of it, else from the
@@ -30,7 +29,7 @@ SHUFFLES = ("images", "conversations")
 ASPECT_RATIOS = ("pad", "checkpoint")
 
 
-# Not hidden, no blank at either end, nothing that a file system or a control character makes special.
+# Not hidden, no space at either end, nothing that a file system or a control character makes special.
 _FOLDER_NAME = re.compile(r"""(?![.\s])[^/\\:*?"<>|\x00-\x1f\x7f]+(?<!\s)""")
 
 
@@ -106,9 +105,9 @@ class Schedule:
         max_length: tokens, image tokens included; a longer conversation is rejected by name, never cut.
             LLaVA-NeXT's tiles make up to about 2,900 tokens an image: use 4096 there, 8192 for
             LLaVA-OneVision.
-        shuffle: `"images"` draws whole images, their conversations together: packed, an image then stands
-            once in a step. A step shows fewer images for it, so its gradient is noisier; benchmarks/LOG.md
-            has what that did to scores. `"conversations"` is the paper's plain shuffling, in which they fall
+        shuffle: `"images"` draws images, each with all its conversations: packed, an image is then there once
+            in a step. A step shows fewer images for it, so its gradient is noisier; benchmarks/LOG.md has
+            what that did to scores. `"conversations"` is the paper's plain shuffling, in which they fall
             together by chance alone.
 
     Raises:

@@ -1,5 +1,4 @@
-"""YAML text as values and back: `2e-3` is a number, as YAML 1.2 has it, and no key stands twice in one
-mapping."""
+"""YAML text as values and back: `2e-3` is a number, as in YAML 1.2, and no key occurs twice in one mapping."""
 
 from __future__ import annotations
 
@@ -12,7 +11,7 @@ from .errors import ConfigError
 
 
 def read_yaml(text: str, where: str) -> Any:
-    """What YAML text says; `2e-3` is a number, as YAML 1.2 has it, and no key stands twice in one mapping.
+    """What YAML text says; `2e-3` is a number, as YAML 1.2 has it, and no key is twice in one mapping.
 
     Raises:
         ConfigError: it is not YAML.
@@ -35,7 +34,7 @@ class _Yaml12Loader(yaml.SafeLoader):
         twice = {str(key) for key in keys if keys.count(key) > 1}
         if twice:
             raise yaml.constructor.ConstructorError(
-                None, None, f"the key {min(twice)!r} stands twice", node.start_mark
+                None, None, f"the key {min(twice)!r} is there twice", node.start_mark
             )
         return super().construct_mapping(node, deep)
 

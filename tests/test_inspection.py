@@ -499,7 +499,7 @@ def test_show_is_a_tree_from_the_base_to_the_stage(catalogue):
 def test_show_names_a_parent_that_does_not_lie_beside(catalogue):
     shutil.rmtree(catalogue / "tiny-llava--align")
     lines = show(catalogue / "tiny-llava--vqa")
-    assert lines[1] == "└─ align, sha256 c0cca0bced5d: does not lie beside it"
+    assert lines[1] == "└─ align, sha256 c0cca0bced5d: is not in the same folder"
     assert lines[2] == "   └─ instruct: lora (adapter), sha256 8523372bce04, in tiny-llava--instruct"
 
 

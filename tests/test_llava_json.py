@@ -386,20 +386,24 @@ GOOD = json.dumps({"id": 1, "conversations": [human("q"), gpt("a")]}).encode()
 BROKEN_LINES = {
     "cut": (
         b'{"id": 2',
-        "the line is not JSON (Expecting ',' delimiter: line 2 column 1 (char 9)); wanted one whole object.",
+        "the line is not JSON (Expecting ',' delimiter: line 2 column 1 (char 9)); wanted one complete "
+        "object.",
     ),
     "words": (
         b"oops",
-        "the line is not JSON (Expecting value: line 1 column 1 (char 0)); wanted one whole object.",
+        "the line is not JSON (Expecting value: line 1 column 1 (char 0)); wanted one complete object.",
     ),
     "two": (
         b"{} {}",
-        "the line is not JSON (Extra data: line 1 column 4 (char 3)); wanted one whole object.",
+        "the line is not JSON (Extra data: line 1 column 4 (char 3)); wanted one complete object.",
     ),
-    "nan": (b'{"id": NaN}', "the line is not JSON (NaN is not JSON, write null); wanted one whole object."),
+    "nan": (
+        b'{"id": NaN}',
+        "the line is not JSON (NaN is not JSON, write null); wanted one complete object.",
+    ),
     "infinity": (
         b'{"id": -Infinity}',
-        "the line is not JSON (-Infinity is not JSON, write null); wanted one whole object.",
+        "the line is not JSON (-Infinity is not JSON, write null); wanted one complete object.",
     ),
 }
 

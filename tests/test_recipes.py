@@ -150,7 +150,7 @@ def test_verbs_of_the_command_line(workspace, capsys):
     stage = produce("curriculum", workspace) / "vqa"
     Image.new("RGB", (70, 90), "gray").save(workspace / "chest.png")
     shutil.copytree(stage, workspace / "adapters" / "llava-1.5-7b-hf--vqa")
-    lines = commands_in("llavamed_peft/cli.py")
+    lines = commands_in("llavamed_peft/cli/main.py")
     assert {words[1] for words in lines} == {"ask", "inspect", "show", "merge", "catalogue"}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(workspace)
@@ -338,7 +338,7 @@ def test_true_and_false_may_be_written_as_in_yaml(word, value, tmp_path):
         ([], "model: a\nreport_to: {a: b}", "report_to is {'a': 'b'}; wanted a list of words."),
         ([], "model: a\nmodel: b", "options.yaml is not YAML: the key 'model' stands twice"),
         ([], "3: x", "unknown option 3."),
-        (["--config"], None, "--config: expected a file behind it."),
+        (["--config"], None, "--config: expected a file after it."),
         ([], "- model", "options.yaml holds ['model']; wanted a mapping of options to values."),
         ([], "model: [a", "options.yaml is not YAML: while parsing a flow sequence"),
         (

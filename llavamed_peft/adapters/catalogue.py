@@ -1,7 +1,7 @@
 """The catalogue of published adapters: one folder `<base>--<stage>/` each, and an index table made from their
 `stage.json`.
 
-An entry that lies there whole is a stage's folder as training left it and loads at once. Of an adapter whose
+A complete entry is a stage's folder as training left it and loads at once. Of an adapter whose
 weights are on the Hub the entry has the small files only (`adapter_config.json`, `stage.json`, `README.md`);
 the hash in its `stage.json` pins the weights. Either way the folder's name and the table follow from
 `stage.json`, so nothing in the table is written by hand.
@@ -48,7 +48,7 @@ class Entry:
     """One adapter of the catalogue.
 
     Args:
-        folder: where it lies.
+        folder: of the entry.
         record: what its `stage.json` says.
         size: bytes of its weights, or `None` where they are on the Hub.
     """
@@ -116,7 +116,7 @@ _COLUMNS = ("stage", "base", "trains", "parent", "data (rows used)", "held-out l
 
 
 def table(folder: str | Path) -> str:
-    """The index of a catalogue, as a Markdown table; an adapter stands behind the one it continues.
+    """The index of a catalogue, as a Markdown table; an adapter comes after the one it continues.
 
     Args:
         folder: of the catalogue; hidden folders and plain files in it are left alone.
@@ -155,7 +155,7 @@ def update(folder: str | Path) -> Path:
     _, end, after = rest.partition(END)
     if not (begin and end):
         raise AdapterError(
-            f"{path}: wanted a line {BEGIN} and below it a line {END}, for the table to stand between."
+            f"{path}: wanted a line {BEGIN} and below it a line {END}, for the table between them."
         )
     try:
         write_file(path, f"{before}{BEGIN}\n\n{rows}\n{END}{after}")

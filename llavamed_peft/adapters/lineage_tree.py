@@ -1,6 +1,6 @@
 """Where a finished stage comes from, as a tree: `show`.
 
-Read from the records (`stage.json`) of the stage and of those that lie beside it; no weights.
+Read from the records (`stage.json`) of the stage and of those in the same folder; no weights are read.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def show(adapter: str | Path, width: int = 100) -> list[str]:
     """A finished stage as a tree of lines: base, the stages before it, and of each schedule, data and
     metrics.
 
-    A stage before it is described where its folder lies beside that of its child, found by the content hash.
+    A stage before it is described if its folder is next to that of its child, found by the content hash.
 
     Args:
         adapter: a stage's folder, or a Hub repository of one; weights are not read and need not be there.
@@ -39,15 +39,17 @@ def show(adapter: str | Path, width: int = 100) -> list[str]:
     """
     folder = local_folder(adapter, only=RECORD)
     record = StageRecord.read(folder)
-    beside = {other.sha256: (path, other) for path, other in _records_beside(folder)}
+    neighbours = {other.sha256: (path, other) for path, other in _records_neighbours(folder)}
     node = _stage_node(folder, record)
     seen = {record.sha256}
     while (parent := record.parent) is not None:
-        if parent.sha256 not in beside or parent.sha256 in seen:
-            node = _Node(f"{parent.stage}, sha256 {parent.sha256[:_SHORT]}: does not lie beside it", (node,))
+        if parent.sha256 not in neighbours or parent.sha256 in seen:
+            node = _Node(
+                f"{parent.stage}, sha256 {parent.sha256[:_SHORT]}: is not in the same folder", (node,)
+            )
             break
         seen.add(parent.sha256)
-        folder, record = beside[parent.sha256]
+        folder, record = neighbours[parent.sha256]
         node = _stage_node(folder, record, (node,))
     base = record.base
     identity = f"revision {base.revision}" if base.id else f"sha256 {str(base.sha256)[:_SHORT]}"
@@ -55,7 +57,7 @@ def show(adapter: str | Path, width: int = 100) -> list[str]:
     return list(_branches(_Node(f"{base.public_name}: {kind}, {identity}", (node,)), width))
 
 
-def _records_beside(folder: Path) -> Iterator[tuple[Path, StageRecord]]:
+def _records_neighbours(folder: Path) -> Iterator[tuple[Path, StageRecord]]:
     for path in sorted(folder.resolve().parent.iterdir()):
         if (path / RECORD).is_file():
             try:
@@ -105,7 +107,7 @@ def _plain(value: Any) -> str:
 
 
 def _branches(node: _Node, width: int, first: str = "", rest: str = "") -> Iterator[str]:
-    """The tree's lines. `first` stands before the node's own first line, `rest` before all below it."""
+    """The tree's lines. `first` comes before the node's own first line, `rest` before all lines below it."""
     yield from wrapped(visible(node.text), width, first, rest + ("│  " if node.children else "   "))
     for position, child in enumerate(node.children, start=1):
         last = position == len(node.children)

@@ -4,7 +4,7 @@ and merged.
 One folder is one complete state: the projector in full and, from the first LoRA stage on, the LoRA tensors,
 in PEFT's own format; the processor; `stage.json` with lineage, data and numbers; a Hub card. A `full` stage
 leaves a checkpoint folder instead, with the same `stage.json`. Folders are written under another name and
-renamed when whole.
+renamed when complete.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class StageAdapter:
 
     @classmethod
     def load(cls, folder: str | Path) -> StageAdapter:
-        """Open a stage's folder, or a Hub repository of one, and check that it is whole.
+        """Open a stage's folder, or a Hub repository of one, and check that it is complete.
 
         Raises:
             AdapterError: there is none, it was not made by this package, or its weights are not those that
@@ -59,7 +59,7 @@ class StageAdapter:
         adapter = cls(path, record)
         if not adapter.is_checkpoint and not (path / WEIGHTS).is_file():
             raise AdapterError(
-                f"{path}: has no {WEIGHTS}; wanted a whole folder. Are its weights on the Hub? See its "
+                f"{path}: has no {WEIGHTS}; wanted a complete folder. Are its weights on the Hub? See its "
                 f"{CARD}."
             )
         if not adapter.is_checkpoint:

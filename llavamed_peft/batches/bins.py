@@ -1,4 +1,4 @@
-"""Items of different sizes into bins: alike in size, or evenly."""
+"""Items of different sizes into bins: of similar size, or evenly."""
 
 from __future__ import annotations
 

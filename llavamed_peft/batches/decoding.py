@@ -1,7 +1,7 @@
 """Rows of the index → one device batch, decoding in whatever worker asks: what the data loader loads.
 
 An image whose header was fine and whose pixels are not is found here: its conversations leave their step,
-which gets smaller, and are handed on as failed.
+which gets smaller, and count as failed.
 """
 
 from __future__ import annotations

@@ -145,7 +145,7 @@ class RunArguments:
 
 @dataclass(kw_only=True)
 class CurriculumArguments:
-    """What decides the result of a whole curriculum: the options of `recipes/curriculum.py`, and of every
+    """What decides the result of a curriculum: the options of `recipes/curriculum.py`, and of every
     cookbook."""
 
     MAPPINGS: ClassVar = ("data", "eval_data", "image_folder", "curriculum")

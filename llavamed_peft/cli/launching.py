@@ -20,7 +20,7 @@ def start(main: Callable[..., object], *arguments: type) -> None:
     """Parse the options and call `main` with them.
 
     Where the package refuses, the process ends with a line on stderr and exit code 1; where it was asked to
-    stop, with 143 (SIGTERM) or 130 (Ctrl-C) and a line that says how to go on.
+    stop, with 143 (SIGTERM) or 130 (Ctrl-C) and a line that says how to resume.
 
     Of several processes under torchrun the one that fails is named, with its error, in torchrun's last lines.
     """
@@ -48,10 +48,10 @@ def _head_start() -> Iterator[None]:
 
     The others fail as soon as it leaves, and torchrun, which counts in whole seconds, names the first.
     """
-    whole = False
+    finished = False
     try:
         yield
-        whole = True
+        finished = True
     finally:
-        if not whole and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        if not finished and int(os.environ.get("WORLD_SIZE", "1")) > 1:
             time.sleep(2)

@@ -2,7 +2,8 @@
 needs when it is called.
 
     llavamed-peft ask llava-hf/llava-1.5-7b-hf runs/llava-med/vqa chest.png "Is the heart enlarged?"
-    llavamed-peft inspect llava-hf/llava-1.5-7b-hf align=align.json vqa=vqa.json --image_folder images/
+    llavamed-peft inspect llava-hf/llava-1.5-7b-hf align=pmc_align.json vqa=vqa_rad/train.json \\
+        --image_folder images/
     llavamed-peft inspect --config recipes/configs/llava-1.5-7b/nf4-24gb.yaml
     llavamed-peft show runs/llava-med/vqa
     llavamed-peft merge llava-hf/llava-1.5-7b-hf runs/llava-med/vqa merged/

@@ -15,12 +15,12 @@ from ..yaml12 import read_yaml
 
 
 def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[Any, ...]:
-    """Read a script's options from its command line and from the YAML file behind `--config`.
+    """Read a script's options from its command line and from the YAML file after `--config`.
 
     Args:
         arguments: dataclasses whose fields are the options, with a `help` in their metadata. Those that a
             dataclass names in `MAPPINGS` may be mappings in the file.
-        command_line: the words behind the script's name; `None`: those of this process.
+        command_line: the words after the script's name; `None`: those of this process.
 
     Returns:
         One object of each dataclass. Where something is wrong (an option nobody knows, a missing or
@@ -30,7 +30,7 @@ def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[
     parser = _Parser(
         arguments,
         allow_abbrev=False,
-        description="Every option may also stand in a YAML file, --config FILE; what the command line says "
+        description="Every option may also be in a YAML file, --config FILE; what the command line says "
         "counts.",
     )
     for action in parser._actions:
@@ -88,7 +88,7 @@ class _Parser(TrlParser):
             return []
         place = words.index("--config")
         if place + 1 == len(words):
-            self.error("--config: expected a file behind it.")
+            self.error("--config: expected a file after it.")
         del words[place]
         path = words.pop(place)
         try:

@@ -1,7 +1,7 @@
 """The image a row names, as a path inside the image folder: a data file decides no further than that folder.
 
 The rule is one of names: a row's path is relative, with forward slashes, and after `..` is worked out it
-still lies in the folder. Symbolic links inside the folder are followed wherever they lead: they were put
+is still in the folder. Symbolic links inside the folder are followed wherever they lead: they were put
 there by the folder's owner, not by the data file, and the Hugging Face cache consists of such links. Whether
 the file is an image at all is seen when it is opened (`images.py`).
 """
@@ -36,8 +36,8 @@ class ImageFolder:
             )
 
     @classmethod
-    def beside(cls, path: str | os.PathLike[str]) -> ImageFolder:
-        """The folder the data file itself lies in."""
+    def of_file(cls, path: str | os.PathLike[str]) -> ImageFolder:
+        """The folder that the data file is in."""
         return cls(os.path.dirname(os.fspath(path)) or os.curdir)
 
     def path(self, name: str) -> str:

@@ -33,7 +33,7 @@ _LONGEST_LINE = 1 << 26  # bytes; a longer line is no row
 def json_rows(
     path: str | os.PathLike[str], row_keys: Collection[str], wanted: str, rejects: Rejects | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (row, value) for each row of a JSON array or of a JSON-lines file; a byte order mark and blank
+    """Yield (row, value) for each row of a JSON array or of a JSON-lines file; a byte order mark and empty
     lines are skipped.
 
     Args:
@@ -67,7 +67,7 @@ def json_rows(
 
 
 def row_id(row: Any, key: str, number: int) -> str:
-    """The row's own id as a string; `"row 17"` where it is missing, null, blank, or the row is no object."""
+    """The row's own id as a string; `"row 17"` if it is missing, null or empty, or the row is no object."""
     value = row.get(key) if isinstance(row, dict) else None
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value).strip() or f"row {number}"
@@ -154,7 +154,7 @@ def _raise_broken(pieces: _Pieces, path: str | os.PathLike[str], wanted: str) ->
         for _ in ijson.items(pieces, "item", use_float=True):
             row += 1
     except (ijson.JSONError, UnicodeDecodeError) as error:
-        place = f"byte {pieces.after} (line {pieces.line}, behind row {row})"
+        place = f"byte {pieces.after} (line {pieces.line}, after row {row})"
         fault = str(error).splitlines()[0].strip()
         if isinstance(error, UnicodeDecodeError) or "UTF8" in fault:
             raise DataError(f"{path}: not UTF-8 at {place}; wanted {wanted}.") from error
@@ -181,7 +181,7 @@ def _line_rows(
             byte = file.tell() - len(line) + error.start + 1
             raise DataError(f"{path}: not UTF-8 at byte {byte} (line {number}); wanted {wanted}.") from error
         except (ValueError, RecursionError) as error:
-            fault = BadRow("line is not JSON", f"the line is not JSON ({error}); wanted one whole object.")
+            fault = BadRow("line is not JSON", f"the line is not JSON ({error}); wanted one complete object.")
             refuse(rejects, path, number, f"row {number}", fault)
         else:
             yield number, value

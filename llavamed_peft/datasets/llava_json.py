@@ -2,8 +2,8 @@
 becomes `Conversation`s.
 
 Reads an array or JSON lines, as a stream. What published files are known to do is allowed: the key
-`"conversatons"`, values that are numbers, rows without an image, `<image>` before or behind the question or
-in a later turn, several images (a list under `image` or `images`), ids that are numbers, missing, or stand
+`"conversatons"`, values that are numbers, rows without an image, `<image>` before or after the question or in
+a later turn, several images (a list under `image` or `images`), ids that are numbers, missing, or occur
 twice. What would have to be guessed is rejected with a
 reason: above all, an image whose row has no `<image>` for it is not put anywhere, since which turn shows it
 is what is learnt.
@@ -54,7 +54,7 @@ def read(
     folder: ImageFolder | None = None if image_folder is None else ImageFolder(image_folder)
     basename = os.path.basename(os.fspath(path))
     for number, row in json_rows(path, _ROW_KEYS, WANTED, rejects):
-        folder = folder or ImageFolder.beside(path)
+        folder = folder or ImageFolder.of_file(path)
         id = row_id(row, "id", number)
         try:
             turns = _turns(row)

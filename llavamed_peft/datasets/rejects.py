@@ -1,8 +1,8 @@
 """Rows that cannot be used: what is said about one, and where it goes. No row is dropped in silence.
 
 Each reader of `datasets/` has an argument `rejects`. With `None` the first bad row raises `DataError`; with
-anything that has an `append`, a list or a `RejectLog`, the row is appended as a `Reject` and reading goes on.
-Faults of a whole file (missing, not UTF-8, broken JSON) raise in either case: they are no row's.
+anything that has an `append`, a list or a `RejectLog`, the row is appended as a `Reject` and reading
+continues. Faults of a file (missing, not UTF-8, broken JSON) raise in either case: they are no row's.
 
 How many rejected rows a run puts up with is the caller's decision.
 """
@@ -107,7 +107,7 @@ class RejectLog:
 
     The file comes into being with the first reject; one left there by an earlier run is removed at the start,
     so a file at `path` always speaks of this run. A row that comes again for the same reason (of a file that
-    two stages read, of an index that is used again) is counted and not written: each stands there once.
+    two stages read, of an index that is used again) is counted and not written: each is there once.
 
     >>> with RejectLog(folder / "rejected.jsonl") as log:
     ...     conversations = list(llava_json.read(path, rejects=log))
@@ -116,7 +116,7 @@ class RejectLog:
 
     Args:
         path: where to write.
-        keep: go on with the file that is there, of a run that was interrupted, instead of removing it.
+        keep: continue the file that is there, of a run that was interrupted, instead of removing it.
     """
 
     def __init__(self, path: str | os.PathLike[str], keep: bool = False) -> None:
@@ -128,10 +128,10 @@ class RejectLog:
             self.path.unlink(missing_ok=True)
         elif self.path.is_file():
             text = self.path.read_text(encoding="utf-8")
-            whole = text[: text.rfind("\n") + 1]  # a full disk cuts the last line short
-            self._written.update(map(hash, whole.splitlines(keepends=True)))
-            if whole != text:
-                self._replace(whole.splitlines(keepends=True))
+            complete = text[: text.rfind("\n") + 1]  # a full disk cuts the last line short
+            self._written.update(map(hash, complete.splitlines(keepends=True)))
+            if complete != text:
+                self._replace(complete.splitlines(keepends=True))
 
     def forget(self, reasons: Iterable[str]) -> None:
         """Drop the lines of an earlier call that give one of these reasons; rows to which it still applies
@@ -152,7 +152,7 @@ class RejectLog:
         write_file(self.path, "".join(lines))
 
     def append(self, reject: Reject, /) -> None:
-        """Write one reject as a line, at once, unless it stands there; and count it."""
+        """Write one reject as a line, at once, unless it is there; and count it."""
         self.counts[reject.reason] += 1
         line = json.dumps(reject.to_dict()) + "\n"
         if hash(line) in self._written:
@@ -160,7 +160,7 @@ class RejectLog:
         self._written.add(hash(line))
         if self._file is None:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            # Line-buffered: the log of a run that was killed is whole. Appending: one that was closed goes
+            # Line-buffered: the log of a run that was killed is complete. Appending: one that was closed goes
             # on.
             self._file = self.path.open("a", encoding="utf-8", buffering=1)
         self._file.write(line)

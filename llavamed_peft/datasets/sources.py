@@ -29,8 +29,8 @@ class Source:
         path: of the file, for `rejected.jsonl`.
         sha256: of its content.
         read: takes the log of rejected rows, yields conversations.
-        settings: what its conversations depend on beside the content (the reader, the image folder, …), as
-            text that is equal where they are; `None`: not told, so that its rows are checked anew in every
+        settings: what its conversations depend on apart from the content (the reader, the image folder, …),
+            as text that is equal where they are; `None`: not told, so that its rows are checked anew in every
             call.
     """
 
@@ -128,8 +128,8 @@ def _file(path: Path, image_folder: str | Path | None) -> Source:
 
 
 def _settings(read: Callable[..., Any], path: Path, image_folder: str | Path | None, *others: str) -> str:
-    """How a file is read. Folders stand as they were given, since rows hold such paths, and with where they
-    are."""
+    """How a file is read. Folders are named as they were given, since rows hold such paths, and with where
+    they are."""
     folder = path.parent if image_folder is None else Path(image_folder)
     return repr((read.__module__, read.__qualname__, os.fspath(folder), os.path.abspath(folder), *others))
 

@@ -59,7 +59,7 @@ def read(
 
     Args:
         path: `vqa_rad_public.json`, or `trainset.json` or `testset.json` of the MEVF form.
-        image_folder: where `image_name`s are; `None` means `images/` beside the file if there is one, else
+        image_folder: where `image_name`s are; `None` means `images/` next to the file if there is one, else
             the file's folder.
         split: `"train"` or `"test"`: only this split; `None`: every row. Rows of the other split are not
             checked. For a file of the MEVF form whose name does not tell its split, `split` says which one
@@ -68,9 +68,9 @@ def read(
             first one raises.
 
     Returns:
-        A generator of questions with `split` filled in, `answer_type` lower-cased and rid of stray blanks, an
-        answer that is a number as text, and the columns `image_organ`, `question_type`, `phrase_type` as
-        attributes. The file's rows, some thousand, are held in memory.
+        A generator of questions with `split` filled in, `answer_type` lower-cased and without stray
+        whitespace, an answer that is a number as text, and the columns `image_organ`, `question_type`,
+        `phrase_type` as attributes. The file's rows, some thousand, are held in memory.
 
     Raises:
         ConfigError: `split` is neither, or is not the split that the file's name says.

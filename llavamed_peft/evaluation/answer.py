@@ -39,7 +39,8 @@ def answer_questions(
         batch_size: questions answered at once, padded on the left to the longest.
 
     Returns:
-        One text for each question, in their order, without special tokens and outer blanks; it may be empty.
+        One text for each question, in their order, without special tokens and outer whitespace; it may be
+        empty.
 
     Raises:
         DataError: an image cannot be read; the message names the question.
@@ -62,7 +63,7 @@ def answer_questions(
 
 
 def stop_token_ids(model: torch.nn.Module, encoder: Encoder) -> list[int]:
-    """Tokens that end an answer: the model's own EOS, and what the chat template puts behind one (ChatML:
+    """Tokens that end an answer: the model's own EOS, and what the chat template puts after one (ChatML:
     `<|im_end|>`)."""
     tokenizer = encoder.processor.tokenizer
     special = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}

@@ -1,4 +1,4 @@
-"""The plainest score of VQA answers: equal to the truth or not, open and closed questions apart, beside the
+"""The plainest score of VQA answers: equal to the truth or not, open and closed questions apart, next to the
 majority answer.
 
 The majority answer is what a model that looks at nothing would say: the commonest training answer of the
@@ -43,7 +43,7 @@ class Score:
 
 
 def normalise(text: str) -> str:
-    """What is compared: the text in lower case, without outer blanks and without one final full stop.
+    """What is compared: the text in lower case, without outer whitespace and without one final full stop.
 
     >>> normalise(" Yes. ")
     'yes'

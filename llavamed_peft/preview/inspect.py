@@ -60,16 +60,16 @@ def inspect(
             `.png`.
         max_row_tokens: of that step, as on one GPU; `None`: what a run takes there.
         width: characters of a line.
-        colour: supervised tokens underlined and green, for a terminal; else they stand in `[[…]]`.
+        colour: supervised tokens underlined and green, for a terminal; otherwise they are in `[[…]]`.
 
     Returns:
         Lines, as they are found out. What cannot be opened at all raises before the first.
 
     Raises:
         ConfigError: `data` or `image_folder` has a key that is no stage of the curriculum; the picture is no
-            PNG file, has no folder to stand in, or nothing to show.
+            PNG file, has no folder to be in, or nothing to show.
         CheckpointError: the configuration or the processor cannot be used.
-        DataError: a file that is missing, or broken as a whole.
+        DataError: a file that is missing, or broken.
     """
     curriculum.check_keys("data", data)
     curriculum.check_keys("image_folder", image_folder if isinstance(image_folder, Mapping) else ())
@@ -192,8 +192,8 @@ def _packing(
         sampler = index.sampler(collator, stage.schedule, curriculum.seed)
         drawn.append(first_step(f"{stage.name}, the first step", index, collator, sampler))
         for line in describe_step(drawn[-1], width):
-            blanks = len(line) - len(line.lstrip())
-            yield from wrapped(line.strip(), width, " " * blanks, " " * (blanks + 2))
+            indent = len(line) - len(line.lstrip())
+            yield from wrapped(line.strip(), width, " " * indent, " " * (indent + 2))
     if picture is None:
         return
     if not drawn:

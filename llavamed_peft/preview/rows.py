@@ -24,7 +24,7 @@ from ..reporting.text import histogram, indented, visible, wrapped
 EXAMPLES = 3  # rejected rows that are shown for each reason
 
 
-_MARKED = "\033[4;32m{}\033[0m"  # underlined, so that blanks show, and green
+_MARKED = "\033[4;32m{}\033[0m"  # underlined, so that spaces show, and green
 
 
 Piece = tuple[str, bool]  # text, and whether the model learns to write it
@@ -57,7 +57,7 @@ def check_data(sources: Sequence[Source], collator: PackedCollator, folder: Path
         folder: where the index and the list of rejected rows may be written.
 
     Raises:
-        DataError: a file that is broken as a whole.
+        DataError: a file that is broken.
     """
     with RejectLog(folder / "rejected.jsonl") as log:
         index = build_index(sources, collator, folder / "index.arrow", log, max_rejected=None)
@@ -100,7 +100,7 @@ def lengths(index: Index, width: int) -> Iterator[str]:
 def first_rows(index: Index, collator: PackedCollator, rows: int, width: int, colour: bool) -> Iterator[str]:
     if not len(index) or not rows:
         return
-    yield f"the first rows; supervised is what stands {_MARKED.format('like this') if colour else 'in [[ ]]'}"
+    yield f"the first rows; supervised is what is {_MARKED.format('like this') if colour else 'in [[ ]]'}"
     for conversation in map(index.conversation, range(min(rows, len(index)))):
         yield f"  {visible(conversation.source)} (id {visible(conversation.id)})"
         try:
@@ -140,7 +140,7 @@ def marked_text(processor: ProcessorMixin, input_ids: Sequence[int], labels: Seq
 
 
 def _paint(pieces: Sequence[Piece], width: int, colour: bool) -> list[str]:
-    """Lines of at most `width` characters, broken behind blanks where there are any."""
+    """Lines of at most `width` characters, broken after spaces where there are any."""
     if not colour:
         pieces = [(f"[[{text}]]" if supervised else text, False) for text, supervised in pieces]
     characters = [(character, supervised) for text, supervised in pieces for character in text]

@@ -24,7 +24,7 @@ def trainable_parameters(
 ) -> dict[str, torch.Tensor]:
     """What a stage would train: name → parameter on the meta device, in the dtype in which it trains.
 
-    The names are the checkpoint's own, LoRA's `….q_proj.lora_A.weight` beside them.
+    The names are the checkpoint's own, with LoRA's `….q_proj.lora_A.weight` among them.
 
     Raises:
         TrainingError: the checkpoint's class has other parts than the scope names.
@@ -40,11 +40,11 @@ def trainable_parameters(
 
 def what_trains(base: str, config: PreTrainedConfig, stages: Sequence[Stage]) -> Iterator[str]:
     model = empty_model(config)
-    whole = sum(parameter.numel() for parameter in model.parameters())
+    everything = sum(parameter.numel() for parameter in model.parameters())
     dtype = _dtype_name(model.dtype)
     language_model, vision_tower = (config.get_text_config().model_type, config.vision_config.model_type)
     yield f"{base}: {config.model_type} over {language_model} and {vision_tower}"
-    yield f"  {whole:,} parameters, stored in {dtype}"
+    yield f"  {everything:,} parameters, stored in {dtype}"
     yield "\nwhat trains"
     shown: dict[tuple[Scope, LoraSpec | None], str] = {}
     for stage in stages:
@@ -63,7 +63,7 @@ def what_trains(base: str, config: PreTrainedConfig, stages: Sequence[Stage]) ->
         dtypes = ", ".join(sorted({_dtype_name(parameter.dtype) for parameter in parameters.values()}))
         yield (
             f"  {stage.name}: {stage.trains}{spec}, {count:,} parameters in {len(parameters):,} tensors, "
-            f"{dtypes}; {count / whole:.2%} of the checkpoint"
+            f"{dtypes}; {count / everything:.2%} of the checkpoint"
         )
         yield from indented(4, aligned(_by_module(parameters), right={1, 3}))
 

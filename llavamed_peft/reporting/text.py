@@ -11,7 +11,7 @@ _BARS, _LONGEST_BAR = (10, 60)  # of a histogram: how many, and sometimes one mo
 
 
 def visible(text: str) -> str:
-    """Line breaks and whatever else a terminal would obey, as escapes."""
+    """Line breaks and other control characters, as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
@@ -21,8 +21,8 @@ def wrapped(text: str, width: int, first: str, rest: str) -> list[str]:
     )
 
 
-def indented(blanks: int, lines: Iterable[str]) -> Iterator[str]:
-    return (" " * blanks + line for line in lines)
+def indented(spaces: int, lines: Iterable[str]) -> Iterator[str]:
+    return (" " * spaces + line for line in lines)
 
 
 def aligned(rows: Sequence[Sequence[str]], right: set[int]) -> list[str]:

@@ -34,7 +34,7 @@ def draw_losses(history: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_losses(panels: Sequence[Axes], history: Sequence[dict[str, Any]]) -> None:
-    """The same on panels of a figure of one's own, as many as there are stages."""
+    """The same on panels of a given figure, one for each stage."""
     stages = dict.fromkeys(record["stage"] for record in history)
     for panel, stage in zip(panels, stages, strict=True):
         for key, style, label in (("loss", "-", "training"), ("eval_loss", "o", "held out")):

@@ -1,1 +1,1 @@
-"""Files read and written safely: whole or not at all (`whole.py`), by content (`hashing.py`), images."""
+"""Files read and written safely: completely or not at all, known by their content, and images."""

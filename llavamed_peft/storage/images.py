@@ -11,8 +11,8 @@ Sizes are (height, width) in pixels, as arrays have them; orientation in EXIF is
 
 Left out: resizing, padding and normalising (the checkpoint's own processor does them), colour profiles,
 DICOM, the frames of an
-animation behind the first, and windowing by the display settings of a scanner: deep greyscale is scaled by
-its own range. An orientation that a PNG states behind its pixels is not applied, since the header alone must
+animation after the first, and windowing by the display settings of a scanner: deep greyscale is scaled by
+its own range. An orientation that a PNG states after its pixels is not applied, since the header alone must
 tell the size.
 """
 
@@ -74,11 +74,11 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
     """Decode an image to RGB, 8 bits a channel, turned as EXIF says.
 
     Greyscale deeper than 8 bits is scaled linearly from the image's own least and greatest value to 0..255
-    (Pillow would clip at 255 and show a 16-bit radiograph as white); integers that already lie in 0..255 are
+    (Pillow would clip at 255 and show a 16-bit radiograph as white); integers that already are in 0..255 are
     left alone. Floating point values are always scaled, and those that are not finite become black. An image
     of one single deep value becomes black.
 
-    Whatever is transparent is laid on white: figures are drawn for white paper, and black lettering on a
+    What is transparent is put on white: figures are drawn for white paper, and black lettering on a
         transparent ground
     would vanish on black.
 
@@ -119,7 +119,7 @@ def _orientation(image: Image.Image) -> int:
     """EXIF orientation, 1 (upright) to 8, without decoding; EXIF that is damaged counts as none, as in every
     viewer."""
     try:
-        # Not `image.getexif()`: a PNG's own decodes all pixels to look for EXIF behind them.
+        # Not `image.getexif()`: a PNG's own decodes all pixels to look for EXIF after them.
         orientation = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, struct.error):
         return 1
@@ -169,4 +169,6 @@ def errors_of(path: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
     except (OSError, SyntaxError, ValueError, struct.error) as error:
         # What Pillow's decoders raise for damaged files.
-        raise DataError(f"{path}: cannot be decoded ({error}); wanted a whole, undamaged image.") from error
+        raise DataError(
+            f"{path}: cannot be decoded ({error}); wanted a complete, undamaged image."
+        ) from error

@@ -234,7 +234,7 @@ def not_finite(tensors: Tensors) -> list[str]:
 
 def order_of(index: Index) -> str:
     """A hash of what decides the order of the data and how steps are packed: the rows' lengths, groups and
-    beginnings, images before the first answer included; not where the images lie."""
+    beginnings, images before the first answer included; not where the images are."""
     digest = hashlib.sha256()
     for name in ("length", "group", "prefix_tokens", "prefix"):
         digest.update(np.ascontiguousarray(index.column(name), dtype=np.int64).tobytes())

@@ -32,7 +32,7 @@ class Computing:
         eval_steps: optimizer steps between two held-out losses; `None`: a tenth of the stage's.
         save_steps: optimizer steps between two checkpoints; `None`: a tenth of the stage's.
         report_to: `"none"`, or trackers that the trainer knows, such as `"tensorboard"` or `"trackio"`.
-        sharding: how the model is spread over processes; `None`: each has a whole one.
+        sharding: how the model is spread over processes; `None`: each has all of it.
         feature_cache: store what the frozen vision tower makes of each image: always, never, or where it
             pays; never of a sharded model.
     """
@@ -92,7 +92,7 @@ def choose_computing(
         raise ConfigError(
             f"quantization is {quantization!r} and the launch configuration shards ({sharding.method}); "
             "wanted one of the two: 4-bit weights cannot be cut. Launch without FSDP and DeepSpeed: each GPU "
-            "then holds the small model whole."
+            "then holds all of the small model."
         )
     _check_feature_cache(feature_cache, sharding)
     checkpoints = on_gpu or (sharding is not None and sharding.gradient_checkpointing)

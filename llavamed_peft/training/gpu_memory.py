@@ -29,8 +29,8 @@ def enough_for_model(stage: Stage) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise TrainingError(
-            f"Stage {stage.name!r}, before its first step: {_first_words(error)} The model does not fit "
-            f"beside what else the GPU holds; wanted an emptier GPU, or in another output_dir {_ANOTHER_RUN}."
+            f"Stage {stage.name!r}, before its first step: {_first_words(error)} The model does not fit with "
+            f"what else the GPU holds; wanted an emptier GPU, or in another output_dir {_ANOTHER_RUN}."
         ) from error
 
 

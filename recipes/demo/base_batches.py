@@ -10,13 +10,7 @@ from itertools import chain
 
 import torch
 from base_model import GRID
-from build_base import CLOSED_WEIGHT, EOS_WEIGHT, OPEN_WEIGHT
-from scenes import (
-    INSTRUCTIONS,
-    Scene,
-    SceneQuestion,
-    Turns,
-)
+from scene import INSTRUCTIONS, Scene, SceneQuestion, Turns
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import (
@@ -26,6 +20,8 @@ from transformers import (
 
 # ------------------------------------------------------------------------------------------------------- rows
 # and batches
+
+EOS_WEIGHT, CLOSED_WEIGHT, OPEN_WEIGHT = 0.2, 4.0, 2.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from base_text import CHAT_TEMPLATE, build_tokenizer, scene_texts
-from scenes import (
-    FIRST_SEED,
-    IMAGE_SIZE,
-    clinic_scene,
-    general_scene,
-)
-from torch import nn
+from clinic_scenes import clinic_scene
+from general_scenes import general_scene
+from scene import IMAGE_SIZE, Scene
+from scenes import FIRST_SEED
+from torch import Tensor, nn
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -105,3 +105,7 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
         pad_token_id=tokenizer.pad_token_id,
     )
     return model
+
+
+def pixels_of(processor: LlavaProcessor, scenes: Iterable[Scene]) -> Tensor:
+    return processor.image_processor([scene.image for scene in scenes], return_tensors="pt")["pixel_values"]

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from itertools import chain
 
-from scenes import (
-    INSTRUCTIONS,
-    Scene,
-)
+from scene import INSTRUCTIONS, Scene
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     PreTrainedTokenizerFast,

@@ -4,20 +4,16 @@ from __future__ import annotations
 
 import random
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from base_batches import RowBuilder, answer, collate
-from base_model import GRID, PATCH, WIDTH
-from build_base import evaluate
-from scenes import (
-    COLORS,
-    FIRST_SEED,
-    SHAPES,
-    Scene,
-    clinic_scene,
-    general_scene,
-)
+from base_evaluation import evaluate
+from base_model import GRID, PATCH, WIDTH, pixels_of
+from clinic_scenes import clinic_scene
+from general_scenes import COLORS, SHAPES, general_scene
+from scene import Scene
+from scenes import FIRST_SEED
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.lr_scheduler import LambdaLR
@@ -66,10 +62,6 @@ class PatchProbe(nn.Module):
             )
             labels[:, rows[:, None] & columns] = 1 + values[:, None]
         return labels.flatten(1)
-
-
-def pixels_of(processor: LlavaProcessor, scenes: Iterable[Scene]) -> Tensor:
-    return processor.image_processor([scene.image for scene in scenes], return_tensors="pt")["pixel_values"]
 
 
 def adamw(learning_rate: float, *modules: nn.Module) -> torch.optim.AdamW:
