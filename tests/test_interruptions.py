@@ -136,14 +136,13 @@ def limit_file_size(size: int) -> None:
 
 
 def spoil_images(stage: str, steps: int) -> None:
-    """The step behind these has an image that is not a number."""
+    """The step after these has image features that are not numbers."""
     compute = StageTrainer._summed_loss
 
     def spoiled(self: StageTrainer, model: torch.nn.Module, batch: DeviceInputs) -> torch.Tensor:
         if self.stage.name == stage and self.state.global_step == steps and model.training:
-            batch = replace(
-                batch, inputs={**batch.inputs, "pixel_values": batch.inputs["pixel_values"] * math.nan}
-            )
+            inputs = {**batch.inputs, "tower_features": batch.inputs["tower_features"] * math.nan}
+            batch = replace(batch, inputs=inputs)
         return compute(self, model, batch)
 
     StageTrainer._summed_loss = spoiled

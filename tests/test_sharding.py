@@ -25,10 +25,13 @@ import sys
 from pathlib import Path
 import torch
 from accelerate import PartialState
-from llavamed_peft.checkpoints import load_optimizer_tensors, optimizer_tensors
 from llavamed_peft.modeling.load import load_checkpoint
-from llavamed_peft.modeling.parts import always_look, freeze_tower, load_tensors, sharding_units, trainable_tensors, unfreeze_full
+from llavamed_peft.modeling.parts import sharding_units
+from llavamed_peft.modeling.scopes import unfreeze_full
 from llavamed_peft.modeling.sharding import Sharding, shard
+from llavamed_peft.modeling.tensors import load_tensors, trainable_tensors
+from llavamed_peft.modeling.tower import always_look, freeze_tower
+from llavamed_peft.training.checkpoints import load_optimizer_tensors, optimizer_tensors
 
 base, folder, begins = sys.argv[1:]
 processes = PartialState(cpu=True)

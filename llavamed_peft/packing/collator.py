@@ -15,7 +15,7 @@ from numbers import Integral
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from transformers import ProcessorMixin
 
 from ..conversations import Conversation, Question
 from ..errors import ConfigError, DataError
@@ -45,9 +45,10 @@ class PackedCollator:
         fill_tokens: packed: `None`, or conversations that do not begin with the same image stand in rows of their own; see
             `masks.fill_tokens`.
 
-    Where `features` is set, they stand for the images: `pixel_values` is then what the frozen tower makes of them (see
-    `parts.freeze_tower`), and no image is decoded. An image that is not among them could not be decoded when they were stored;
-    it is an error, as it would be without them, and stays one should it be mended while the stage trains.
+    Where `features` is set, no image is decoded: the batch has `tower_features`, what the frozen tower makes
+    of the images, and `pixel_values` holds nothing (see `tower.freeze_tower`, which prepares a model for it).
+    An image without stored features could not be decoded when they were stored; it is an error, as it would
+    be without them, and stays one should its file be fixed while the stage trains.
 
     A packed batch goes to a model whose language model's attention is `sdpa`, as `load_checkpoint` leaves it; another's raises
     `ConfigError`. It must be attention alone, which `masks.choose_attention` checks, and have no sliding window shorter than a
@@ -217,9 +218,8 @@ class PackedCollator:
         return dict(self.encoder.select_images(processed, chosen, [len(group) == 1 for group, _ in standing]))
 
     def _stored(self, features: StoredFeatures, contents: Sequence[str], alone: Sequence[bool]) -> Batch:
-        """What the model gets in the place of pixels, as `Encoder.select_images` would have them."""
-        inputs = BatchFeature(features.inputs(contents, alone))
-        return dict(self.encoder.select_images(inputs, range(len(contents)), alone))
+        """What the model gets in place of pixels, with what its class wants beside them."""
+        return {**features.inputs(contents, alone), **self.encoder.image_numbers(alone)}
 
     def _stack(self, rows: Sequence[Row]) -> Batch:
         """Rows padded on the right to the longest; padding sees itself alone."""

@@ -238,15 +238,21 @@ class Encoder:
             alone: of each chosen one, whether it was alone in its conversation; those that were not come at least two in a row.
         """
         selected = {name: values for name, values in inputs.items() if name != "batch_num_images"}
-        if list(chosen) != list(
-            range(len(selected["pixel_values"]))
-        ):  # else they stay where they are, in shared memory
+        if list(chosen) != list(range(len(selected["pixel_values"]))):  # else they stay in shared memory
             selected = {name: values[list(chosen)] for name, values in selected.items()}
-        if self.tiles_lone_images_only:
-            runs = [(lone, sum(1 for _ in run)) for lone, run in itertools.groupby(alone)]
-            numbers = [number for lone, length in runs for number in ([1] * length if lone else [length])]
-            selected["batch_num_images"] = torch.tensor(numbers)
-        return BatchFeature(selected)
+        return BatchFeature(selected | self.image_numbers(alone))
+
+    def image_numbers(self, alone: Sequence[bool]) -> dict[str, torch.Tensor]:
+        """`batch_num_images` for a class that tiles lone images only: 1 or the length of a run of others.
+
+        Args:
+            alone: of each image, whether it was alone in its conversation.
+        """
+        if not self.tiles_lone_images_only:
+            return {}
+        runs = [(lone, sum(1 for _ in run)) for lone, run in itertools.groupby(alone)]
+        numbers = [number for lone, length in runs for number in ([1] * length if lone else [length])]
+        return {"batch_num_images": torch.tensor(numbers)}
 
     def _repeats(self, ids: np.ndarray, tokens_per_image: Sequence[int]) -> np.ndarray:
         """How often each token stands in the end: an image token once for each of its image's tokens, any other once."""
