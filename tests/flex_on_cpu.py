@@ -1,4 +1,5 @@
-"""FlexAttention that can be trained through on a CPU: torch's own formulas for both passes, in the place of kernels."""
+"""FlexAttention that can be trained through on a CPU: torch's own formulas for both passes, in the place of
+kernels."""
 
 from __future__ import annotations
 

@@ -1,8 +1,10 @@
-"""FlexAttention, which reads packed rows on CUDA: its block mask, its gradients, how often it is compiled, where it cannot be.
+"""FlexAttention, which reads packed rows on CUDA: its block mask, its gradients, how often it is compiled,
+where it cannot be.
 
-Its kernels for training run on CUDA only. On a CPU torch's own formulas for both passes take their place, which shows everything
-but the kernels (`test_flex_kernels.py` has them): that mask, model, checkpointing and trainer give FlexAttention what it must
-get, and what becomes of it. With `CUDA_VISIBLE_DEVICES=0` the same tests run the kernels.
+Its kernels for training run on CUDA only. On a CPU torch's own formulas for both passes take their place,
+which shows everything but the kernels (`test_flex_kernels.py` has them): that mask, model, checkpointing and
+trainer give FlexAttention what it must get, and what becomes of it. With `CUDA_VISIBLE_DEVICES=0` the same
+tests run the kernels.
 """
 
 from __future__ import annotations
@@ -139,7 +141,8 @@ def test_loss_and_every_gradient_are_the_padded_batchs(
     bases: dict[str, Path],
     conversations: list[Conversation],
 ) -> None:
-    """In one row, and in several that are padded to the longest; projector and LoRA also under activation checkpointing."""
+    """In one row, and in several that are padded to the longest; projector and LoRA also under activation
+    checkpointing."""
     model, processor = trainable(bases[kind], trains, quantization)
     model.to(device)
     padded = loss_and_gradients(model, padded_inputs(model, processor, conversations))
@@ -254,7 +257,7 @@ def test_each_device_has_one_attention_and_others_are_refused(
         ({"head_dim": 8}, "heads are 8 wide, and its kernels need 16"),
         ({"head_dim": 128}, "heads are 128 wide, too wide for its kernels in float32"),
         ({"attention_dropout": 0.1}, "has attention_dropout 0.1"),
-        ({"supported": False}, "transformers' llama does not take it"),
+        ({"supported": False}, "transformers' llama does not support it"),
     ],
 )
 def test_where_flex_attention_cannot_be_had_on_cuda_sdpa_takes_its_place(
@@ -265,7 +268,7 @@ def test_where_flex_attention_cannot_be_had_on_cuda_sdpa_takes_its_place(
     monkeypatch.setattr(type(model.get_decoder()), "_supports_flex_attn", "supported" not in change)
     for name in change.keys() - {"triton", "supported"}:
         setattr(model.config.text_config, name, change[name])
-    with pytest.warns(UserWarning, match=f"Packed rows get masks in full, not FlexAttention: .*{why}"):
+    with pytest.warns(UserWarning, match=f"Packed rows get dense masks, not FlexAttention: .*{why}"):
         assert choose_attention(model, CUDA, torch.float32) == "sdpa"
     assert model.config.text_config._attn_implementation == "sdpa"
     with warnings.catch_warnings():

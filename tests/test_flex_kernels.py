@@ -1,6 +1,8 @@
-"""FlexAttention's CUDA kernels for packed rows, as Inductor writes them, run in Triton's interpreter: no GPU is there.
+"""FlexAttention's CUDA kernels for packed rows, as Inductor writes them, run in Triton's interpreter: no GPU
+is there.
 
-One process for each case, since Triton reads once whether it interprets. What only a GPU shows is left out: bfloat16, time.
+One process for each case, since Triton reads once whether it interprets. What only a GPU shows is left out:
+bfloat16, time.
 """
 
 from __future__ import annotations

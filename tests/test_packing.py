@@ -1,4 +1,5 @@
-"""The packed layout: trees, rows and masks by definition, and a batch's loss, gradients and logits against the padded one's."""
+"""The packed layout: trees, rows and masks by definition, and a batch's loss, gradients and logits against
+the padded one's."""
 
 from __future__ import annotations
 
@@ -43,7 +44,8 @@ def sequence(ids: list[int], supervised: list[int], images: tuple[ImageSpan, ...
 
 @st.composite
 def sequences(draw: st.DrawFn) -> list[TokenSequence]:
-    """Random conversations over few tokens and images, so that much is shared; images have 1 to 3 placeholders (token 9)."""
+    """Random conversations over few tokens and images, so that much is shared; images have 1 to 3
+    placeholders (token 9)."""
     drawn = []
     for _ in range(draw(st.integers(1, 12))):
         ids: list[int] = []
@@ -84,7 +86,8 @@ def test_rows_hold_every_sequence_whole_and_share_all_they_may(
             covered |= set(path.tolist())
             assert row.input_ids[path].tolist() == given[number].input_ids.tolist()
             assert row.positions[path].tolist() == list(range(len(given[number])))
-            # Hugging Face's shift: the token before a supervised one in the row is the one before it in its sequence
+            # Hugging Face's shift: the token before a supervised one in the row is the one before it in its
+            # sequence
             for place, token in enumerate(path.tolist()):
                 if row.labels[token] != IGNORED:
                     assert place > 0 and path[place - 1] == token - 1
@@ -130,7 +133,8 @@ def test_images_of_a_row_are_listed_as_their_placeholders_stand(
 @untimed
 @given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
 def test_masks_are_what_is_visible_by_definition(given: list[TokenSequence], bound: int | None) -> None:
-    """A token sees exactly its own sequence up to itself: written down from the paths, without `ends` arithmetic."""
+    """A token sees exactly its own sequence up to itself: written down from the paths, without `ends`
+    arithmetic."""
     for row in lay_rows(given, bound):
         wanted = np.zeros((len(row), len(row)), dtype=bool)
         for number in row.last:
@@ -258,7 +262,8 @@ def test_random_trees_have_the_padded_batchs_gradient(
     models: dict[str, tuple[object, object]],
     images: dict[str, str],
 ) -> None:
-    """Few words and images, so that conversations have much in common: beginnings, questions, whole dialogues, everything."""
+    """Few words and images, so that conversations have much in common: beginnings, questions, whole
+    dialogues, everything."""
     model, processor = models[kind]
     given = [
         asked(
@@ -282,7 +287,8 @@ def models(bases: dict[str, Path]) -> dict[str, tuple[object, object]]:
 def test_rows_of_their_own_have_the_padded_batchs_loss_and_gradients(
     kind: str, shared: bool, bases: dict[str, Path], conversations: list[Conversation]
 ) -> None:
-    """Four lengths in one batch, with padding behind the shorter ones; without anything shared it needs no mask."""
+    """Four lengths in one batch, with padding behind the shorter ones; without anything shared it needs no
+    mask."""
     model, processor = trainable(bases[kind])
     given = conversations if shared else [conversations[i] for i in (0, 2, 6, 9)]
     packed = PackedCollator(processor, layout="packed", fill_tokens=1024).inputs(given)
@@ -359,7 +365,8 @@ def laid_rows(
 
 
 def paths_of(row: Row) -> dict[int, list[int]]:
-    """Where each conversation's tokens stand, by how the segments were laid down; nothing that a mask is made of is read."""
+    """Where each conversation's tokens stand, by how the segments were laid down; nothing that a mask is made
+    of is read."""
     paths: dict[int, list[int]] = {}
     places = itertools.count()
 

@@ -1,4 +1,5 @@
-"""What the launch configuration may ask for, and what is refused before anything is done; what it does is in `test_processes`."""
+"""What the launch configuration may ask for, and what is refused before anything is done; what it does is in
+`test_processes`."""
 
 from __future__ import annotations
 
@@ -119,13 +120,13 @@ def test_deepspeed_gets_the_packages_own_clipping_precision_and_steps(
     [
         (
             {"ACCELERATE_USE_FSDP": "true"},
-            "The launch configuration has fsdp_version 1; wanted fsdp_version: 2 (PyTorch's fully_shard), the only one "
-            "supported.",
+            "The launch configuration has fsdp_version 1; wanted fsdp_version: 2 (PyTorch's fully_shard), "
+            "the only one supported.",
         ),
         (
             FSDP2 | {"FSDP_OFFLOAD_PARAMS": "true"},
-            "The launch configuration has fsdp_offload_params (FSDP_OFFLOAD_PARAMS is set); this is not supported. Shard over "
-            "more GPUs, or train LoRA.",
+            "The launch configuration has fsdp_offload_params (FSDP_OFFLOAD_PARAMS is set); this is not "
+            "supported. Shard over more GPUs, or train LoRA.",
         ),
         (
             ZERO3 | {"ACCELERATE_DEEPSPEED_ZERO_STAGE": "1"},
@@ -214,7 +215,8 @@ def test_the_launchers_variables_are_put_aside_and_back(monkeypatch: pytest.Monk
 
 
 def test_the_optimizers_state_goes_on_over_another_number_of_processes(tmp_path: Path) -> None:
-    """Two steps of AdamW in two processes, then two more in those, in two fresh ones, and in a single one: the same tensors."""
+    """Two steps of AdamW in two processes, then two more in those, in two fresh ones, and in a single one:
+    the same tensors."""
     base = tiny.build(tmp_path / "base")
     (tmp_path / "script.py").write_text(OPTIMIZER, encoding="utf-8")
     for begins, processes in (("new", 2), ("resumed", 2), ("resumed", 1)):

@@ -34,8 +34,8 @@ def freeze_tower(model: torch.nn.Module) -> None:
 
     From now on the model also takes `tower_features`, [tiles, positions, layers, width], as the function of
     that name returns them: the tiles of all images one after the other. The tower then returns these as its
-    hidden states and computes nothing. The rest of a batch stays as it is (`image_sizes`, `batch_num_images`),
-    but `pixel_values` is `no_pixels(tower_features)`.
+    hidden states and computes nothing. The rest of a batch stays as it is (`image_sizes`,
+    `batch_num_images`), but `pixel_values` is `no_pixels(tower_features)`.
     """
     inner = bare(model).model
     tower, handover = inner.vision_tower, Handover()
@@ -119,7 +119,8 @@ def _stay_in_eval(tower: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
 
 
 def always_look(model: torch.nn.Module) -> None:
-    """Run vision tower and projector in every forward: one without an image gets an empty one, which counts nothing.
+    """Run vision tower and projector in every forward: one without an image gets an empty one, which counts
+    nothing.
 
     So every trainable tensor has a gradient in every step (perhaps zero). Processes that share a sharded
     model gather the weights of each part when it runs: all must run the same parts in the same order, or one

@@ -1,7 +1,9 @@
-"""One packed step to look at: its rows, what is shared in them, how much of them is useful; as text, and as a picture.
+"""One packed step to look at: its rows, what is shared in them, how much of them is useful; as text, and as a
+picture.
 
-A position is useful if it is neither padding nor a prefix that another row of the step holds, too. What is shown is one process's
-share of an epoch's first step, laid out by the functions that training uses, without decoding a pixel.
+A position is useful if it is neither padding nor a prefix that another row of the step holds, too. What is
+shown is one process's share of an epoch's first step, laid out by the functions that training uses, without
+decoding a pixel.
 """
 
 from __future__ import annotations
@@ -95,8 +97,9 @@ def describe_step(step: PackedStep, width: int) -> Iterator[str]:
     """
     conversations = sum(len(row.last) for row in step.rows)
     yield (
-        f"{step.title}: {conversations:,} conversations in {len(step.rows):,} row(s), {step.positions:,} tokens, "
-        f"{step.useful / step.positions:.1%} of them useful; padded {step.padded / step.positions:.1f} times as many"
+        f"{step.title}: {conversations:,} conversations in {len(step.rows):,} row(s), {step.positions:,} "
+        f"tokens, {step.useful / step.positions:.1%} of them useful; padded "
+        f"{step.padded / step.positions:.1f} times as many"
     )
     longest = max(map(len, step.rows))
     for number, (row, kinds) in enumerate(zip(step.rows, step.kinds, strict=True), start=1):
@@ -132,7 +135,8 @@ def draw_steps(steps: Sequence[PackedStep], path: Path) -> None:
         bars.hlines(np.arange(len(step.rows) - 1) + 0.5, -0.5, longest - 0.5, color="white", linewidth=4)
         bars.set_yticks(range(len(step.rows)), [f"{len(row.last)} conv." for row in step.rows])
         bars.set_title(
-            f"{step.title}: {step.useful / step.positions:.1%} useful, padded {step.padded / step.positions:.1f}×"
+            f"{step.title}: {step.useful / step.positions:.1%} useful, padded "
+            f"{step.padded / step.positions:.1f}×"
         )
         bars.set_xlabel("token of the row")
         ends = torch.from_numpy(step.rows[0].ends[:_LARGEST_MASK])[None]
@@ -156,7 +160,8 @@ def _sequence(index: Index, collator: PackedCollator, row: int) -> TokenSequence
 
 
 def _kinds(row: Row, image_token: int) -> np.ndarray:
-    """[tokens] integers. A token is shared if more than one of the row's sequences ends behind it in its subtree."""
+    """[tokens] integers. A token is shared if more than one of the row's sequences ends behind it in its
+    subtree."""
     last = np.sort(list(row.last.values()))
     sharing = np.searchsorted(last, row.ends) - np.searchsorted(last, np.arange(len(row)))
     kinds = np.where(sharing > 1, SHARED, OWN)
@@ -172,7 +177,8 @@ def _bar(kinds: np.ndarray, width: int) -> str:
 
 
 def _trees(forest: Forest, blanks: int) -> Iterator[str]:
-    """A line for each shared segment that is not short, those below it indented, and one for all else that goes on from there."""
+    """A line for each shared segment that is not short, those below it indented, and one for all else that
+    goes on from there."""
     tokens = ends = 0
     rest = list(forest)
     while rest:
