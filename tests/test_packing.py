@@ -17,7 +17,7 @@ from packed import KINDS, asked, assert_same, draw_conversations, draw_images, l
 from torch.nn.attention.flex_attention import create_mask
 from transformers import AutoProcessor
 
-from llavamed_peft import Conversation, Question
+from llavamed_peft import Conversation, Question, packing
 from llavamed_peft.errors import CheckpointError, ConfigError, DataError
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.parts import bare
@@ -172,6 +172,22 @@ def test_a_tree_reads_as_written() -> None:
     assert row.ends.tolist() == [17, 11, 11, 11, 11, 7, 7, 9, 9, 11, 11, *[17] * 6]
     assert np.flatnonzero(row.labels != IGNORED).tolist() == [6, 8, 10, 16]
     assert row.images == ((0, 0), (3, 0))
+
+
+def test_the_row_drawn_in_the_documentation_is_laid_out() -> None:
+    lines = packing.__doc__.splitlines()
+    drawn = {words[0]: words[1:16] for words in map(str.split, lines) if len(words) > 15}
+    texts = {"^##a?x$": (ImageSpan("image", 1, 3),), "^##b?y$": (ImageSpan("image", 1, 3),), "^c?z$": ()}
+    given = []
+    for text, images in texts.items():
+        ids = np.array([ord(character) for character in text])
+        given.append(TokenSequence(ids, np.where(np.arange(len(ids)) < len(ids) - 2, IGNORED, ids), images))
+    (row,) = lay_rows(given)
+    assert [chr(token) for token in row.input_ids] == drawn["input_ids"]
+    assert [str(position) for position in row.positions] == drawn["positions"]
+    assert [str(end) for end in row.ends] == drawn["ends"]
+    assert ["." if label == IGNORED else chr(label) for label in row.labels] == drawn["labels"]
+    assert row.images == ((0, 0),) and "".join(chr(row.input_ids[i]) for i in row.path(1)) == "^##b?y$"
 
 
 def test_a_tree_longer_than_a_row_is_split_by_repeating_its_prefix() -> None:

@@ -257,7 +257,7 @@ def _why_not_flex(model: PreTrainedModel, dtype: torch.dtype) -> str | None:
         name = str(dtype).removeprefix("torch.")
         return f"the language model's heads are {width} wide, too wide for its kernels in {name}"
     if getattr(text, "attention_dropout", 0):
-        return f"the language model has attention_dropout {text.attention_dropout}, which FlexAttention cannot do"
+        return f"the language model has attention_dropout {text.attention_dropout}, which it cannot do"
     if not model.get_decoder()._supports_flex_attn:
         return f"transformers' {text.model_type} does not support it"
     return None
