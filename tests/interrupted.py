@@ -115,9 +115,8 @@ def spoil_images(stage: str, steps: int) -> None:
 
     def spoiled(self: StageTrainer, model: torch.nn.Module, batch: DeviceInputs) -> torch.Tensor:
         if self.stage.name == stage and self.state.global_step == steps and model.training:
-            batch = replace(
-                batch, inputs={**batch.inputs, "pixel_values": batch.inputs["pixel_values"] * math.nan}
-            )
+            inputs = {**batch.inputs, "tower_features": batch.inputs["tower_features"] * math.nan}
+            batch = replace(batch, inputs=inputs)
         return compute(self, model, batch)
 
     StageTrainer._summed_loss = spoiled

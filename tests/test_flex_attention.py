@@ -257,7 +257,7 @@ def test_each_device_has_one_attention_and_others_are_refused(
         ({"head_dim": 8}, "heads are 8 wide, and its kernels need 16"),
         ({"head_dim": 128}, "heads are 128 wide, too wide for its kernels in float32"),
         ({"attention_dropout": 0.1}, "has attention_dropout 0.1"),
-        ({"supported": False}, "transformers' llama does not take it"),
+        ({"supported": False}, "transformers' llama does not support it"),
     ],
 )
 def test_where_flex_attention_cannot_be_had_on_cuda_sdpa_takes_its_place(
@@ -268,7 +268,7 @@ def test_where_flex_attention_cannot_be_had_on_cuda_sdpa_takes_its_place(
     monkeypatch.setattr(type(model.get_decoder()), "_supports_flex_attn", "supported" not in change)
     for name in change.keys() - {"triton", "supported"}:
         setattr(model.config.text_config, name, change[name])
-    with pytest.warns(UserWarning, match=f"Packed rows get masks in full, not FlexAttention: .*{why}"):
+    with pytest.warns(UserWarning, match=f"Packed rows get dense masks, not FlexAttention: .*{why}"):
         assert choose_attention(model, CUDA, torch.float32) == "sdpa"
     assert model.config.text_config._attn_implementation == "sdpa"
     with warnings.catch_warnings():

@@ -30,6 +30,7 @@ from torch.utils.data import Dataset, default_collate
 
 from ..batches.workers import WorkerNotes
 from ..errors import DataError, TrainingError
+from ..modeling.tower import no_pixels
 from ..packing.encoding import Encoder, Size
 from ..storage.equal_images import content_key
 from ..storage.images import load_image
@@ -357,16 +358,16 @@ class Features:
         return content is not None and self._key(content, alone) in self.files
 
     def inputs(self, contents: Sequence[str], alone: Sequence[bool]) -> dict[str, torch.Tensor]:
-        """What takes the place of images' pixels; in a data-loader worker it is put into shared memory.
+        """What a model gets in place of images' pixels; in a data-loader worker it is in shared memory.
 
         Args:
             contents: of the images, as a model is to see them.
             alone: of each, whether it is alone in its conversation.
 
         Returns:
-            `pixel_values`, [images, positions, layers, width]; where the class sends sizes, [images, tiles,
-            positions, layers, width], padded with zeros to the most tiles, and `image_sizes`, [images, 2]
-            int64.
+            `tower_features`, [tiles, positions, layers, width], the tiles of all images one after the other;
+            `pixel_values`, an empty placeholder for them (see `modeling.tower.no_pixels`); where the class
+            sends sizes, `image_sizes`, [images, 2] int64.
         """
         found = []
         for content, lone in zip(contents, alone, strict=True):
@@ -379,14 +380,12 @@ class Features:
                     f"{path}: cannot be read any more ({error}); wanted what was stored before the stage "
                     "trained. Make the same call again: what is missing or damaged is computed anew."
                 ) from error
-        if not self.sends_image_sizes:
-            return {"pixel_values": default_collate([tiles[0] for tiles in found])}
-        most = max(map(len, found))
-        padded = [torch.cat([tiles, tiles.new_zeros(most - len(tiles), *tiles.shape[1:])]) for tiles in found]
-        return {
-            "pixel_values": default_collate(padded),
-            "image_sizes": torch.tensor([self.sizes[content] for content in contents]),
-        }
+        # In a data-loader worker, default_collate copies them straight into shared memory.
+        features = default_collate([tile for tiles in found for tile in tiles])
+        inputs = {"tower_features": features, "pixel_values": no_pixels(features)}
+        if self.sends_image_sizes:
+            inputs["image_sizes"] = torch.tensor([self.sizes[content] for content in contents])
+        return inputs
 
 
 @functools.lru_cache(_OPEN_FILES)

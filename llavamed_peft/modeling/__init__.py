@@ -1,1 +1,2 @@
-"""Checkpoint → model and processor (`load.py`), what trains in it (`parts.py`), how it is spoken to (`templates.py`)."""
+"""Checkpoint → model and processor (`load.py`), what trains in it (`parts.py`), how it is spoken to
+(`templates.py`)."""

@@ -1,9 +1,10 @@
 """A Hub id or folder of a LLaVA checkpoint → (model, processor), complete or not at all.
 
-Four classes of `transformers` are known: LLaVA, LLaVA-NeXT, ViP-LLaVA and LLaVA-OneVision, over any language model they can be
-built from and a CLIP or SigLIP tower. Weights that are missing, left over or of another shape are errors here, where the library
-warns. NF4 loading keeps vision tower, projector and `lm_head` in 16/32 bit and checks that it did. Checkpoints in the original
-LLaVA format (such as LLaVA-Med v1.5's `llava_mistral`) are not converted.
+Four classes of `transformers` are known: LLaVA, LLaVA-NeXT, ViP-LLaVA and LLaVA-OneVision, over any language
+model they can be built from and a CLIP or SigLIP tower. Weights that are missing, left over or of another
+shape are errors here, where the library warns. NF4 loading keeps vision tower, projector and `lm_head` in
+16/32 bit and checks that it did. Checkpoints in the original LLaVA format (such as LLaVA-Med v1.5's
+`llava_mistral`) are not converted.
 """
 
 from __future__ import annotations
@@ -28,7 +29,8 @@ from .processor import load_processor
 MODEL_TYPES = ("llava", "llava_next", "vipllava", "llava_onevision")
 TOWERS = ("clip_vision_model", "siglip_vision_model")
 NF4_BLOCK = 64  # weights that share one scale; see bitsandbytes.functional.quantize_4bit
-# Kept in 16/32 bit. transformers matches these from the start of a module's name, so a bare "multi_modal_projector" would miss.
+# Kept in 16/32 bit. transformers matches these from the start of a module's name, so a bare
+# "multi_modal_projector" would miss.
 NOT_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
 # Buffers that older checkpoints stored and today's classes compute themselves.
 _COMPUTED_BUFFERS = (".position_ids", ".inv_freq")
@@ -43,14 +45,15 @@ def load_checkpoint(
 
     Args:
         model: Hub id, or folder of a checkpoint in Hugging Face format.
-        quantization: `None`, or `"nf4"`: the language model's linears in 4-bit NormalFloat with double quantisation
-            (QLoRA, arXiv:2305.14314); everything else in `dtype`.
-        dtype: of the floating-point weights, such as `torch.bfloat16` or `"bfloat16"`; `None` takes the one in which the
-            checkpoint is stored.
+        quantization: `None`, or `"nf4"`: the language model's linears in 4-bit NormalFloat with double
+            quantisation (QLoRA, arXiv:2305.14314); everything else in `dtype`.
+        dtype: of the floating-point weights, such as `torch.bfloat16` or `"bfloat16"`; `None` takes the one
+            in which the checkpoint is stored.
 
     Returns:
-        The model in eval mode (on the CPU; under `nf4` with a GPU, on the GPU), and its processor, with what a Hub folder
-        often lacks (`patch_size`, the number of extra tokens of the tower) filled in from the model's configuration.
+        The model in eval mode (on the CPU; under `nf4` with a GPU, on the GPU), and its processor, with what
+        a Hub folder often lacks (`patch_size`, the number of extra tokens of the tower) filled in from the
+        model's configuration.
 
     Raises:
         CheckpointError: not a LLaVA checkpoint, not complete, or its processor does not fit it.
@@ -92,33 +95,38 @@ def read_config(model: str | Path) -> PreTrainedConfig:
     """The configuration of a LLaVA checkpoint, without its weights.
 
     Raises:
-        CheckpointError: nothing is there, it is not one of the four LLaVA classes, or its tower is neither CLIP nor SigLIP.
+        CheckpointError: nothing is there, it is not one of the four LLaVA classes, or its tower is neither
+            CLIP nor SigLIP.
     """
     try:
         plain, _ = PreTrainedConfig.get_config_dict(str(model))
     except (OSError, ValueError) as error:
         raise CheckpointError(
-            f"{model}: no configuration could be read; wanted a folder with config.json or a Hub id. ({error})"
+            f"{model}: no configuration could be read; wanted a folder with config.json or a Hub id. "
+            f"({error})"
         ) from error
     if not plain:
         raise CheckpointError(f"{model}: has no config.json; wanted a folder of a checkpoint or a Hub id.")
     model_type = plain.get("model_type")
     if model_type not in MODEL_TYPES:
         raise CheckpointError(
-            f"{model}: model_type is {model_type!r}; wanted one of {', '.join(MODEL_TYPES)}. A text-only model has no projector "
-            "to train, and a checkpoint in the original LLaVA format must be converted first (the llava-hf checkpoints are)."
+            f"{model}: model_type is {model_type!r}; wanted one of {', '.join(MODEL_TYPES)}. A text-only "
+            "model has no projector to train, and a checkpoint in the original LLaVA format must be "
+            "converted first (the llava-hf checkpoints are)."
         )
     config = AutoConfig.from_pretrained(str(model))
     if config.vision_config.model_type not in TOWERS:
         raise CheckpointError(
-            f"{model}: its vision tower is {config.vision_config.model_type!r}; wanted one of {', '.join(TOWERS)}. Others make "
-            "another number of tokens of an image, which the stages would count wrongly."
+            f"{model}: its vision tower is {config.vision_config.model_type!r}; wanted one of "
+            f"{', '.join(TOWERS)}. Others make another number of tokens of an image, which the stages would "
+            "count wrongly."
         )
     return config
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration on torch's meta device: names, shapes and dtypes, without memory and without weights."""
+    """The model of a configuration on torch's meta device: names, shapes and dtypes, without memory and
+    without weights."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
 
@@ -177,13 +185,14 @@ def _check_blocks(config: PreTrainedConfig) -> None:
     for name, width in widths.items():
         if width % NF4_BLOCK:
             raise CheckpointError(
-                f"The language model's {name} is {width}; NF4 on a CPU needs a multiple of {NF4_BLOCK} (bitsandbytes reads "
-                "other widths wrongly without saying so). Use quantization=None."
+                f"The language model's {name} is {width}; NF4 on a CPU needs a multiple of {NF4_BLOCK} "
+                "(bitsandbytes reads other widths wrongly without saying so). Use quantization=None."
             )
 
 
 def _make_nf4_safe_on_cpu(model: PreTrainedModel) -> None:
-    """With avx512_bf16, bitsandbytes repacks weights at the first eval-mode forward, and then trains without gradients."""
+    """With avx512_bf16, bitsandbytes repacks weights at the first eval-mode forward, and then trains without
+    gradients."""
     for module in _linear4bits(model).values():
         module.support_avx512bf16_for_cpu = False
 
@@ -200,8 +209,8 @@ def _check_quantized(model: PreTrainedModel) -> None:
     ]
     if wrongly or left_out:
         raise CheckpointError(
-            f"NF4 loading quantised {wrongly[:3] or 'nothing wrongly'} and left out {left_out[:3] or 'nothing'}; wanted "
-            "exactly the linears of model.language_model in 4 bit."
+            f"NF4 loading quantised {wrongly[:3] or 'nothing wrongly'} and left out "
+            f"{left_out[:3] or 'nothing'}; wanted exactly the linears of model.language_model in 4 bit."
         )
 
 

@@ -1,8 +1,9 @@
 """Which parts of a LLaVA model a stage trains, proven name by name.
 
-All four classes name their parts alike: vision tower, projector, language model, `lm_head`. A stage's scope becomes a set of
-parameter names, adapters are attached by stock PEFT, and the set that requires grad must be that set. LLaVA-NeXT's and
-OneVision's `image_newline` is a bare parameter, which stock PEFT cannot carry in an adapter: it stays frozen in every scope.
+All four classes name their parts alike: vision tower, projector, language model, `lm_head`. A stage's scope
+becomes a set of parameter names, adapters are attached by stock PEFT, and the set that requires grad must be
+that set. LLaVA-NeXT's and OneVision's `image_newline` is a bare parameter, which stock PEFT cannot carry in
+an adapter: it stays frozen in every scope.
 """
 
 from __future__ import annotations
@@ -45,9 +46,11 @@ def language_linears(model: PreTrainedModel) -> list[str]:
 
 
 def sharding_units(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """What is gathered by itself where a model is sharded: each layer of the language model and of the vision tower.
+    """What is gathered by itself where a model is sharded: each layer of the language model and of the vision
+    tower.
 
-    Whole models inside the model are no such unit: FSDP2 gives a unit another class, and transformers looks up by the class what
+    Whole models inside the model are no such unit: FSDP2 gives a unit another class, and transformers looks
+        up by the class what
     a model hands out, the tower's hidden states for one.
 
     Raises:
@@ -61,8 +64,8 @@ def sharding_units(model: torch.nn.Module) -> list[torch.nn.Module]:
     }
     if not units[LANGUAGE]:
         raise TrainingError(
-            f"{type(bare(model).get_submodule(LANGUAGE)).__name__} has no layers that transformers can checkpoint, so it cannot "
-            "be sharded layer by layer; launch without FSDP."
+            f"{type(bare(model).get_submodule(LANGUAGE)).__name__} has no layers that transformers can "
+            "checkpoint, so it cannot be sharded layer by layer; launch without FSDP."
         )
     return units[LANGUAGE] + units[TOWER]
 

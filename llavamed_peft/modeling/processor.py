@@ -1,8 +1,11 @@
-"""The processor of a checkpoint: loaded, completed from the model's configuration, and made ready for a stage.
+"""The processor of a checkpoint: loaded, completed from the model's configuration, and made ready for a
+stage.
 
-Hub folders often lack what the processor needs to count image tokens; `load_processor` fills it in. `make_stage_processor` gives
-it what training adds: a chat template that can be trained on, and square padding where the checkpoint would crop. Both are saved
-with the stage, so that whoever loads it with stock `AutoProcessor` shows the model what it was trained on.
+Hub folders often lack what the processor needs to count image tokens; `load_processor` fills it in.
+`make_stage_processor` gives
+it what training adds: a chat template that can be trained on, and square padding where the checkpoint would
+crop. Both are saved with the stage, so that whoever loads it with stock `AutoProcessor` shows the model what
+it was trained on.
 """
 
 from __future__ import annotations
@@ -51,13 +54,15 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
             processor = AutoProcessor.from_pretrained(str(folder))
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise CheckpointError(
-            f"{folder}: no processor could be loaded; wanted tokenizer files and preprocessor_config.json. ({error})"
+            f"{folder}: no processor could be loaded; wanted tokenizer files and preprocessor_config.json. "
+            f"({error})"
         ) from error
     tokenizer = getattr(processor, "tokenizer", None)
     if tokenizer is None or getattr(processor, "image_processor", None) is None:
         raise CheckpointError(
             f"{folder}: the processor is a {type(processor).__name__} without "
-            f"{'a tokenizer' if tokenizer is None else 'an image processor'}; wanted both. Is preprocessor_config.json missing?"
+            f"{'a tokenizer' if tokenizer is None else 'an image processor'}; wanted both. Is "
+            "preprocessor_config.json missing?"
         )
     if not tokenizer.is_fast:
         raise CheckpointError(
@@ -65,8 +70,9 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
         )
     if processor.image_token_id != config.image_token_id:
         raise CheckpointError(
-            f"{folder}: the processor's image token {processor.image_token!r} has id {processor.image_token_id}, the model's "
-            f"image_token_id is {config.image_token_id}; wanted equal ids."
+            f"{folder}: the processor's image token {processor.image_token!r} has id "
+            f"{processor.image_token_id}, the model's image_token_id is {config.image_token_id}; wanted "
+            "equal ids."
         )
     _complete_processor(processor, config)
     if tokenizer.pad_token is None:
@@ -77,7 +83,8 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
 class _ImagesOnly(LlavaOnevisionProcessor):
     """OneVision's processor without its video part, which needs torchvision; nothing here shows a video.
 
-    The library reads a processor's parts off the arguments of `__init__`, so leaving one out there is all it takes.
+    The library reads a processor's parts off the arguments of `__init__`, so leaving one out there is all it
+    takes.
     """
 
     def __init__(
@@ -134,7 +141,8 @@ def _complete_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> 
 
 
 def save_processor(processor: ProcessorMixin, folder: Path) -> None:
-    """Write a processor's files, so that stock `AutoProcessor` loads them (OneVision's only where torchvision is installed)."""
+    """Write a processor's files, so that stock `AutoProcessor` loads them (OneVision's only where torchvision
+    is installed)."""
     processor.save_pretrained(folder)
     if isinstance(processor, _ImagesOnly):
         video = {
@@ -151,7 +159,8 @@ def make_stage_processor(processor: ProcessorMixin, image_aspect_ratio: AspectRa
 
     Args:
         processor: of the base, or of an earlier stage; unchanged.
-        image_aspect_ratio: see `Curriculum`. `"pad"` acts on LLaVA and ViP-LLaVA, whose processors make one square of an image.
+        image_aspect_ratio: see `Curriculum`. `"pad"` acts on LLaVA and ViP-LLaVA, whose processors make one
+            square of an image.
 
     Raises:
         CheckpointError: the chat template cannot be trained on.

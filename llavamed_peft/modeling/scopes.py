@@ -12,12 +12,14 @@ from ..errors import TrainingError
 from ..stages import LoraSpec, Scope
 from .parts import HEAD, IN_PEFT, LANGUAGE, PROJECTOR, is_lora, language_linears
 
-# Matches no module. PEFT has no documented way to say "modules_to_save only"; a test pins that this one works.
+# Matches no module. PEFT has no documented way to say "modules_to_save only"; a test pins that this one
+# works.
 NO_TARGET = "dummy-target-modules"
 
 
 def adapter_config(model: PreTrainedModel, lora: LoraSpec | None) -> LoraConfig:
-    """The stock PEFT configuration of a stage: the projector in full and, if given, LoRA on every linear of the language model.
+    """The stock PEFT configuration of a stage: the projector in full and, if given, LoRA on every linear of
+    the language model.
 
     Args:
         model: the bare model; its linears are read off it, so that any language model works.
@@ -75,9 +77,9 @@ def check_trainable(model: torch.nn.Module, wanted: set[str]) -> None:
     if actual != wanted:
         extra, lacking = sorted(actual - wanted), sorted(wanted - actual)
         raise TrainingError(
-            f"{len(extra)} parameter(s) would train that should not ({', '.join(extra[:3]) or 'none'}), and {len(lacking)} "
-            f"would not that should ({', '.join(lacking[:3]) or 'none'}). "
-            "The checkpoint's modules are named otherwise than its class's."
+            f"{len(extra)} parameter(s) would train that should not ({', '.join(extra[:3]) or 'none'}), and "
+            f"{len(lacking)} would not that should ({', '.join(lacking[:3]) or 'none'}). The checkpoint's "
+            "modules are named otherwise than its class's."
         )
 
 

@@ -1,10 +1,11 @@
-"""A stage's model spread over processes, as accelerate's launcher asks for it: PyTorch's FSDP2, or DeepSpeed's ZeRO-2 and ZeRO-3.
+"""A stage's model spread over processes, as accelerate's launcher asks for it: PyTorch's FSDP2, or
+DeepSpeed's ZeRO-2 and ZeRO-3.
 
-What the launch asks for is read from the variables that `accelerate launch` sets, and what is not supported is refused before
-anything is done. For FSDP2 we call `fully_shard` ourselves, on a CPU (gloo) as on GPUs (nccl), so that what the tests see is what
-GPUs run; accelerate's own FSDP is put aside, since on a CPU it would be plain DDP without a word. DeepSpeed is run by the
-Hugging Face trainer. Either way `whole` gives a parameter back in full. Each process still loads the whole model into its host
-memory before it is spread.
+What the launch asks for is read from the variables that `accelerate launch` sets, and what is not supported
+is refused before anything is done. For FSDP2 we call `fully_shard` ourselves, on a CPU (gloo) as on GPUs
+(nccl), so that what the tests see is what GPUs run; accelerate's own FSDP is put aside, since on a CPU it
+would be plain DDP without a word. DeepSpeed is run by the Hugging Face trainer. Either way `whole` gives a
+parameter back in full. Each process still loads the whole model into its host memory before it is spread.
 """
 
 from __future__ import annotations
@@ -51,7 +52,8 @@ class Sharding:
 
     Args:
         method: `"fsdp2"`, `"zero2"` (gradients and optimizer state) or `"zero3"` (weights too).
-        reshard_after_forward: FSDP2: free a layer's weights after its forward and gather them again for its backward.
+        reshard_after_forward: FSDP2: free a layer's weights after its forward and gather them again for its
+            backward.
         gradient_checkpointing: the launch asks to recompute activations.
         deepspeed: DeepSpeed's configuration; `None` for FSDP2.
     """
@@ -83,8 +85,8 @@ def asked_sharding(dtype: torch.dtype, max_grad_norm: float) -> Sharding | None:
         return None
     if os.environ.get("FSDP_VERSION", "1") != "2":
         raise ConfigError(
-            f"The launch configuration has fsdp_version {os.environ.get('FSDP_VERSION', '1')}; wanted fsdp_version: 2 "
-            "(PyTorch's fully_shard), the only one supported."
+            f"The launch configuration has fsdp_version {os.environ.get('FSDP_VERSION', '1')}; wanted "
+            "fsdp_version: 2 (PyTorch's fully_shard), the only one supported."
         )
     return Sharding(
         "fsdp2",
@@ -96,7 +98,8 @@ def asked_sharding(dtype: torch.dtype, max_grad_norm: float) -> Sharding | None:
 def _asked_deepspeed(dtype: torch.dtype, max_grad_norm: float) -> Sharding:
     if find_spec("deepspeed") is None:
         raise ConfigError(
-            "The launch configuration asks for DeepSpeed, which is not installed. pip install 'llavamed-peft[distributed]'"
+            "The launch configuration asks for DeepSpeed, which is not installed. pip install "
+            "'llavamed-peft[distributed]'"
         )
     try:
         config = DeepSpeedPlugin().deepspeed_config
@@ -126,7 +129,8 @@ def _asked_deepspeed(dtype: torch.dtype, max_grad_norm: float) -> Sharding:
         **config,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
-        "train_batch_size": "auto",  # DeepSpeed wants numbers; what a step holds is the schedule's global_batch
+        # DeepSpeed wants numbers; what a step holds is the schedule's global_batch
+        "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         **{kind: {**config.get(kind, {}), "enabled": enabled} for kind, enabled in compute.items()},
         # in bf16, the sum over a step's device batches would lose its small terms
@@ -157,12 +161,15 @@ def shard(
 ) -> None:
     """Spread a model over all processes by FSDP2, in place.
 
-    Trainable tensors stay fp32 in their shards; they are gathered and computed with in `compute_dtype`, and their gradients are
-    reduced in fp32, after each device batch, so that no process ever holds the sum of a whole model's gradients.
+    Trainable tensors stay fp32 in their shards; they are gathered and computed with in `compute_dtype`, and
+    their gradients are reduced in fp32, after each device batch, so that no process ever holds the sum of a
+    whole model's gradients.
 
     Args:
-        model: with the stage's parameters frozen and unfrozen, in the dtypes they are kept in, before any optimizer is made.
-        units: of the model, each gathered when it runs; what is in none of them stays gathered from forward to backward.
+        model: with the stage's parameters frozen and unfrozen, in the dtypes they are kept in, before any
+            optimizer is made.
+        units: of the model, each gathered when it runs; what is in none of them stays gathered from forward
+            to backward.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for unit in units:
@@ -191,7 +198,8 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def as_sharded(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, cut as the parameter is; scalars and whole parameters leave it as it is."""
+    """This process's part of a whole tensor, cut as the parameter is; scalars and whole parameters leave it
+    as it is."""
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
     return tensor
@@ -213,7 +221,8 @@ def unrounded(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Ten
 
 
 def set_masters(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give DeepSpeed's fp32 copies of the trainable tensors these values; it made them of a model it had rounded to bf16."""
+    """Give DeepSpeed's fp32 copies of the trainable tensors these values; it made them of a model it had
+    rounded to bf16."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     for name, parameter in model.named_parameters():

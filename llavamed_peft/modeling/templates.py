@@ -1,12 +1,14 @@
-"""How a checkpoint is spoken to: its chat template, read by rendering, and completed where it cannot be trained on.
+"""How a checkpoint is spoken to: its chat template, read by rendering, and completed where it cannot be
+trained on.
 
-A template is a program; what it does is found out by running it on probes, never from its text or the model's name. Two things
-are needed of it for training. The text before an answer must be what the template yields as generation prompt, since that is
-what the model will see when it is asked; LLaVA-OneVision's own template writes assistant turns differently. And an answer must
-end in a stop token; LLaVA-1.5's template ends it with a blank. `read_template` finds both out. `ChatFormat.pieces` writes a
-conversation so that both hold, and `ChatFormat.template` is a template that yields the same text with the stock
-`apply_chat_template`: the checkpoint's own where that already does it, else the checkpoint's own wrapped in a few lines.
-Tokens are `packing/`'s business.
+A template is a program; what it does is found out by running it on probes, never from its text or the model's
+name. Two things are needed of it for training. The text before an answer must be what the template yields as
+generation prompt, since that is what the model will see when it is asked; LLaVA-OneVision's own template
+writes assistant turns differently. And an answer must end in a stop token; LLaVA-1.5's template ends it with
+a blank. `read_template` finds both out. `ChatFormat.pieces` writes a conversation so that both hold, and
+`ChatFormat.template` is a template that yields the same text with the stock
+`apply_chat_template`: the checkpoint's own where that already does it, else the checkpoint's own wrapped in a
+few lines. Tokens are `packing/`'s business.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ Message = dict[str, Any]
 _QUESTION, _ANSWER = "Qz1 what is seen?", "Az1 a probe"
 _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 
-# Runs the checkpoint's own template on the messages up to each answer, as generation prompt, and writes the answer behind it.
+# Runs the checkpoint's own template on the messages up to each answer, as generation prompt, and writes the
+# answer behind it.
 _WRAPPER = """\
 {%- macro checkpoint_template(messages, add_generation_prompt) %}
 @ORIGINAL@{% endmacro -%}
@@ -68,7 +71,8 @@ class ChatFormat:
         lead: what stands between the generation prompt and the answer's first word (LLaVA-1.5: a blank).
         stop: what ends the answer, the stop token included; the model learns it.
         tail: what the template writes behind the stop (ChatML: a line break).
-        plain: the template wants a message's content as a string with `<image>` in it, not as a list of parts.
+        plain: the template wants a message's content as a string with `<image>` in it, not as a list of
+            parts.
         template: a template whose rendering is the joined `pieces`, for the stage folder.
     """
 
@@ -98,8 +102,9 @@ class ChatFormat:
                 raise DataError(f"The chat template refuses the conversation: {error}") from error
             if not prompt.startswith(written):
                 raise CheckpointError(
-                    f"The chat template renders earlier turns as {written!r}, and with a later one as {prompt!r}; wanted the "
-                    "same beginning. It rewrites earlier turns, so later answers cannot be trained on; give it another."
+                    f"The chat template renders earlier turns as {written!r}, and with a later one as "
+                    f"{prompt!r}; wanted the same beginning. It rewrites earlier turns, so later answers "
+                    "cannot be trained on; give it another."
                 )
             pieces.append(Piece((self.tail if pieces else "") + prompt[len(written) :], supervised=False))
             pieces.append(Piece(self.lead + turns[position].text + self.stop, supervised=True))
@@ -111,8 +116,8 @@ class ChatFormat:
 def to_messages(turns: Sequence[Turn], plain: bool = False) -> list[Message]:
     """Turns as the messages that a chat template takes.
 
-    Markers before or behind a turn's words become images in front of them, and the template decides where they stand; markers
-    amid the words keep their place.
+    Markers before or behind a turn's words become images in front of them, and the template decides where
+    they stand; markers amid the words keep their place.
     """
     messages: list[Message] = []
     for turn in turns:
@@ -136,7 +141,8 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
     """Find out by rendering what the checkpoint's chat template does.
 
     Raises:
-        CheckpointError: there is no template, it shows no images or not the words given to it, or there is no EOS token.
+        CheckpointError: there is no template, it shows no images or not the words given to it, or there is no
+            EOS token.
     """
     original = _template_text(processor)
     special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
@@ -154,8 +160,8 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
             break
     if not asked:
         raise CheckpointError(
-            f"The chat template shows a question about one image as {prompt!r}; wanted the question once and one "
-            f"{processor.image_token}. Give the processor a template of a LLaVA checkpoint."
+            f"The chat template shows a question about one image as {prompt!r}; wanted the question once and "
+            f"one {processor.image_token}. Give the processor a template of a LLaVA checkpoint."
         )
     try:
         exchange = _render(processor, original, messages)
@@ -163,7 +169,8 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
         raise CheckpointError(f"The chat template refuses a question with its answer: {error}") from error
     if exchange.count(_ANSWER) != 1:
         raise CheckpointError(
-            f"The chat template shows the answer {_ANSWER!r} as {exchange!r}; wanted its words once, unchanged."
+            f"The chat template shows the answer {_ANSWER!r} as {exchange!r}; wanted its words once, "
+            "unchanged."
         )
     before, behind = exchange.split(_ANSWER)
     continues = before.startswith(prompt)
@@ -191,8 +198,9 @@ def _template_text(processor: ProcessorMixin) -> str:
         template = wrapped[1]  # an earlier stage's; running the wrapper inside itself would take ever longer
     if not template:
         raise CheckpointError(
-            "The checkpoint has no chat template; wanted one in chat_template.jinja, processor_config.json or "
-            "tokenizer_config.json. Set processor.chat_template, for example to that of the llava-hf checkpoint it came from."
+            "The checkpoint has no chat template; wanted one in chat_template.jinja, processor_config.json "
+            "or tokenizer_config.json. Set processor.chat_template, for example to that of the llava-hf "
+            "checkpoint it came from."
         )
     return str(template)
 
@@ -206,7 +214,8 @@ def _render(
 
 
 def _wrap(original: str, lead: str, stop: str, tail: str) -> str:
-    # Inside the macro, generation markers would be counted from the wrong place; a comment keeps their blank-stripping dashes.
+    # Inside the macro, generation markers would be counted from the wrong place; a comment keeps their
+    # blank-stripping dashes.
     inert = _GENERATION_TAG.sub(r"{#\1 \2#}", original).removesuffix(
         "\n"
     )  # jinja drops one line break at a template's end
@@ -224,6 +233,7 @@ def _check_template(processor: ProcessorMixin, chat_format: ChatFormat, exchange
         messages = to_messages(turns, chat_format.plain)
         if _render(processor, chat_format.template, messages) != trained:
             raise CheckpointError(
-                f"The chat template renders {_render(processor, chat_format.template, messages)!r}, training would see "
-                f"{trained!r}; wanted equal texts. Give the processor a template that treats every turn alike."
+                f"The chat template renders {_render(processor, chat_format.template, messages)!r}, training "
+                f"would see {trained!r}; wanted equal texts. Give the processor a template that treats every "
+                "turn alike."
             )

@@ -17,8 +17,8 @@ Tensors = dict[str, torch.Tensor]
 def set_dtypes(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
     """Trainable tensors in fp32, the frozen rest in the compute dtype; 4-bit weights stay as they are.
 
-    At rates of 2e-5 a bf16 weight can stand still: its steps are smaller than its last place. A frozen LoRA that a projector
-    stage carries is fp32 too, so that the stage hands it on unrounded.
+    At rates of 2e-5 a bf16 weight can stand still: its steps are smaller than its last place. A frozen LoRA
+    that a projector stage carries is fp32 too, so that the stage hands it on unrounded.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
@@ -27,10 +27,12 @@ def set_dtypes(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
 
 
 def trainable_tensors(model: torch.nn.Module) -> Tensors:
-    """What a stage leaves, whole, on the CPU: an adapter's tensors under PEFT's names, or a full stage's trained weights.
+    """What a stage leaves, whole, on the CPU: an adapter's tensors under PEFT's names, or a full stage's
+    trained weights.
 
-    A frozen LoRA that a projector stage carries is part of it. Every writer and reader of stages goes through this mapping. Where
-    the model is sharded, every process has to call this, and the main one gets the tensors, the others an empty mapping.
+    A frozen LoRA that a projector stage carries is part of it. Every writer and reader of stages goes through
+    this mapping. Where the model is sharded, every process has to call this, and the main one gets the
+    tensors, the others an empty mapping.
     """
     free_gathered(model)
     is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -52,7 +54,8 @@ def trainable_tensors(model: torch.nn.Module) -> Tensors:
 
 
 def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The inverse of `trainable_tensors`: every tensor must find its place. A parent's may be fewer than the model's.
+    """The inverse of `trainable_tensors`: every tensor must find its place. A parent's may be fewer than the
+    model's.
 
     Raises:
         AdapterError: a tensor has no place in the model, or another shape than its place.
@@ -85,7 +88,8 @@ def check_places(
     )
     if homeless or misfits:
         example = (
-            f"{misfits[0]} is {tuple(tensors[misfits[0]])} in the file and {tuple(places[misfits[0]])} in the model"
+            f"{misfits[0]} is {tuple(tensors[misfits[0]])} in the file and {tuple(places[misfits[0]])} in "
+            "the model"
             if misfits
             else f"{homeless[0]} is in the file and not in the model"
         )

@@ -1,8 +1,10 @@
-"""The vision tower: frozen, what it makes of images, and features in the place of pixels."""
+"""The vision tower: kept frozen, what it computes from images, and stored features used in place of it."""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,19 +13,36 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from .parts import bare
 
-_CHANNELS = 3  # of pixels
+
+@dataclass(slots=True)
+class Handover:
+    """Stored features on their way from the call of the model to its vision tower.
+
+    Args:
+        features: [tiles, positions, layers, width], during a forward that was called with `tower_features`;
+            `None` at any other time, and then the tower computes from pixels.
+    """
+
+    features: torch.Tensor | None = None
 
 
 def freeze_tower(model: torch.nn.Module) -> None:
     """Run the vision tower without a graph and always in eval mode, whatever mode the model is put in.
 
-    Its parameters never require grad, but gradient checkpointing asks for gradients of every embedding's output, the tower's
-    too, and would carry them through it. Given features (`tower_features`) in the place of pixels, it hands them on.
+    Its parameters never require grad. But gradient checkpointing asks for gradients of the output of every
+    embedding, the tower's too, and would compute them through the whole tower.
+
+    From now on the model also takes `tower_features`, [tiles, positions, layers, width], as the function of
+    that name returns them: the tiles of all images one after the other. The tower then returns these as its
+    hidden states and computes nothing. The rest of a batch stays as it is (`image_sizes`,
+    `batch_num_images`), but `pixel_values` is `no_pixels(tower_features)`.
     """
-    tower = bare(model).model.vision_tower
+    inner = bare(model).model
+    tower, handover = inner.vision_tower, Handover()
     tower.eval()
     tower.train = functools.partial(_stay_in_eval, tower)
-    tower.forward = functools.partial(_look_or_hand_on, model, torch.no_grad()(tower.forward))
+    tower.forward = functools.partial(_hidden_states, model, handover, torch.no_grad()(tower.forward))
+    inner.forward = functools.partial(_hand_over, handover, inner.forward)
 
 
 def tower_positions(tower: torch.nn.Module) -> int:
@@ -32,7 +51,7 @@ def tower_positions(tower: torch.nn.Module) -> int:
 
 
 def tower_layers(model: torch.nn.Module) -> list[int]:
-    """Which of the vision tower's hidden states the projector is given, ascending; 0 is what goes into its first layer."""
+    """Which of the vision tower's hidden states the projector takes, ascending; 0 is its first layer's input."""
     config = bare(model).config
     chosen = config.vision_feature_layer
     states = config.vision_config.num_hidden_layers + 1
@@ -40,29 +59,58 @@ def tower_layers(model: torch.nn.Module) -> list[int]:
 
 
 def tower_features(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.Tensor:
-    """What the vision tower makes of images, as the projector needs it.
+    """What the vision tower computes from images, as the projector needs it.
 
     Args:
         model: its tower frozen by `freeze_tower`.
         pixel_values: [tiles, 3, height, width].
 
     Returns:
-        [tiles, positions, layers, width], the layers those of `tower_layers`. In the place of `pixel_values` (those of
-        LLaVA-NeXT and OneVision have the tiles of each image in a dimension of their own) the model takes them as what they are.
+        [tiles, positions, layers, width], the layers those of `tower_layers`. The model takes them as
+        `tower_features`.
     """
     layers = tower_layers(model)
     states = bare(model).model.vision_tower(pixel_values, output_hidden_states=layers).hidden_states
     return torch.stack([states[layer] for layer in layers], dim=2)
 
 
-def _look_or_hand_on(
-    model: torch.nn.Module, forward: Any, pixel_values: torch.Tensor, **settings: Any
+def no_pixels(tower_features: torch.Tensor) -> torch.Tensor:
+    """The `pixel_values` of a batch with stored features: [tiles, 3, 0, 0], a placeholder that holds nothing.
+
+    A model's own forward calls its tower only if there are `pixel_values`; those of four dimensions it passes
+    on as they are, in each of the four classes. A model that knows nothing of `tower_features` fails on them.
+    """
+    return tower_features.new_empty(len(tower_features), 3, 0, 0)
+
+
+def _hand_over(
+    handover: Handover,
+    forward: Callable[..., Any],
+    *args: Any,
+    tower_features: torch.Tensor | None = None,
+    **inputs: Any,
 ) -> Any:
-    if pixel_values.shape[1] == _CHANNELS:  # no tower has three positions: they are a square, or one more
+    """The forward of the model inside a LLaVA model, which takes `tower_features` beside its own inputs."""
+    handover.features = tower_features
+    try:
+        return forward(*args, **inputs)
+    finally:
+        handover.features = None
+
+
+def _hidden_states(
+    model: torch.nn.Module,
+    handover: Handover,
+    forward: Callable[..., Any],
+    pixel_values: torch.Tensor,
+    **settings: Any,
+) -> Any:
+    """The tower's forward: from pixels, or what was handed over."""
+    if handover.features is None:
         return forward(pixel_values, **settings)
     states: list[torch.Tensor | None] = [None] * (bare(model).config.vision_config.num_hidden_layers + 1)
     for number, layer in enumerate(tower_layers(model)):
-        states[layer] = pixel_values[:, :, number]
+        states[layer] = handover.features[:, :, number]  # [tiles, positions, width]
     return BaseModelOutputWithPooling(hidden_states=tuple(states))
 
 
@@ -71,26 +119,27 @@ def _stay_in_eval(tower: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
 
 
 def always_look(model: torch.nn.Module) -> None:
-    """Run vision tower and projector in every forward: one without an image looks at a blank one, which counts nothing.
+    """Run vision tower and projector in every forward: one without an image gets an empty one, which counts
+    nothing.
 
-    So every trainable tensor has a gradient in every step (perhaps zero), and processes that gather a sharded model's weights
-    part by part, each when it runs, all gather the same parts in the same order; otherwise one would wait for ever.
+    So every trainable tensor has a gradient in every step (perhaps zero). Processes that share a sharded
+    model gather the weights of each part when it runs: all must run the same parts in the same order, or one
+    would wait for ever.
     """
     inner = bare(model).model
     inner.forward = functools.partial(_forward_with_an_image, inner, inner.forward)
 
 
 def _forward_with_an_image(
-    inner: PreTrainedModel, forward: Any, input_ids: torch.Tensor, **inputs: Any
+    inner: PreTrainedModel, forward: Callable[..., Any], input_ids: torch.Tensor, **inputs: Any
 ) -> Any:
     if inputs.get("pixel_values") is None:
-        embeddings = inner.get_input_embeddings()(input_ids)
+        embeddings = inner.get_input_embeddings()(input_ids)  # [rows, tokens, hidden]
         size = inner.config.vision_config.image_size
-        seen = inner.vision_tower(torch.zeros(1, 3, size, size, device=embeddings.device)).last_hidden_state[
-            :, :1
-        ]
+        empty = torch.zeros(1, 3, size, size, device=embeddings.device)
+        seen = inner.vision_tower(empty).last_hidden_state[:, :1]  # [1, 1, width]: one position is enough
         projector = inner.multi_modal_projector
-        layers = projector.linear_1.in_features // seen.shape[-1]  # the features of several may be joined
+        layers = projector.linear_1.in_features // seen.shape[-1]  # it may take several layers side by side
         inputs["inputs_embeds"] = embeddings + projector(seen.repeat(1, 1, layers)).sum() * 0.0
         input_ids = None
     return forward(input_ids=input_ids, **inputs)

@@ -1,8 +1,11 @@
-"""Conversations → one device batch, with which plain `model(**batch).loss` is the mean over the batch's supervised tokens.
+"""Conversations → one device batch, with which plain `model(**batch).loss` is the mean over the batch's
+supervised tokens.
 
-Two layouts with the same loss and the same gradient. Padded: one row per conversation, padded on the right to the longest.
-Packed: what conversations begin with alike stands once (`tree.py`), in rows without gaps (`rows.py`), and each token sees its own
-conversation only (`masks.py`). Ten questions about one image then cost one image and ten questions, not ten images.
+Two layouts with the same loss and the same gradient. Padded: one row per conversation, padded on the right to
+the longest.
+Packed: what conversations begin with alike stands once (`tree.py`), in rows without gaps (`rows.py`), and
+each token sees its own conversation only (`masks.py`). Ten questions about one image then cost one image and
+ten questions, not ten images.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from numbers import Integral
 import numpy as np
 import torch
 from PIL import Image
-from transformers import BatchFeature, ProcessorMixin
+from transformers import ProcessorMixin
 
 from ..conversations import Conversation, Question
 from ..errors import ConfigError, DataError
@@ -38,21 +41,24 @@ class PackedCollator:
     Args:
         processor: of a LLaVA checkpoint or a stage folder.
         max_length: tokens that a conversation may have; a longer one is an error, never cut.
-        max_row_tokens: packed: tokens of a row; where they do not suffice, the batch has several rows, padded to the longest,
-            and a conversation longer than that has a row of its own. `None`: one row, as long as it gets. Padded: no bound of one
-            call, whose conversations are one batch, but of rows × longest of a step's device batches (see `steps.py`).
+        max_row_tokens: packed: tokens of a row; where they do not suffice, the batch has several rows, padded
+            to the longest, and a conversation longer than that has a row of its own. `None`: one row, as long
+            as it gets. Padded: no bound of one call, whose conversations are one batch, but of rows × longest
+            of a step's device batches (see `steps.py`).
         layout: `"packed"` or `"padded"`.
-        fill_tokens: packed: `None`, or conversations that do not begin with the same image stand in rows of their own; see
-            `masks.fill_tokens`.
+        fill_tokens: packed: `None`, or conversations that do not begin with the same image stand in rows of
+            their own; see `masks.fill_tokens`.
 
-    Where `features` is set, they stand for the images: `pixel_values` is then what the frozen tower makes of them (see
-    `parts.freeze_tower`), and no image is decoded. An image that is not among them could not be decoded when they were stored;
-    it is an error, as it would be without them, and stays one should it be mended while the stage trains.
+    Where `features` is set, no image is decoded: the batch has `tower_features`, what the frozen tower makes
+    of the images, and `pixel_values` holds nothing (see `tower.freeze_tower`, which prepares a model for it).
+    An image without stored features could not be decoded when they were stored; it is an error, as it would
+    be without them, and stays one should its file be fixed while the stage trains.
 
-    A packed batch goes to a model whose language model's attention is `sdpa`, as `load_checkpoint` leaves it; another's raises
-    `ConfigError`. It must be attention alone, which `masks.choose_attention` checks, and have no sliding window shorter than a
-    conversation (`masks.check_window`): packed rows do not heed it. `curriculum_finetune` calls both. TRL's own trainer takes the
-    pairs in the mask for tokens where it logs `num_tokens`.
+    A packed batch goes to a model whose language model's attention is `sdpa`, as `load_checkpoint` leaves it;
+    another's raises `ConfigError`. It must be attention alone, which `masks.choose_attention` checks, and
+    have no sliding window shorter than a conversation (`masks.check_window`): packed rows do not heed it.
+    `curriculum_finetune` calls both. TRL's own trainer takes the pairs in the mask for tokens where it logs
+    `num_tokens`.
 
     Raises:
         ConfigError: an unknown layout, or a bound that is no whole number of at least 1.
@@ -96,14 +102,17 @@ class PackedCollator:
             on_image: told the path of each image before its file is opened.
 
         Returns:
-            `input_ids` and `labels`, [rows, tokens] int64, and where there are images `pixel_values` and what the model class
-            wants beside it, in the order in which placeholders stand in the rows. Padded: `attention_mask`, [rows, tokens] int64.
-            Packed: `position_ids`, [rows, tokens] int64, and `attention_mask`, [rows, 1, tokens, tokens] boolean, for `sdpa`. No
+            `input_ids` and `labels`, [rows, tokens] int64, and where there are images `pixel_values` and what
+            the model class wants beside it, in the order in which placeholders stand in the rows. Padded:
+            `attention_mask`, [rows, tokens] int64.
+            Packed: `position_ids`, [rows, tokens] int64, and `attention_mask`, [rows, 1, tokens, tokens]
+                boolean, for `sdpa`. No
             conversations give one row of padding without a label, whose loss is not a number.
 
         Raises:
             ConfigError: something that is no conversation.
-            DataError: an image that cannot be decoded, a conversation longer than `max_length` or without a supervised token.
+            DataError: an image that cannot be decoded, a conversation longer than `max_length` or without a
+                supervised token.
         """
         batch = self.inputs(conversations, on_image)
         if "ends" in batch:
@@ -113,7 +122,8 @@ class PackedCollator:
     def inputs(
         self, conversations: Iterable[Conversation | Tokenized], on_image: Callable[[str], None] | None = None
     ) -> Batch:
-        """As a call, but packed with `ends`, [rows, tokens] int64, in the place of the mask that `masks.py` makes of it.
+        """As a call, but packed with `ends`, [rows, tokens] int64, in the place of the mask that `masks.py`
+        makes of it.
 
         Raises:
             DataError: as a call.
@@ -195,15 +205,17 @@ class PackedCollator:
                     on_image(path)
                     load_image(path)
                     raise DataError(
-                        f"{path}: could not be decoded when the stage's features were stored, and can be now; it is left out. "
-                        "If its file was mended, the same call made again takes it; if it is the same file (a disk that failed "
-                        f"for a moment), delete {features.folder} before."
+                        f"{path}: could not be decoded when the stage's features were stored, and can be "
+                        "now; it is left out. If its file was mended, the same call made again takes it; if "
+                        f"it is the same file (a disk that failed for a moment), delete {features.folder} "
+                        "before."
                     )
 
     def _pixels(
         self, rows: Sequence[Row], shown: Sequence[tuple[str, ...]], decoded: dict[str, Image.Image]
     ) -> Batch:
-        """What the model gets of the images, each processed once, in the order in which their placeholders stand in the rows."""
+        """What the model gets of the images, each processed once, in the order in which their placeholders
+        stand in the rows."""
         standing = [(shown[sequence], number) for row in rows for sequence, number in row.images]
         groups = list(dict.fromkeys(group for group, _ in standing))
         if not groups:
@@ -217,9 +229,8 @@ class PackedCollator:
         return dict(self.encoder.select_images(processed, chosen, [len(group) == 1 for group, _ in standing]))
 
     def _stored(self, features: StoredFeatures, contents: Sequence[str], alone: Sequence[bool]) -> Batch:
-        """What the model gets in the place of pixels, as `Encoder.select_images` would have them."""
-        inputs = BatchFeature(features.inputs(contents, alone))
-        return dict(self.encoder.select_images(inputs, range(len(contents)), alone))
+        """What the model gets in place of pixels, with what its class wants beside them."""
+        return {**features.inputs(contents, alone), **self.encoder.image_numbers(alone)}
 
     def _stack(self, rows: Sequence[Row]) -> Batch:
         """Rows padded on the right to the longest; padding sees itself alone."""
@@ -288,7 +299,8 @@ class PackedCollator:
 
 
 def _contents(paths: Collection[str], on_image: Callable[[str], None]) -> dict[str, str]:
-    """Path → what is equal for equal files; only those of one size are read for it, since others cannot be equal."""
+    """Path → what is equal for equal files; only those of one size are read for it, since others cannot be
+    equal."""
     sizes: dict[str, int] = {}
     for path in paths:
         on_image(path)
@@ -312,7 +324,8 @@ def token_sequence(
         if contents
         else []
     )
-    # An image that is alone is processed otherwise than among others where the processor tiles lone images only.
+    # An image that is alone is processed otherwise than among others where the processor tiles lone images
+    # only.
     tiled = encoder.tiles_lone_images_only and len(contents) == 1
     spans = (
         ImageSpan((content, tiled), begin, begin + tokens)
@@ -329,7 +342,8 @@ def check_length(conversation: Conversation | Tokenized, encoded: Encoded, max_l
     """Pass an encoded conversation on if it fits and has something to learn.
 
     Raises:
-        DataError: it is longer than `max_length`, or no token of it is supervised; the message names the conversation.
+        DataError: it is longer than `max_length`, or no token of it is supervised; the message names the
+            conversation.
     """
     length = len(encoded.input_ids)
     if length > max_length:

@@ -1,8 +1,10 @@
-"""A conversation → token ids and labels: exactly the assistant's words and the stop token behind them are supervised.
+"""A conversation → token ids and labels: exactly the assistant's words and the stop token behind them are
+supervised.
 
-The text comes from `modeling/templates.py`; here it becomes tokens (`Tokens`, which an index keeps), and then each `<image>` as
-many image tokens as the processor makes of that image (`Encoded`). The tokens before the first answer are those of the bare
-prompt, so that the model is asked at inference what it was asked in training. Nothing is cut.
+The text comes from `modeling/templates.py`; here it becomes tokens (`Tokens`, which an index keeps), and then
+each `<image>` as many image tokens as the processor makes of that image (`Encoded`). The tokens before the
+first answer are those of the bare prompt, so that the model is asked at inference what it was asked in
+training. Nothing is cut.
 """
 
 from __future__ import annotations
@@ -70,7 +72,8 @@ class Encoded:
 
     Args:
         input_ids: [tokens] int64, image tokens expanded.
-        labels: [tokens] int64, `input_ids` where supervised, else -100; not shifted, as Hugging Face models want them.
+        labels: [tokens] int64, `input_ids` where supervised, else -100; not shifted, as Hugging Face models
+            want them.
         image_tokens: how many of the tokens are image tokens.
     """
 
@@ -91,7 +94,8 @@ class Encoder:
         processor: of a LLaVA checkpoint or a stage folder.
 
     Raises:
-        CheckpointError: the chat template cannot be trained on, or the processor lacks what image tokens are counted by.
+        CheckpointError: the chat template cannot be trained on, or the processor lacks what image tokens are
+            counted by.
     """
 
     def __init__(self, processor: ProcessorMixin):
@@ -99,8 +103,9 @@ class Encoder:
         lacks += [name for name in ("tokenizer", "image_token_id") if not hasattr(processor, name)]
         if lacks:
             raise CheckpointError(
-                f"{type(processor).__name__} has no {', '.join(lacks)}; wanted the processor of a LLaVA checkpoint as "
-                "load_checkpoint returns it, completed from the model's configuration, or that of a stage's folder."
+                f"{type(processor).__name__} has no {', '.join(lacks)}; wanted the processor of a LLaVA "
+                "checkpoint as load_checkpoint returns it, completed from the model's configuration, or that "
+                "of a stage's folder."
             )
         self.processor = processor
         self.format = read_template(processor)
@@ -118,7 +123,8 @@ class Encoder:
             tokens_per_image: of each of its images, from `count_image_tokens` or from the processed images.
 
         Raises:
-            DataError: the words hold a special token, or the template shows more or fewer images than there are.
+            DataError: the words hold a special token, or the template shows more or fewer images than there
+                are.
         """
         tokens = conversation.tokens if isinstance(conversation, Tokenized) else self.tokenize(conversation)
         ids = tokens.ids.astype(np.int64)
@@ -135,16 +141,19 @@ class Encoder:
         for position, turn in enumerate(conversation.turns, start=1):
             if halves := _SURROGATE.search(turn.text):
                 raise DataError(
-                    f"Turn {position} holds {halves[0]!r}, half of a character; wanted text that UTF-8 can write."
+                    f"Turn {position} holds {halves[0]!r}, half of a character; wanted text that UTF-8 can "
+                    "write."
                 )
             if found := self._special.search(turn.text.replace(IMAGE_MARKER, "")):
                 raise DataError(
-                    f"Turn {position} holds {found[0]!r}, which the tokenizer reads as a special token; wanted words."
+                    f"Turn {position} holds {found[0]!r}, which the tokenizer reads as a special token; "
+                    "wanted words."
                 )
         return self._tokenize(self.format.pieces(self.processor, conversation.turns))
 
     def encode_prompt(self, turns: Sequence[Turn], tokens_per_image: Sequence[int]) -> list[int]:
-        """Token ids of the turns up to the user's last, as generation prompt: a prefix of what `encode` gives.
+        """Token ids of the turns up to the user's last, as generation prompt: a prefix of what `encode`
+        gives.
 
         Raises:
             DataError: as `encode`.
@@ -173,23 +182,26 @@ class Encoder:
 
     @property
     def tiles_lone_images_only(self) -> bool:
-        """An image that is alone in its conversation is cut into tiles, others are not, as LLaVA-OneVision does it."""
+        """An image that is alone in its conversation is cut into tiles, others are not, as LLaVA-OneVision
+        does it."""
         return "batch_num_images" in self.processor.image_processor.model_input_names
 
     def process_images(
         self, conversations: Sequence[Sequence[Image.Image]]
     ) -> tuple[BatchFeature, list[list[int]]]:
-        """Pixels of the images of some conversations, each with at least one image, and the tokens that each image becomes.
+        """Pixels of the images of some conversations, each with at least one image, and the tokens that each
+        image becomes.
 
         Returns:
-            The image processor's tensors (`pixel_values` and what the model class wants beside it), and image tokens per image
-            per conversation.
+            The image processor's tensors (`pixel_values` and what the model class wants beside it), and image
+            tokens per image per conversation.
         """
         images = [list(group) for group in conversations]
         if not self.tiles_lone_images_only:
             images = [image for group in images for image in group]
         inputs = self.processor.image_processor(images)
-        # In a data-loader worker this lays the pixels down in shared memory, where they would be copied to in the end.
+        # In a data-loader worker this lays the pixels down in shared memory, where they would be copied to in
+        # the end.
         inputs["pixel_values"] = default_collate(inputs["pixel_values"])
         inputs.convert_to_tensors("pt")
         counts = iter([self._count(inputs, i) for i in range(sum(len(group) for group in conversations))])
@@ -197,7 +209,8 @@ class Encoder:
 
     @property
     def sends_image_sizes(self) -> bool:
-        """The model is told how large each image was, and gets its tiles in a dimension of their own (NeXT, OneVision)."""
+        """The model is told how large each image was, and gets its tiles in a dimension of their own (NeXT,
+        OneVision)."""
         return "image_sizes" in self._probe
 
     def tiles(self, size: Size, alone: bool) -> int:
@@ -235,26 +248,35 @@ class Encoder:
         Args:
             inputs: from `process_images`.
             chosen: which of its images.
-            alone: of each chosen one, whether it was alone in its conversation; those that were not come at least two in a row.
+            alone: of each chosen one, whether it was alone in its conversation; those that were not come at
+                least two in a row.
         """
         selected = {name: values for name, values in inputs.items() if name != "batch_num_images"}
-        if list(chosen) != list(
-            range(len(selected["pixel_values"]))
-        ):  # else they stay where they are, in shared memory
+        if list(chosen) != list(range(len(selected["pixel_values"]))):  # else they stay in shared memory
             selected = {name: values[list(chosen)] for name, values in selected.items()}
-        if self.tiles_lone_images_only:
-            runs = [(lone, sum(1 for _ in run)) for lone, run in itertools.groupby(alone)]
-            numbers = [number for lone, length in runs for number in ([1] * length if lone else [length])]
-            selected["batch_num_images"] = torch.tensor(numbers)
-        return BatchFeature(selected)
+        return BatchFeature(selected | self.image_numbers(alone))
+
+    def image_numbers(self, alone: Sequence[bool]) -> dict[str, torch.Tensor]:
+        """`batch_num_images` for a class that tiles lone images only: 1 or the length of a run of others.
+
+        Args:
+            alone: of each image, whether it was alone in its conversation.
+        """
+        if not self.tiles_lone_images_only:
+            return {}
+        runs = [(lone, sum(1 for _ in run)) for lone, run in itertools.groupby(alone)]
+        numbers = [number for lone, length in runs for number in ([1] * length if lone else [length])]
+        return {"batch_num_images": torch.tensor(numbers)}
 
     def _repeats(self, ids: np.ndarray, tokens_per_image: Sequence[int]) -> np.ndarray:
-        """How often each token stands in the end: an image token once for each of its image's tokens, any other once."""
+        """How often each token stands in the end: an image token once for each of its image's tokens, any
+        other once."""
         shows_image = ids == self.processor.image_token_id
         shown = int(shows_image.sum())
         if shown != len(tokens_per_image):
             raise DataError(
-                f"The chat template shows {shown} image(s), the conversation has {len(tokens_per_image)}; wanted equal numbers."
+                f"The chat template shows {shown} image(s), the conversation has {len(tokens_per_image)}; "
+                "wanted equal numbers."
             )
         repeats = np.ones(len(ids), dtype=np.int64)
         repeats[shows_image] = tokens_per_image
@@ -283,7 +305,8 @@ class Encoder:
         return Tokens(ids, np.array([piece.supervised for piece in pieces])[piece])
 
     def _tokenize_apart(self, pieces: Sequence[Piece], prompt: list[int]) -> Tokens:
-        """For a tokenizer that merges across the edge of a prompt and its answer, which no answering model could do."""
+        """For a tokenizer that merges across the edge of a prompt and its answer, which no answering model
+        could do."""
         tokenizer = self.processor.tokenizer
         anchor = [
             tokenizer.eos_token_id

@@ -1,8 +1,9 @@
 """Prefix trees → rows: every segment once, in pre-order, so that one number a token says who sees it.
 
-In pre-order a segment stands before all that goes on from it, and all of that stands together. So token j is visible to token i
-exactly if j <= i < ends[j], where ends[j] is where the subtree of j's segment ends: what i sees is its own path, nothing of its
-neighbours and nothing of another tree. Positions count along the path. `masks.py` makes attention masks of `ends`.
+In pre-order a segment stands before all that goes on from it, and all of that stands together. So token j is
+visible to token i exactly if j <= i < ends[j], where ends[j] is where the subtree of j's segment ends: what i
+sees is its own path, nothing of its neighbours and nothing of another tree. Positions count along the path.
+`masks.py` makes attention masks of `ends`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ class Row:
 
     Args:
         input_ids: [tokens] int64.
-        labels: [tokens] int64, not shifted: a supervised token stands right behind the token that predicts it.
+        labels: [tokens] int64, not shifted: a supervised token stands right behind the token that predicts
+            it.
         positions: [tokens] int64, of each token in its own sequence.
         ends: [tokens] int64; token i sees token j exactly if j <= i < ends[j].
         last: sequence → where its last token stands.
@@ -56,9 +58,10 @@ def lay_rows(
 
     Args:
         sequences: each with at least one token.
-        max_row_tokens: tokens of a row; a sequence that is longer has a row of its own. `None`: one row, as long as it gets.
-        beginnings: of each sequence; those with another beginning, or `None`, stand in rows of their own. `None`: all may stand
-            in one row.
+        max_row_tokens: tokens of a row; a sequence that is longer has a row of its own. `None`: one row, as
+            long as it gets.
+        beginnings: of each sequence; those with another beginning, or `None`, stand in rows of their own.
+            `None`: all may stand in one row.
     """
     groups: dict[Hashable, list[int]] = {}
     for number, beginning in enumerate(beginnings or [""] * len(sequences)):

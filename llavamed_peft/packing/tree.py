@@ -1,12 +1,14 @@
-"""Token sequences → prefix trees, in which what several conversations begin with stands once; trees → bins of a bounded size.
+"""Token sequences → prefix trees, in which what several conversations begin with stands once; trees → bins of
+a bounded size.
 
-Conversations agree from their first token on or not at all: a segment is a run of tokens that all conversations below it have
-in common, a leaf is what one conversation has alone. Only what lies before the token that predicts a conversation's first
-supervised one is shared. Hugging Face's labels keep their shift that way (a supervised token stands right behind the token that
-predicts it), and what is asked twice counts twice. Image placeholders are the same where image and place in it are the same.
+Conversations agree from their first token on or not at all: a segment is a run of tokens that all
+conversations below it have in common, a leaf is what one conversation has alone. Only what lies before the
+token that predicts a conversation's first supervised one is shared. Hugging Face's labels keep their shift
+that way (a supervised token stands right behind the token that predicts it), and what is asked twice counts
+twice. Image placeholders are the same where image and place in it are the same.
 
-Numpy only; `rows.py` lays the segments out. Left out: what is the same further back, such as one image behind two different
-texts, since every token's state depends on all before it.
+Numpy only; `rows.py` lays the segments out. Left out: what is the same further back, such as one image behind
+two different texts, since every token's state depends on all before it.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ DEEPEST = 100  # segments on a path; what is deeper still stands once for each o
 
 
 class ImageSpan(NamedTuple):
-    """An image's placeholders in a conversation: tokens `begin` to `end` (exclusive); equal `content` is the same image."""
+    """An image's placeholders in a conversation: tokens `begin` to `end` (exclusive); equal `content` is the
+    same image."""
 
     content: Hashable
     begin: int
@@ -50,7 +53,8 @@ class TokenSequence:
 
     @property
     def shareable(self) -> int:
-        """Tokens, from the first on, that others may stand on: those before the first supervised token's predictor.
+        """Tokens, from the first on, that others may stand on: those before the first supervised token's
+        predictor.
 
         The first token counts as unsupervised, since nothing predicts it; an image is shared whole.
         """
@@ -60,7 +64,8 @@ class TokenSequence:
 
     @property
     def image_prefix(self) -> int:
-        """Tokens up to the end of its last shareable image, which is most of what can be shared; 0 without one."""
+        """Tokens up to the end of its last shareable image, which is most of what can be shared; 0 without
+        one."""
         return max((span.end for span in self.images if span.end <= self.shareable), default=0)
 
     def prefix_key(self) -> int:
@@ -137,10 +142,11 @@ def build_forest(sequences: Sequence[TokenSequence], members: Sequence[int] | No
 
 
 def split_forest(forest: Forest, max_tokens: int | None) -> list[Forest]:
-    """Cut a forest into such that fit a row: each at most `max_tokens` tokens, every sequence whole in one of them.
+    """Cut a forest into such that fit a row: each at most `max_tokens` tokens, every sequence whole in one of
+    them.
 
-    A tree that does not fit is cut by repeating its prefix. A sequence that is longer by itself stands alone. `None` cuts
-    nothing.
+    A tree that does not fit is cut by repeating its prefix. A sequence that is longer by itself stands alone.
+    `None` cuts nothing.
     """
     if max_tokens is None:
         return [forest] if forest else []
@@ -151,7 +157,8 @@ def split_forest(forest: Forest, max_tokens: int | None) -> list[Forest]:
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Items into bins, the largest first, each into the first bin with room; one that fits none has a bin of its own.
+    """Items into bins, the largest first, each into the first bin with room; one that fits none has a bin of
+    its own.
 
     Returns:
         The items of each bin, in order.
@@ -189,7 +196,8 @@ def _split(segment: Segment, max_tokens: int) -> list[Segment]:
 
 
 def _keys(sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
-    """[tokens] int64 each: a token's id; of a placeholder a negative number that belongs to its image and its place in it."""
+    """[tokens] int64 each: a token's id; of a placeholder a negative number that belongs to its image and its
+    place in it."""
     first_key: dict[Hashable, int] = {}
     free = 0
     keys = []
