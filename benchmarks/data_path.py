@@ -33,11 +33,9 @@ cache), large images, images that several conversations are about.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import multiprocessing
 import os
-import random
 import subprocess
 import sys
 import tempfile
@@ -47,21 +45,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from workbench import SPECIAL, heading, llava_config, machine, make_processor, train_tokenizer, write_down
+from data_path_data import GLOBAL_BATCH, MAX_ROW_TOKENS, SEED, make_real, make_tiny
+from data_path_report import Memory, log_entry, summarise
+from workbench import write_down
 
 PARTS = ("build", "start", "epochs", "packed", "padded")
+
+
 STARTS = 3
-LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow")
-WANTED_SHARE, WANTED_START, WANTED_GROWTH = (0.95, 20.0, 16.0)  # of a worker's time on images; seconds; MB
-TINY, REAL = 28, 336  # pixels of a prepared image; (pixels / 14)² image tokens
-GLOBAL_BATCH, MAX_ROW_TOKENS, SEED = 128, 4096, 42
-TEXT = (
-    "the left right lung lobe chest x-ray shows normal heart size opacity consolidation upper lower with "
-    "mild pleural effusion arrow indicates lesion axial coronal computed tomography patient describe image "
-    "briefly what is seen in this scan and where"
-)
-WORDS = TEXT.split()
-Memory = dict[str, float]
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -123,77 +114,6 @@ def run_part(options: argparse.Namespace, part: str) -> dict[str, Any]:
     found = json.loads(done.stdout.splitlines()[-1])
     print(f"{part}: {time.monotonic() - began:.0f} s", file=sys.stderr)
     return found
-
-
-# The files
-
-
-def make_tiny(folder: Path, rows: int) -> None:
-    """A checkpoint without weights, and rows of one exchange about an image of 16×16 each."""
-    import numpy as np
-    from PIL import Image
-
-    noise = np.random.default_rng(SEED)
-    pictures = []
-    for _ in range(64):
-        file = io.BytesIO()
-        Image.fromarray(noise.integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(file, "PNG")
-        pictures.append(file.getvalue())
-    make_base(folder, TINY)
-    make_rows(folder, rows, exchanges=1, pictures=pictures, suffix="png")
-
-
-def make_real(folder: Path, rows: int) -> None:
-    """The same for 336 pixels, with rows of three exchanges about a JPEG of 640×480 each."""
-    import numpy as np
-    from PIL import Image
-
-    noise = np.random.default_rng(SEED)
-    pictures = []
-    for _ in range(64):
-        file = io.BytesIO()
-        coarse = Image.fromarray(noise.integers(0, 256, (48, 64, 3), dtype=np.uint8))
-        coarse.resize((640, 480), Image.Resampling.BICUBIC).save(file, "JPEG", quality=90)
-        pictures.append(file.getvalue())
-    make_base(folder, REAL)
-    make_rows(folder, rows, exchanges=3, pictures=pictures, suffix="jpg")
-
-
-def make_base(folder: Path, size: int) -> None:
-    """Configuration, tokenizer and image processor of a LLaVA-1.5; nobody loads weights here."""
-    from transformers import LlamaConfig
-
-    tokenizer = train_tokenizer([" ".join(WORDS)] * 4, 1024)
-    llava_config(LlamaConfig(vocab_size=len(tokenizer)), size, SPECIAL.index("<image>")).save_pretrained(
-        folder / "base"
-    )
-    make_processor(tokenizer, size).save_pretrained(folder / "base")
-
-
-def make_rows(folder: Path, rows: int, exchanges: int, pictures: Sequence[bytes], suffix: str) -> None:
-    """`data.jsonl`, and one image file per row in folders of a thousand; an exchange has some 10 and 20 to 60
-    words."""
-    words = random.Random(SEED)
-    with (folder / "data.jsonl").open("w", encoding="utf-8") as file:
-        for row in range(rows):
-            name = f"images/{row // 1000:03d}/{row}.{suffix}"
-            image = folder / name
-            if row % 1000 == 0:
-                image.parent.mkdir(parents=True)
-            image.write_bytes(
-                pictures[row % len(pictures)] + str(row).encode()
-            )  # decoders stop before that; no two are equal
-            turns = []
-            for number in range(exchanges):
-                asked, said = (
-                    " ".join(words.choices(WORDS, k=10)),
-                    " ".join(words.choices(WORDS, k=words.randint(20, 60))),
-                )
-                turns += [
-                    {"from": "human", "value": asked if number else f"<image>\n{asked}"},
-                    {"from": "gpt", "value": said},
-                ]
-            file.write(json.dumps({"id": str(row), "image": name, "conversations": turns}) + "\n")
 
 
 # The parts
@@ -395,108 +315,6 @@ class looking_at_memory:
     def __exit__(self, *_: object) -> None:
         self.done.set()
         self.thread.join()
-
-
-# The result
-
-
-def summarise(
-    options: argparse.Namespace, parts: dict[str, dict[str, Any]], index_mb: float
-) -> dict[str, Any]:
-
-    return {
-        **heading("data_path", LIBRARIES),
-        "machine": machine() + (", shared with other work" if options.shared else ""),
-        "settings": {name: getattr(options, name) for name in ("rows", "epochs", "real_rows", "workers")},
-        "index_mb": index_mb,
-        "growth_mb": growth(parts["epochs"]["memory"]),
-        **parts,
-    }
-
-
-def growth(looks: Sequence[Sequence[dict[str, Any]]]) -> dict[str, float]:
-    """Anonymous memory of all processes together, MB: the most in the first epoch, and how much it grew.
-
-    Within: the most in the last fifth of the first epoch against its second fifth. Later: the most in later
-        epochs against that.
-    """
-    totals = [
-        [
-            look["parent"]["anonymous"] + sum(worker["anonymous"] for worker in look["workers"])
-            for look in epoch
-        ]
-        for epoch in looks
-    ]
-    first, later = totals[0], [total for epoch in totals[1:] for total in epoch]
-    fifth = max(len(first) // 5, 1)
-    if not first:
-        return {}
-    within = max(first[-fifth:]) - max(first[fifth : 2 * fifth] or first)
-    return {"first": max(first), "within": within, "later": max(later, default=max(first)) - max(first)}
-
-
-def log_entry(result: dict[str, Any]) -> str:
-    """The result as a section of `LOG.md`."""
-    settings, built, started, grown = (
-        result["settings"],
-        result["build"],
-        result["start"],
-        result["growth_mb"],
-    )
-    rows = []
-    for part in ("epochs", "packed", "padded"):
-        for number, epoch in enumerate(result[part]["epochs"], 1):
-            name = (
-                f"16×16 to 28×28, packed, epoch {number}"
-                if part == "epochs"
-                else f"640×480 to 336×336, {part}"
-            )
-            rows.append(
-                f"| {name} | {result[part]['rows']:,} | {epoch['rows_per_worker_second']:,.0f} | "
-                f"{epoch['on_images_us_per_row']:,.0f} | {epoch['other_us_per_row']:,.0f} | "
-                f"{epoch['share_on_images']:.1%} | {epoch['seconds']:,.0f} |"
-            )
-    shares = [result[part]["epochs"][0]["share_on_images"] for part in ("packed", "padded")]
-    fits = {
-        "share": min(shares) >= WANTED_SHARE,
-        "start": started["seconds"] <= WANTED_START,
-        "memory": max(grown.get("within", 0), grown.get("later", 0)) <= WANTED_GROWTH,
-    }
-    missed = [name for name, fine in fits.items() if not fine]
-    memory = "no look at the memory was taken"
-    if grown:
-        memory = (
-            f"anonymous memory of all processes at most {grown['first']:,.0f} MB in the first epoch, growing "
-            f"by {grown['within']:+.1f} MB within it and {grown['later']:+.1f} MB in later ones"
-        )
-    return "\n".join(
-        [
-            f"## {result['date']} · data_path: rows checked, found again, decoded",
-            "",
-            f"- Machine: {result['machine']}",
-            f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
-            f"- Command: `{result['command']}`",
-            f"- What: {settings['rows']:,} rows about an image of their own, {built['mean_tokens']:.0f} "
-            f"tokens in the mean, {settings['workers']} workers, steps of {GLOBAL_BATCH}, no model; CPU "
-            "seconds of the workers",
-            f"- Expected: with images of 640×480 at least {WANTED_SHARE:.0%} of a worker's time on images; "
-            f"first step within {WANTED_START:.0f} s of starting a process; memory growing by at most "
-            f"{WANTED_GROWTH:.0f} MB",
-            f"- Result: {'as expected' if not missed else 'not as expected: ' + ', '.join(missed)}. On "
-            f"images **{shares[0]:.1%}** packed, **{shares[1]:.1%}** padded; first step after "
-            f"**{started['seconds']:.1f} s** (imports {started['imports']:.1f}, hashing and finding the "
-            f"index {started['index']:.1f}; {started['cpu_seconds']:.1f} of CPU in all); {memory}",
-            f"- Building the index: {built['seconds']:,.0f} s, {built['cpu_seconds']:,.0f} of them CPU, "
-            f"{settings['rows'] / built['cpu_seconds']:,.0f} rows/s by CPU time, at most "
-            f"{built['peak_mb']:,.0f} MB; the file has {result['index_mb']:,.0f} MB",
-            "",
-            "| images | rows | rows/s per worker | on images, µs a row | else, µs a row | share on images | "
-            "wall, s |",
-            "|---|---|---|---|---|---|---|",
-            *rows,
-            "",
-        ]
-    )
 
 
 if __name__ == "__main__":

@@ -55,18 +55,18 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from packing_data import CURVE, Drawer
-from packing_runs import RANK, RUNS, SEED, Run
+from packing_data import Drawer
+from packing_report import SAME_LOSS, draw_curve, log_entry, summarise
+from packing_runs import RUNS, SEED, Run
+from packing_works import ARMS, WORKS, Work
 from workbench import (
     SPECIAL,
-    heading,
     llava_config,
     make_processor,
     run_apart,
     save_stage_processor,
-    spread,
     train_tokenizer,
     write_checkpoint,
     write_down,
@@ -75,62 +75,6 @@ from workbench import (
 LEARNT_TOKENS = (
     4096  # of the tokenizer: with fewer than Llama's 32,000 it spells these few texts at about Llama's length
 )
-SAME_LOSS = 1e-4  # the sides sum the same losses in another order
-WANTED_USEFUL = 0.97
-
-
-class Arm(NamedTuple):
-    """One way to train.
-
-    Args:
-        label: in the table.
-        side: which function runs it.
-        how: its settings; TRL's device batch and workers are found by probing.
-    """
-
-    label: str
-    side: str
-    how: dict[str, Any]
-
-
-class Work(NamedTuple):
-    """One kind of data, and what is wanted of packing on it.
-
-    Args:
-        data: whose rows of `packing_data.py`; several works may share them.
-        conversations: of an optimizer step, where the command does not say.
-        steps: of a packed run.
-        ours: the arm that is judged.
-        least: against "trl" and "trl defaults", how many times as fast it is to be.
-        memory: share of TRL's peak memory that it may take; `None`: not judged.
-        explained_by: arms that run in the first pair alone.
-    """
-
-    data: str
-    conversations: int
-    steps: int
-    ours: str
-    least: dict[str, float]
-    memory: float | None = None
-    explained_by: tuple[str, ...] = ()
-
-
-ARMS = {
-    "packed": Arm("packed", "ours", {"feature_cache": False}),
-    "cached": Arm("packed, features cached", "ours", {"feature_cache": True}),
-    "padded": Arm("ours, padded", "ours", {"layout": "padded", "feature_cache": False}),
-    "trl": Arm("TRL, best settings", "trl", {"form": "best"}),
-    "defaults": Arm("TRL, defaults", "trl", {"form": "defaults", "device_batch": 8, "workers": 0}),
-    "dialogue": Arm("TRL, an image's questions as one dialogue", "trl", {"form": "dialogue"}),
-}
-WORKS = {
-    "vqa": Work("vqa", 64, 4, "packed", {"trl": 8.0}, 1 / 3, ("padded", "dialogue")),
-    "vqa-cached": Work("vqa", 64, 4, "cached", {"trl": 10.0}),
-    "slake": Work("slake", 64, 4, "packed", {"trl": 8.0}),
-    "instruct": Work("instruct", 32, 2, "packed", {"trl": 1.15, "defaults": 1.3}, explained_by=("padded",)),
-    "align": Work("align", 32, 2, "packed", {"trl": 1.0, "defaults": 1.25}, explained_by=("padded",)),
-    **{f"curve-{number}": Work(f"curve-{number}", 40, 2, "packed", {}) for number in CURVE},
-}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -295,194 +239,6 @@ class Bench:
         run = {"side": side, "how": how, "steps": steps, "epochs": steps, "conversations": conversations}
         places = {"folder": str(self.folder), "file": str(path), "images": str(images)}
         return run_apart(str(RUNS), [json.dumps(run | places)])
-
-
-# What came out
-
-
-def summarise(
-    options: argparse.Namespace, works: Sequence[str], parameters: int, bench: Bench
-) -> dict[str, Any]:
-    """Medians and ranges of every arm, and of the pairs' ratios."""
-    found: dict[str, Any] = {}
-    for name in works:
-        work = WORKS[name]
-        its_own = {
-            work.ours,
-            "trl",
-            *work.least,
-            *work.explained_by,
-        }  # vqa and vqa-cached share their data's runs
-        arms = {arm: runs for arm in ARMS if arm in its_own and (runs := bench.of(name, arm))}
-        ours = arms[work.ours]
-        ratios = {
-            arm: spread(
-                [one["per_second"] / other["per_second"] for one, other in zip(ours, runs, strict=False)]
-            )
-            for arm, runs in arms.items()
-        }
-        memory = [
-            one["peak_mb"] / other["peak_mb"] for one, other in zip(ours, arms.get("trl", ours), strict=True)
-        ]
-        useful = [run["counts"]["useful"] for run in ours]
-        missed = [f"{arm} {least:g}×" for arm, least in work.least.items() if ratios[arm]["median"] < least]
-        missed += ["memory"] if work.memory is not None and spread(memory)["median"] > work.memory else []
-        missed += ["useful positions"] if min(useful) < WANTED_USEFUL else []
-        found[name] = {
-            "wanted": {**work.least, "memory": work.memory, "useful": WANTED_USEFUL},
-            "missed": missed,
-            "ratio": ratios,
-            "memory_ratio": spread(memory),
-            "useful": spread(useful),
-            "bound": spread([run["counts"]["bound"] for run in ours]),
-            "bound_packing": spread([run["counts"]["bound_packing"] for run in ours]),
-            "arms": {arm: _spreads(runs) for arm, runs in arms.items()},
-            "runs": arms,
-        }
-    return {
-        **heading("packing"),
-        "shared": options.shared,
-        "settings": {
-            key: value for key, value in vars(options).items() if key not in ("data", "log", "shared")
-        },
-        "real_data": options.data is not None,
-        "parameters": parameters,
-        "probed": bench.probed,
-        "works": found,
-        "curve": _curve(found),
-    }
-
-
-def _spreads(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
-    told = (
-        "per_second",
-        "per_cpu_second",
-        "peak_mb",
-        *(["waiting_share"] if "waiting_share" in runs[0] else []),
-    )
-    return {what: spread([run[what] for run in runs]) for what in told}
-
-
-def _curve(found: dict[str, Any]) -> list[dict[str, float]]:
-    """For each number of questions an image: ratio to TRL, and both bounds."""
-    if f"curve-{CURVE[0]}" not in found:
-        return []
-    points = []
-    for number in CURVE:
-        work = found[f"curve-{number}"]
-        ratio = work["ratio"]["trl"]
-        bounds = {name: work[name]["median"] for name in ("bound", "bound_packing")}
-        points.append(
-            {"questions": number, "ratio": ratio, **bounds, "near": ratio["median"] / bounds["bound"]}
-        )
-    return points
-
-
-def draw_curve(curve: Sequence[dict[str, Any]], path: Path) -> None:
-    """The curve beside its bounds, as a PNG."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.subplots()
-    numbers = [point["questions"] for point in curve]
-    medians = [point["ratio"]["median"] for point in curve]
-    reach = [
-        [abs(point["ratio"][end] - point["ratio"]["median"]) for point in curve] for end in ("least", "most")
-    ]
-    axes.errorbar(numbers, medians, yerr=reach, marker="o", capsize=3, label="measured")
-    axes.plot(
-        numbers, [point["bound"] for point in curve], "--", label="by FLOPs, TRL's head as it is on a CPU"
-    )
-    axes.plot(numbers, [point["bound_packing"] for point in curve], ":", label="by FLOPs, packing alone")
-    axes.set_xlabel("questions an image")
-    axes.set_ylabel("times TRL's questions per second")
-    axes.set_xticks(numbers)
-    axes.set_ylim(bottom=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, format="png", dpi=120)
-
-
-def log_entry(result: dict[str, Any]) -> str:
-    """The result as a section of `LOG.md`."""
-    settings, works = result["settings"], result["works"]
-    tokens = (settings["image_size"] // 14) ** 2
-    missed = "; ".join(
-        f"{name} ({', '.join(work['missed'])})" for name, work in works.items() if work["missed"]
-    )
-    rows = [
-        _table_row(name, arm, work)
-        for name, work in works.items()
-        for arm in work["arms"]
-        if not name.startswith("curve")
-    ]
-    probes = [
-        f"{kind}: device batch {best['device_batch']}, {best['workers']} worker(s)"
-        for kind, tried in result["probed"].items()
-        for best in [max(tried, key=lambda found: found["per_second"])]
-    ]
-    lines = [
-        f"## {result['date']} · packing: packed training beside TRL at its best",
-        "",
-        f"- Machine: {result['machine']}{', shared with other work' if result['shared'] else ''}",
-        f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
-        f"- Command: `{result['command']}`",
-        f"- What: LLaVA of {result['parameters'] / 1e6:.1f} M parameters, {tokens} image tokens, vocabulary "
-        f"{settings['vocabulary']:,}, LoRA rank {RANK} and projector, fp32; "
-        f"{'real' if result['real_data'] else 'made-up'} questions; {settings['pairs']} pairs. TRL's best: "
-        f"{'; '.join(probes)}",
-        "- Expected: "
-        f"{'; '.join([_wanted(name) for name in works if WORKS[name].least] or ['near the bound'])}; "
-        f"{WANTED_USEFUL:.0%} of the positions useful",
-        f"- Result: {f'missed: {missed}' if missed else 'as expected'}",
-        "",
-    ]
-    if rows:
-        speed = "questions/s, median (range) | per CPU second | waiting"
-        head = f"work | trained by | {speed} | peak MB | packed is, times | by FLOPs | useful"
-        lines += [f"| {head} |", "|" + "---|" * 9, *rows, ""]
-    if result["curve"]:
-        lines += [
-            "| questions an image | times TRL's speed (range) | bound by FLOPs | of packing alone | of the "
-            "bound |",
-            "|---|---|---|---|---|",
-            *(
-                f"| {point['questions']} | {_times(point['ratio'])} | {point['bound']:.1f} | "
-                f"{point['bound_packing']:.1f} | {point['near']:.0%} |"
-                for point in result["curve"]
-            ),
-            "",
-        ]
-    return "\n".join(lines)
-
-
-def _table_row(name: str, arm: str, work: dict[str, Any]) -> str:
-    found = work["arms"][arm]
-    judged = arm == WORKS[name].ours
-    ratio = "" if judged else _times(work["ratio"][arm])
-    waiting = format(found["waiting_share"]["median"], ".1%") if "waiting_share" in found else ""
-    bound = {"trl": work["bound"], "padded": work["bound_packing"]}.get(arm)
-    return (
-        f"| {name} | {ARMS[arm].label} | {_range(found['per_second'], 2)} | "
-        f"{found['per_cpu_second']['median']:.2f} | {waiting} | {_range(found['peak_mb'], 0)} | {ratio} | "
-        f"{'' if bound is None else format(bound['median'], '.1f')} | "
-        f"{format(work['useful']['median'], '.1%') if judged else ''} |"
-    )
-
-
-def _wanted(name: str) -> str:
-    """What is wanted of a work, such as `vqa 8× trl at .33 of its memory`."""
-    work = WORKS[name]
-    memory = f" at {work.memory:.2f} of its memory".replace("0.", ".") if work.memory is not None else ""
-    return f"{name} {', '.join(f'{least:g}× {arm}' for arm, least in work.least.items())}{memory}"
-
-
-def _range(value: dict[str, float], digits: int) -> str:
-    return f"{value['median']:,.{digits}f} ({value['least']:,.{digits}f} to {value['most']:,.{digits}f})"
-
-
-def _times(value: dict[str, float]) -> str:
-    return f"**{value['median']:.2f}** ({value['least']:.2f} to {value['most']:.2f})"
 
 
 if __name__ == "__main__":

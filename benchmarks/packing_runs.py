@@ -147,10 +147,8 @@ def run_trl(run: Run) -> Run:
     import datasets
     import torch
     from peft import LoraConfig
-    from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PrinterCallback
+    from transformers import AutoModelForImageTextToText, AutoProcessor, PrinterCallback
     from trl import SFTConfig, SFTTrainer
-
-    from llavamed_peft.modeling.load import NOT_QUANTIZED
 
     class Counting(SFTTrainer):
         supervised = 0
@@ -161,13 +159,6 @@ def run_trl(run: Run) -> Run:
 
     moments = start_clock()
     on_gpu = torch.cuda.is_available()
-    loading: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa"}
-    if run["how"].get("quantization"):
-        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
-        compute = torch.bfloat16 if on_gpu else torch.float32
-        loading["quantization_config"] = BitsAndBytesConfig(
-            **nf4, bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=list(NOT_QUANTIZED)
-        )
     folder, how = Path(run["folder"]), run["how"]
     size = how["device_batch"]
     processor = AutoProcessor.from_pretrained(folder / "processor")
@@ -176,16 +167,7 @@ def run_trl(run: Run) -> Run:
     if how["form"] == "dialogue":
         rows = dialogues(rows)
     data = [trl_row(row, how["form"], Path(run["images"]), processor) for row in rows]
-    best: dict[str, Any] = {}
-    if how["form"] != "defaults":
-        best = {
-            "activation_checkpointing": on_gpu,
-            "train_sampling_strategy": "group_by_length",
-            "remove_unused_columns": False,  # or it would not find the lengths
-            "dataloader_num_workers": how["workers"],
-            "dataloader_persistent_workers": how["workers"] > 0,
-            "completion_only_loss" if "prompt" in data[0] else "assistant_only_loss": True,
-        }
+    best = {} if how["form"] == "defaults" else trl_best(how, data[0], on_gpu)
     step = len(data) * epochs // run["steps"]
     with tempfile.TemporaryDirectory() as runs:
         config = SFTConfig(
@@ -205,7 +187,7 @@ def run_trl(run: Run) -> Run:
             **best,
         )
         trainer = Counting(
-            model=AutoModelForImageTextToText.from_pretrained(folder / "base", **loading),
+            model=AutoModelForImageTextToText.from_pretrained(folder / "base", **trl_loading(run)),
             args=config,
             train_dataset=datasets.Dataset.from_list(data).cast_column(
                 "images", datasets.List(datasets.Image())
@@ -233,6 +215,35 @@ def run_trl(run: Run) -> Run:
     trainable = sum(one.numel() for one in trainer.model.parameters() if one.requires_grad)
     counts = {"trainable_parameters": trainable, "supervised_tokens": int(trainer.supervised)}
     return found | {**counts, "loss_first": losses[0], **how}
+
+
+def trl_loading(run: Run) -> dict[str, Any]:
+    """How TRL's base is loaded; in 4 bits where the run asks for it, with the same modules left alone."""
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    from llavamed_peft.modeling.load import NOT_QUANTIZED
+
+    loading: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa"}
+    if run["how"].get("quantization"):
+        nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+        compute = torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        loading["quantization_config"] = BitsAndBytesConfig(
+            **nf4, bnb_4bit_compute_dtype=compute, llm_int8_skip_modules=list(NOT_QUANTIZED)
+        )
+    return loading
+
+
+def trl_best(how: dict[str, Any], row: dict[str, Any], on_gpu: bool) -> dict[str, Any]:
+    """TRL's settings that make it fastest on these data."""
+    return {
+        "activation_checkpointing": on_gpu,
+        "train_sampling_strategy": "group_by_length",
+        "remove_unused_columns": False,  # or it would not find the lengths
+        "dataloader_num_workers": how["workers"],
+        "dataloader_persistent_workers": how["workers"] > 0,
+        "completion_only_loss" if "prompt" in row else "assistant_only_loss": True,
+    }
 
 
 def trl_row(row: dict[str, Any], form: str, images: Path, processor: Any) -> dict[str, Any]:
