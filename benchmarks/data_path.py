@@ -50,8 +50,6 @@ from data_path_report import Memory, log_entry, summarise
 from workbench import write_down
 
 PARTS = ("build", "start", "epochs", "packed", "padded")
-
-
 STARTS = 3
 
 

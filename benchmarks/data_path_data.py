@@ -13,13 +13,11 @@ from workbench import SPECIAL, llava_config, make_processor, train_tokenizer
 GLOBAL_BATCH, MAX_ROW_TOKENS, SEED = 128, 4096, 42
 TINY, REAL = 28, 336  # pixels of a prepared image; (pixels / 14)² image tokens
 
-
 TEXT = (
     "the left right lung lobe chest x-ray shows normal heart size opacity consolidation upper lower with "
     "mild pleural effusion arrow indicates lesion axial coronal computed tomography patient describe image "
     "briefly what is seen in this scan and where"
 )
-
 
 WORDS = TEXT.split()
 

@@ -10,11 +10,7 @@ from data_path_data import GLOBAL_BATCH
 from workbench import heading, machine
 
 LIBRARIES = ("torch", "transformers", "tokenizers", "datasets", "pyarrow", "pillow")
-
-
 WANTED_SHARE, WANTED_START, WANTED_GROWTH = (0.95, 20.0, 16.0)  # of a worker's time on images; seconds; MB
-
-
 Memory = dict[str, float]
 
 

@@ -52,7 +52,6 @@ ARMS = {
     "dialogue": Arm("TRL, an image's questions as one dialogue", "trl", {"form": "dialogue"}),
 }
 
-
 WORKS = {
     "vqa": Work("vqa", 64, 4, "packed", {"trl": 8.0}, 1 / 3, ("padded", "dialogue")),
     "vqa-cached": Work("vqa", 64, 4, "cached", {"trl": 10.0}),

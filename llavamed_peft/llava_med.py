@@ -31,7 +31,6 @@ LLAVA_MED = Curriculum(
     )
 )
 
-
 LLAVA_MED_FULL = Curriculum(
     stages=(
         # Section 4, stage 1

@@ -21,27 +21,13 @@ from .errors import ConfigError, did_you_mean, nearest
 from .yaml12 import Yaml12Dumper, read_yaml
 
 SCOPES = ("projector", "lora", "full")
-
-
 SHUFFLES = ("images", "conversations")
-
-
 ASPECT_RATIOS = ("pad", "checkpoint")
-
-
 # Not hidden, no space at either end, nothing that a file system or a control character makes special.
 _FOLDER_NAME = re.compile(r"""(?![.\s])[^/\\:*?"<>|\x00-\x1f\x7f]+(?<!\s)""")
-
-
 Scope = Literal["projector", "lora", "full"]
-
-
 Shuffle = Literal["images", "conversations"]
-
-
 AspectRatio = Literal["pad", "checkpoint"]
-
-
 Value = TypeVar("Value")
 
 

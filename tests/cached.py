@@ -30,14 +30,12 @@ from llavamed_peft.training.trainer import StageTrainer
 
 ROOT = Path(__file__).parents[1]
 
-
 KINDS = {
     "llava": (),
     "vipllava": ("llama", "clip", [-2, 1]),
     "llava_next": ("mistral",),
     "llava_onevision": ("qwen2", "siglip", -1),
 }
-
 
 ALL = {"align": "projector", "more": "full", "vqa": "lora"}
 

@@ -25,7 +25,6 @@ KINDS = {
     "llava_onevision": ("qwen2", "siglip", -1),
 }  # the second with a processor class of our own
 
-
 ONE_STAGE = Curriculum((Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=2)),))
 
 

@@ -12,7 +12,6 @@ from llavamed_peft.preview.inspect import inspect
 
 SHORT = Schedule(epochs=1.5, learning_rate=1e-3, global_batch=2, max_length=64)
 
-
 CURRICULUM = Curriculum(
     (
         Stage("align", "projector", replace(SHORT, global_batch=8)),

@@ -23,8 +23,6 @@ from llavamed_peft.packing import collator
 from llavamed_peft.training.trainer import StageTrainer
 
 ROOT = Path(__file__).parents[1]
-
-
 STEPS = {"align": 6, "vqa": 8}
 
 

@@ -205,7 +205,6 @@ def test_half_a_surrogate_pair_is_rejected(folder):
 
 GOOD = json.dumps({"id": 1, "conversations": [human("q"), gpt("a")]}).encode()
 
-
 BROKEN_LINES = {
     "cut": (
         b'{"id": 2',
@@ -256,10 +255,7 @@ def test_a_line_nested_too_deep_is_a_rejected_row(tmp_path):
 
 
 MANY = b"[" + b",\n".join([GOOD] * 2000)  # more than one piece of the parser's, 65,536 bytes
-
-
 END = len(MANY)
-
 
 # A wrong byte is told by the byte behind it, and that is the one named.
 BROKEN_FILES = {

@@ -64,11 +64,7 @@ def test_loss_and_every_gradient_are_the_padded_batchs(
 
 
 SAID = (("what is it ?", "what is the heart ?", "is it left ?"), ("yes", "the heart", "the heart is normal"))
-
-
 exchanges = st.lists(st.tuples(*map(st.sampled_from, SAID)), min_size=1, max_size=3)
-
-
 shown = st.lists(st.sampled_from(["a", "b", "again"]), max_size=2)
 
 

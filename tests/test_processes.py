@@ -25,10 +25,7 @@ from llavamed_peft.running.summary import read_metrics
 
 # 20 to 60 s each on two cores with little beside them; with much beside them one took five minutes.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
-
-
 ROOT = Path(__file__).parent.parent
-
 
 SCRIPT = """
 import os
@@ -97,7 +94,6 @@ curriculum_finetune(base, data, out, curriculum=Curriculum(stages), **how_comput
 assert PartialState().num_processes == int(processes), PartialState()
 """
 
-
 # As `accelerate launch` wants them; what stands in the recipes' own for GPUs is there too, where a CPU can
 # take it.
 LAUNCH = {
@@ -122,16 +118,13 @@ LAUNCH = {
     },
 }
 
-
 # Without the threshold DeepSpeed keeps weights as small as the tiny model's whole.
 ZERO3 = {
     "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
     "gradient_clipping": "auto",
 }
 
-
 STAGES = ("align", "vqa", "more")
-
 
 WITHOUT_DEEPSPEED = pytest.mark.skipif(
     find_spec("deepspeed") is None, reason="deepspeed is not installed (extra distributed)"

@@ -32,14 +32,8 @@ from llavamed_peft.errors import (
 )
 
 SCHEDULE = Schedule(epochs=1, learning_rate=1e-3)
-
-
 ALIGN = Stage("align", "projector", SCHEDULE)
-
-
 ASK, TELL = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A chest radiograph."))
-
-
 QUESTION = Question("7", "images/a.jpg", "Is it normal?", "no", "closed", split="test", source="vqa.json:8")
 
 
@@ -350,7 +344,6 @@ PAPER = [
     ("instruct", "full", 2e-5, None, 128, 3),
     ("vqa", "full", 2e-5, None, 64, 15),
 ]
-
 
 # LLaVA's own LoRA recipe (scripts/v1_5/finetune_lora.sh in haotian-liu/LLaVA): rank 128, alpha 256, LoRA
 # 2e-4, projector 2e-5; batches and epochs as above.

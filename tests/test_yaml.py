@@ -23,10 +23,7 @@ from llavamed_peft.errors import (
 # --- YAML ---
 
 POSITIVE = st.floats(min_value=0, max_value=1e9, exclude_min=True) | st.integers(min_value=1, max_value=10**6)
-
-
 SHARES = st.floats(min_value=0, max_value=1, exclude_max=True)
-
 
 SCHEDULES = st.builds(
     Schedule,
@@ -39,7 +36,6 @@ SCHEDULES = st.builds(
     max_length=st.integers(2, 10**6),
     shuffle=st.sampled_from(["images", "conversations"]),
 )
-
 
 # Names that YAML would rather read as numbers, truth values, dates or nothing, among all sorts of others.
 NAMES = st.sampled_from(

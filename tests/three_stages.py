@@ -29,10 +29,7 @@ KINDS = {
     "llava_onevision": ("qwen2", "siglip", -1),
 }
 
-
 ROOT = Path(__file__).parent.parent
-
-
 LORA = LoraSpec(rank=4, alpha=8, dropout=0.0)
 
 

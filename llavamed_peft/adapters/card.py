@@ -14,7 +14,6 @@ and of the data it was
 trained on. LLaVA-Med's own data are CC BY-NC 4.0.
 """
 
-
 _LOAD_ADAPTER = """\
 ```python
 from peft import PeftModel
@@ -25,7 +24,6 @@ model = PeftModel.from_pretrained(base, "{folder}")  # path or Hub id of this fo
 processor = AutoProcessor.from_pretrained("{folder}")
 ```
 """
-
 
 _LOAD_CHECKPOINT = """\
 ```python

@@ -22,15 +22,12 @@ from .stage_adapter import StageAdapter
 
 INDEX = "README.md"
 
-
 BEGIN, END = (
     "<!-- index: made from the stage.json files by `llavamed-peft catalogue` -->",
     "<!-- end of the index -->",
 )
 
-
 _SHORT = 12  # digits of a hash in the table
-
 
 _NEW_INDEX = f"""\
 # Adapters

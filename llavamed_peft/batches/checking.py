@@ -44,17 +44,9 @@ from .index import FILES, FINGERPRINT, REJECTED, SCHEMA, FileCount, Index, notes
 from .ledger import fault
 
 FORMAT = 3  # goes up with every change of what is checked, how it is encoded, or what the file holds
-
-
 _TOO_LONG = "longer than max_length"  # a reason, whose detail ends in what it would need (`check_length`)
-
-
 _ROWS_PER_BATCH = 1000
-
-
 _FILES_KNOWN = 10_000  # images and folders that need not be looked at again
-
-
 LONGEST_STRIP = 100  # times its width, of an image that is still shown
 
 

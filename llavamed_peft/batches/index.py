@@ -44,7 +44,6 @@ SCHEMA = pa.schema(
     ]
 )
 
-
 # Keys of what the file holds apart from the rows.
 FINGERPRINT, REJECTED, FILES = b"fingerprint", b"rejected", b"files"
 _ROWS_LOOKED_AT = 200  # to estimate how many tiles conversations have

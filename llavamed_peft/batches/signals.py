@@ -19,8 +19,6 @@ from types import FrameType, TracebackType
 from typing import Any
 
 _OBEYED = (signal.SIGTERM, signal.SIGINT)
-
-
 _SECONDS_TO_REPEAT = 1.0  # a launcher hands a terminal's Ctrl-C on, so one keystroke may arrive twice
 
 

@@ -20,11 +20,7 @@ import torch
 from torch.utils.data import get_worker_info
 
 _HEAD = struct.Struct("=qdH")  # process, time, bytes of the text
-
-
 _SLOT = 2048  # bytes of a worker; what does not fit is cut
-
-
 _SHARED_MEMORY = Path("/dev/shm")  # where torch lays down, on Linux, what goes from one process to another
 
 

@@ -16,14 +16,8 @@ from ..errors import TrainingError
 from ..reporting.text import in_bytes
 
 Asked = Literal["auto"] | bool
-
-
 MAX_BYTES = 50_000_000_000  # of a run's features in all; and never more than half of the disk that is free
-
-
 PAYS_FROM = 2.0  # images that pass the tower without the cache, for each that has to be computed for it
-
-
 _STEPS_PLANNED = 50  # to estimate how many images pass the tower in an epoch
 
 

@@ -37,26 +37,12 @@ from ..storage.images import load_image
 from ..storage.whole import not_written, write_file
 
 FORMAT = 3  # goes up with every change of what a file holds or of how its images are computed
-
-
 IMAGES_PER_FILE = 32  # 38 MB of a tower of 336 pixels in 16 bits; what a kill or a damaged byte costs at most
-
-
 _BYTES_PER_FILE = 256_000_000  # of images with many tiles, fewer are in a file
-
-
 _TILES_PER_BATCH = 32  # that pass the tower at once; an image's stay together
-
-
 _OPEN_FILES = 64
-
-
 _SHA256 = "sha256"  # in a file's metadata
-
-
 _AMONG = "-among-others"
-
-
 Plans = dict[str, tuple["Planned", ...]]  # a file's name → the images in it
 
 

@@ -30,20 +30,10 @@ from ..storage.equal_images import content_key
 from ..storage.images import image_size
 
 IMAGE, SHARED, OWN, SUPERVISED, NOTHING = range(5)
-
-
 _NAMES = ("image", "shared words", "a conversation's own words", "supervised", "")
-
-
 _MARKS = "#=-*"
-
-
 _COLOURS = ("#4c72b0", "#dd8452", "#c9c9c9", "#c44e52", "#ffffff")
-
-
 _LEAST_SHOWN = 8  # tokens of a shared segment that has a line of its own
-
-
 _LARGEST_MASK = 2048  # tokens of a side of the mask that is drawn
 
 

@@ -22,11 +22,7 @@ from ..packing.encoding import IGNORED
 from ..reporting.text import histogram, indented, visible, wrapped
 
 EXAMPLES = 3  # rejected rows that are shown for each reason
-
-
 _MARKED = "\033[4;32m{}\033[0m"  # underlined, so that spaces show, and green
-
-
 Piece = tuple[str, bool]  # text, and whether the model learns to write it
 
 

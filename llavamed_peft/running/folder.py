@@ -26,17 +26,9 @@ from ..errors import ConfigError, TrainingError
 from ..storage.whole import write_file
 
 RUN, LOCK = "run.json", "run.lock"
-
-
 SCHEMA_VERSION = 1
-
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
 _NOTHING = object()
-
-
 # What a disk, and not a program, answers: full, over quota, over the limit, read-only, broken, not ours.
 _OF_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.EACCES, errno.EPERM}
 

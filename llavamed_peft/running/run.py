@@ -50,11 +50,7 @@ from .stage_record import stage_record
 from .summary import CURVE, TABLE, draw_losses, read_metrics, stage_table
 
 REJECTED, INDEX, LOGS, CHECKPOINTS, FEATURES = ("rejected.jsonl", "index", "logs", "checkpoints", "features")
-
-
 OWN_NAMES = (INDEX, LOGS, CHECKPOINTS, FEATURES, METRICS, REJECTED, CURVE, TABLE, RUN, LOCK)
-
-
 LONGEST_WAIT = timedelta(minutes=30)
 
 

@@ -7,11 +7,7 @@ import re
 from pathlib import Path
 
 _CHUNK = 1 << 22
-
-
 _SHA256 = re.compile(r"[0-9a-f]{64}")
-
-
 _WEIGHTS = ("*.safetensors", "*.bin")
 
 

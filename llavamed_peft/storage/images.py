@@ -31,16 +31,10 @@ from ..errors import DataError
 
 # What figures and radiographs come in. No format that needs an outside program (EPS) or the network.
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
-
-
 # Above this Pillow, as it is delivered, refuses to open a file (twice its warning level of 89,478,485). Ours
 # to keep, since `Image.MAX_IMAGE_PIXELS` is a global that other code in the process may have switched off.
 MAX_PIXELS = 178_956_970
-
-
 _DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
-
-
 _TURNED_BY_A_QUARTER = (5, 6, 7, 8)
 
 

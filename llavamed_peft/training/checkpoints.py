@@ -33,10 +33,7 @@ from ..storage.hashing import file_sha256
 from ..storage.whole import not_written, remove_folder, write_folder
 
 SCHEMA_VERSION = 1
-
-
 KEPT = 2
-
 
 _MANIFEST, _TENSORS, _OPTIMIZER, _STATE = (
     "checkpoint.json",

@@ -21,11 +21,7 @@ from transformers import (
 )
 
 PATCH = 10
-
-
 GRID = IMAGE_SIZE // PATCH
-
-
 WIDTH = 128
 
 

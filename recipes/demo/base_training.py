@@ -23,8 +23,6 @@ from transformers import (
 )
 
 PROBE_WEIGHT = 0.3
-
-
 SIMPLE_SHARE = 0.2  # of the steps, from the first on, with one shape in each scene
 
 

@@ -34,19 +34,10 @@ COLORS: dict[str, Color] = {
     "brown": (125, 80, 50),
 }
 
-
 SHAPES = ("circle", "square", "triangle", "ring", "cross", "bar")
-
-
 BACKGROUNDS = ("white", "black", "gray", "pink", "blue", "brown")
-
-
 COUNTS = ("one", "two", "three", "four")
-
-
 _TOO_ALIKE = {"black": "brown", "brown": "black"}
-
-
 _DOTTED = 0.35  # share of the general scenes with dots
 
 

@@ -14,14 +14,8 @@ from typing import Literal
 from PIL import Image, ImageChops, ImageDraw
 
 IMAGE_SIZE = 80
-
-
 INSTRUCTIONS = ("Describe the image.", "Please describe the image.", "Give a short description of the image.")
-
-
 Color = tuple[int, int, int]
-
-
 Turns = tuple[tuple[str, str], ...]
 
 

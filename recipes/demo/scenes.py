@@ -39,7 +39,6 @@ FIRST_SEED = {
     "base": 1_000_000,
 }
 
-
 SEEDS_OF_A_CLINIC = 100_000_000
 
 
