@@ -6,14 +6,13 @@ import bisect
 import heapq
 from collections.abc import Sequence
 
-ANOTHER_BATCH = (
-    128  # tokens whose work costs a small model about as much as one device batch more (benchmarks/LOG.md)
-)
+# Tokens whose work costs a small model about as much as one more device batch (benchmarks/LOG.md).
+ANOTHER_BATCH = 128
 
 
 def alike(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Items of about one size into bins, each taking up as much as its bin's largest: as little in all as can
-    be had.
+    """Items of similar size into bins, each taking as much as its bin's largest: as little in all as
+    possible.
 
     Args:
         items: which of the sizes.
@@ -21,10 +20,9 @@ def alike(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[lis
         capacity: of a bin; an item that is larger has its own.
     """
     ordered = sorted(items, key=lambda item: -sizes[item])
-    costs, begins = (
-        [0],
-        [0],
-    )  # of the first items, in bins as good as can be; where the last of those bins begins
+    # Dynamic programming over the items in order: the least cost of the first `end` items, and the item with
+    # which the last of their bins begins.
+    costs, begins = [0], [0]
     for end in range(1, len(ordered) + 1):
         possible: list[tuple[int, int]] = []
         for begin in reversed(range(end)):
@@ -37,7 +35,7 @@ def alike(items: Sequence[int], sizes: Sequence[int], capacity: int) -> list[lis
         begins.append(begin)
     bins: list[list[int]] = []
     end = len(ordered)
-    while end:
+    while end:  # backwards, from the last bin
         bins.append(ordered[begins[end] : end])
         end = begins[end]
     return bins[::-1]

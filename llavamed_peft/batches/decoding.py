@@ -37,8 +37,8 @@ class DeviceInputs:
     failed: tuple[tuple[int, str], ...] = ()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """What is small goes through the worker's pipe: in shared memory each tensor is an open file, and as
-        slow as 100 KB."""
+        """How a worker hands it over: what is small goes through the pipe as numpy."""
+        # In shared memory each tensor is an open file, which costs as much time as 100 KB through the pipe.
         inputs = {
             name: values if values.is_floating_point() else values.numpy()
             for name, values in self.inputs.items()
@@ -73,13 +73,14 @@ class DeviceBatches:
         failed: list[tuple[int, str]] = []
         try:
             inputs = self._collate(conversations)
-        except DataError:
+        except DataError:  # some image cannot be decoded: find out whose, and lay the others out without them
             failed = [
                 (row, why) for row, one in zip(rows, conversations, strict=True) if (why := self._fault(one))
             ]
             lost = {row for row, _ in failed}
             conversations = [one for row, one in zip(rows, conversations, strict=True) if row not in lost]
             inputs = self._collate(conversations)
+        # labels [rows, tokens] are not shifted: nothing predicts the first token of a row
         supervised = int((inputs["labels"][:, 1:] != IGNORED).sum())
         return DeviceInputs(inputs, len(conversations), supervised, tuple(failed))
 
@@ -93,6 +94,7 @@ class DeviceBatches:
     def _collate(self, conversations: list[Tokenized]) -> Batch:
         if self.notes is None:
             return self.collator.inputs(conversations)
+        # the first that shows it
         shows = {image: one for one in reversed(conversations) for image in one.images}
         batch = ", ".join(one.source for one in conversations)
 

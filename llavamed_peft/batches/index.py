@@ -28,19 +28,23 @@ from .steps import StepSampler
 
 SCHEMA = pa.schema(
     [
+        # As it was read.
         ("id", pa.string()),
-        ("source", pa.string()),
-        ("images", pa.list_(pa.string())),
-        ("turns", pa.string()),
+        ("source", pa.string()),  # "file.json:17"
+        ("images", pa.list_(pa.string())),  # paths
+        ("turns", pa.string()),  # JSON: [[role, text], …]
+        # As it is encoded, each image one placeholder.
         ("token_ids", pa.list_(pa.int32())),
         ("supervised", pa.list_(pa.bool_())),
+        # What steps are planned from, each image all its tokens.
         ("length", pa.int32()),
         ("image_tokens", pa.int32()),
         ("supervised_tokens", pa.int32()),
+        # equal where conversations begin alike, up to the last image before an answer
         ("prefix", pa.int64()),
         ("prefix_tokens", pa.int32()),
-        ("file", pa.int32()),
-        ("group", pa.int64()),
+        ("file", pa.int32()),  # which of `files`
+        ("group", pa.int64()),  # equal where the image files are the same
     ]
 )
 

@@ -32,12 +32,13 @@ def share_of_step(
     Sorted by length and dealt to and fro, every process gets about the same number of tokens; neighbours in
     length share a device batch, so that little is padded.
     """
-    ordered = sorted(step, key=lambda row: (-int(lengths[row]), int(row)))
-    hands: list[list[int]] = [[] for _ in range(world_size)]
+    ordered = sorted(step, key=lambda row: (-int(lengths[row]), int(row)))  # the longest first
+    hands: list[list[int]] = [[] for _ in range(world_size)]  # to and fro: 0 1 2 2 1 0 0 1 2 …
     for position, row in enumerate(ordered):
         turn, place = divmod(position, world_size)
         hands[place if turn % 2 == 0 else world_size - 1 - place].append(int(row))
     shares = [_cut(hand, lengths, max_row_tokens) for hand in hands]
+    # As many device batches for each process: gradients are reduced after each, and all must take part.
     most = max(len(share) for share in shares)
     return [share + [()] * (most - len(share)) for share in shares]
 
@@ -61,19 +62,22 @@ def packed_share_of_step(
 ) -> list[list[DeviceBatch]]:
     """Deal a step's conversations to the processes in rows of at most `max_row_tokens` tokens.
 
-    Conversations with one beginning stay together, so that it is there once; only where they are longer than
-    a row it is repeated.
-    No process waits for a much longer one unless few images make a large step: cutting their conversations
-        apart would cost more
-    than it saves.
+    Conversations with the same beginning stay together, so that it is there once; it is repeated only where
+    they are longer than a row. No process waits for a much longer one unless few images make a large step:
+    cutting their conversations apart would cost more than it saves.
+
+    Returns:
+        [processes][device batches] rows of the index; as many device batches for each process, some empty.
     """
+    # Beginning → the conversations of the step that have it. Without an image, a conversation is by itself.
     alike: dict[Hashable, list[int]] = {}
     for conversation in map(int, step):
         prefix = int(prefixes.tokens[conversation])
         key = (int(prefixes.keys[conversation]), prefix) if prefix else conversation
         alike.setdefault(key, []).append(conversation)
+    # A lot is what is laid out together: conversations with one beginning, as many as fit a row.
     lots: list[list[int]] = []
-    sizes: list[int] = []
+    sizes: list[int] = []  # tokens of each lot, its beginning counted once
     for together in alike.values():
         prefix = int(prefixes.tokens[together[0]])
         branches = [int(lengths[conversation]) - prefix for conversation in together]
@@ -83,7 +87,7 @@ def packed_share_of_step(
     if fill_tokens is None:
         shares = _share_rows(sizes, max_row_tokens, world_size)
     else:
-        masked = [len(lot) > 1 for lot in lots]
+        masked = [len(lot) > 1 for lot in lots]  # a single conversation needs no mask but the causal one
         shares = _share_lots(sizes, masked, max_row_tokens, min(fill_tokens, max_row_tokens), world_size)
     return [
         [tuple(conversation for lot in sorted(batch) for conversation in lots[lot]) for batch in share]
@@ -94,9 +98,10 @@ def packed_share_of_step(
 def _share_rows(sizes: Sequence[int], max_row_tokens: int, world_size: int) -> list[list[list[int]]]:
     """Each process's device batches of lots, each batch one row: about as few rows as hold all lots, as many
     for each process."""
-    rows, loads = even(sizes, max_row_tokens, world_size)
+    rows, loads = even(sizes, max_row_tokens, world_size)  # loads: tokens of each row
     shares: list[list[list[int]]] = [[] for _ in range(world_size)]
     costs = [0] * world_size
+    # The longest row first, to a process with the fewest rows; of several, to the one with the fewest tokens.
     for row in sorted(range(len(rows)), key=lambda row: -loads[row]):
         fewest = min(map(len, shares))
         process = min((p for p in range(world_size) if len(shares[p]) == fewest), key=lambda p: costs[p])

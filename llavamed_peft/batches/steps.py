@@ -119,9 +119,9 @@ class StepSampler(Sampler[list[DeviceBatch]]):
 def shuffled(groups: np.ndarray, shuffle: str, seed: int, epoch: int) -> np.ndarray:
     """An epoch's order of the conversations: plain, or image by image with each image's conversations
     together and in turn."""
-    generator = np.random.default_rng([seed, epoch])
+    generator = np.random.default_rng([seed, epoch])  # nothing else: the same order after an interruption
     if shuffle == "conversations":
         return generator.permutation(len(groups))
-    rank_of_group = generator.permutation(int(groups.max()) + 1)[groups]
+    rank_of_group = generator.permutation(int(groups.max()) + 1)[groups]  # [conversations]
     within = generator.permutation(len(groups))
-    return np.lexsort((within, rank_of_group))
+    return np.lexsort((within, rank_of_group))  # by image; the conversations of an image in random order

@@ -185,6 +185,8 @@ class FeatureCache:
         planned = {(name_of(image.path), image.alone): image for images in plans.values() for image in images}
         there = [images for file, images in plans.items() if (self.folder / file).exists()]
         stored = {(name_of(image.path), image.alone) for images in there for image in images}
+        # Equal files are one image. What is planned and stored is known by path; training may show a copy of
+        # it.
         different = {
             (name, alone): (path, alone) for path, alone in shown if (name := name_of(path)) is not None
         }

@@ -90,6 +90,7 @@ class Checkpointing:
                 f"{checkpoint.path}: was trained on other rows than can be used now. Have images changed? "
                 "Put them back and make the same call again, or choose another output_dir."
             )
+        # The trainer's own counting starts at 0 in every call; ours continues.
         self.measured.counted = Counted(**state["counted"])
         self.measured.history = list(state["history"])
         for name, ledger in self.ledgers.items():
@@ -126,7 +127,7 @@ class Checkpointing:
         tensors, optimizer_state = trainable_tensors(model), optimizer_tensors(model, optimizer)
         rngs = gather_object([rng])
         if self.processes.is_main_process:
-            self._refuse_broken(step, tensors)
+            self._refuse_broken(step, tensors)  # a checkpoint of these would be resumed from for ever
             state = {
                 "order": self._order(),
                 "counted": asdict(self.measured.counted),
@@ -140,7 +141,7 @@ class Checkpointing:
                 "rng": rngs,
             }
             size = save_checkpoint(self.folder, step, tensors, optimizer_state, state)
-        self.processes.wait_for_everyone()
+        self.processes.wait_for_everyone()  # none trains on before it is on the disk
         self.saved_at = step
         self.measured.counted.checkpoint_seconds += time.monotonic() - began
         return size
@@ -161,6 +162,7 @@ class Checkpointing:
         size = self.save(step, model, optimizer, scheduler, rng_state())
         seconds = counted.checkpoint_seconds - before
         if not self._cost_shown and self.processes.is_main_process:
+            # of the time between two checkpoints: this one, and `every` steps as long as those so far
             share = seconds / (seconds + every * self.measured.seconds() / step)
             steps = "every step" if every == 1 else f"every {every} steps"
             self.run_log.say(
@@ -176,6 +178,7 @@ class Checkpointing:
             return
         load_optimizer_tensors(model, optimizer, self.resumed.optimizer())
         scheduler.load_state_dict(self.resumed.state["scheduler"])
+        # A scheduler sets rates only when it steps, after the first step of this call.
         for group, rate in zip(optimizer.param_groups, scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 
@@ -195,6 +198,7 @@ class Checkpointing:
         if len(rngs) == processes:
             set_rng_state(rngs[rank])
             return
+        # Each process needs numbers of its own, and the same ones whenever this number of processes resumes.
         if self.stage.lora is not None and self.stage.lora.dropout > 0:
             warnings.warn(
                 f"{self.resumed.path} was saved by {len(rngs)} process(es) and {processes} resume: dropout "

@@ -192,6 +192,7 @@ def load_optimizer_tensors(
     for key, tensor in tensors.items():
         name, _, entry = key.rpartition("/")
         states[name][entry] = tensor
+    # Saved by name, since the order of parameters depends on the groups and on the versions of the libraries.
     names = {parameter: name for name, parameter in model.named_parameters()}
     # torch numbers parameters through its groups
     order = [names[parameter] for group in optimizer.param_groups for parameter in group["params"]]

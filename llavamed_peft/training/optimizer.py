@@ -26,9 +26,10 @@ def parameter_groups(
         "language_model": schedule.learning_rate,
         "projector": schedule.projector_learning_rate or schedule.learning_rate,
     }
-    groups: dict[tuple[str, float], dict[str, Any]] = {}
+    groups: dict[tuple[str, float], dict[str, Any]] = {}  # (part, weight decay) → a group, as torch wants it
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
+            # PEFT's names hold the model's: base_model.model.model.multi_modal_projector.modules_to_save…
             part = "projector" if PROJECTOR in name else "language_model"
             decay = weight_decay if name in decayed else 0.0
             group = {"name": part, "lr": rates[part], "weight_decay": decay, "params": []}
