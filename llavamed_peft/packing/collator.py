@@ -1,11 +1,9 @@
-"""Conversations → one device batch, with which plain `model(**batch).loss` is the mean over the batch's
-supervised tokens.
+"""Conversations → one device batch, for which plain `model(**batch).loss` is the mean over supervised tokens.
 
-Two layouts with the same loss and the same gradient. Padded: one row per conversation, padded on the right to
-the longest.
-Packed: what conversations begin with alike stands once (`tree.py`), in rows without gaps (`rows.py`), and
-each token sees its own conversation only (`masks.py`). Ten questions about one image then cost one image and
-ten questions, not ten images.
+Two layouts with the same loss and the same gradient. Padded: one row for each conversation, padded on the
+right to the longest. Packed: what conversations begin with is there once (`tree.py`), in rows without gaps
+(`rows.py`), and each token sees its own conversation only (`masks.py`). Ten questions about one image then
+cost one image and ten questions, not ten images.
 """
 
 from __future__ import annotations
@@ -36,32 +34,32 @@ Batch = dict[str, torch.Tensor]
 
 
 class PackedCollator:
-    """Lays conversations out as the inputs of a model, decoding their images.
+    """Lays conversations out as the inputs of a model, and decodes their images.
 
     Args:
         processor: of a LLaVA checkpoint or a stage folder.
         max_length: tokens that a conversation may have; a longer one is an error, never cut.
-        max_row_tokens: packed: tokens of a row; where they do not suffice, the batch has several rows, padded
-            to the longest, and a conversation longer than that has a row of its own. `None`: one row, as long
-            as it gets. Padded: no bound of one call, whose conversations are one batch, but of rows × longest
-            of a step's device batches (see `steps.py`).
+        max_row_tokens: packed: most tokens of a row. What does not fit becomes several rows, padded to the
+            longest; a conversation longer than that has a row of its own. `None`: one row of any length.
+            Padded: does not bound one call, whose conversations are one batch, but rows × longest of a step's
+            device batches (see `batches/steps.py`).
         layout: `"packed"` or `"padded"`.
-        fill_tokens: packed: `None`, or conversations that do not begin with the same image stand in rows of
+        fill_tokens: packed: not `None` gives conversations that do not begin with the same image rows of
             their own; see `masks.fill_tokens`.
 
-    Where `features` is set, no image is decoded: the batch has `tower_features`, what the frozen tower makes
-    of the images, and `pixel_values` holds nothing (see `tower.freeze_tower`, which prepares a model for it).
-    An image without stored features could not be decoded when they were stored; it is an error, as it would
-    be without them, and stays one should its file be fixed while the stage trains.
+    Where `features` is set, no image is decoded. The batch has `tower_features`, what the frozen tower makes
+    of the images, and its `pixel_values` are empty; `modeling.tower.freeze_tower` prepares a model for that.
+    An image without stored features could not be decoded when they were stored. It is an error, as it would
+    be without them, and stays one if its file is fixed while the stage trains.
 
-    A packed batch goes to a model whose language model's attention is `sdpa`, as `load_checkpoint` leaves it;
-    another's raises `ConfigError`. It must be attention alone, which `masks.choose_attention` checks, and
-    have no sliding window shorter than a conversation (`masks.check_window`): packed rows do not heed it.
-    `curriculum_finetune` calls both. TRL's own trainer takes the pairs in the mask for tokens where it logs
-    `num_tokens`.
+    A packed batch needs a model whose language model's attention is `sdpa`, as `load_checkpoint` leaves it;
+    another raises `ConfigError`. All its layers must be attention (`masks.choose_attention` checks that), and
+    no conversation may be longer than a sliding window, which packed rows ignore (`masks.check_window`).
+    `curriculum_finetune` calls both. TRL's own trainer logs a wrong `num_tokens`: it counts the pairs in the
+    mask.
 
     Raises:
-        ConfigError: an unknown layout, or a bound that is no whole number of at least 1.
+        ConfigError: an unknown layout, or a bound that is not a whole number of at least 1.
         CheckpointError: the processor's chat template cannot be trained on, or it cannot count image tokens.
     """
 
@@ -98,20 +96,19 @@ class PackedCollator:
         """Inputs of the model for these conversations.
 
         Args:
-            conversations: as they were read, or out of an index.
-            on_image: told the path of each image before its file is opened.
+            conversations: as they were read, or from an index.
+            on_image: called with the path of each image before its file is opened.
 
         Returns:
-            `input_ids` and `labels`, [rows, tokens] int64, and where there are images `pixel_values` and what
-            the model class wants beside it, in the order in which placeholders stand in the rows. Padded:
-            `attention_mask`, [rows, tokens] int64.
-            Packed: `position_ids`, [rows, tokens] int64, and `attention_mask`, [rows, 1, tokens, tokens]
-                boolean, for `sdpa`. No
-            conversations give one row of padding without a label, whose loss is not a number.
+            `input_ids` and `labels`, [rows, tokens] int64. With images, `pixel_values` and what the model
+            class wants beside it, in the order of the placeholders in the rows. Padded: `attention_mask`,
+            [rows, tokens] int64. Packed: `position_ids`, [rows, tokens] int64, and `attention_mask`,
+            [rows, 1, tokens, tokens] boolean, for `sdpa`. Without conversations: one row of padding without a
+            label, whose loss is NaN.
 
         Raises:
-            ConfigError: something that is no conversation.
-            DataError: an image that cannot be decoded, a conversation longer than `max_length` or without a
+            ConfigError: something is not a conversation.
+            DataError: an image cannot be decoded; a conversation is longer than `max_length` or has no
                 supervised token.
         """
         batch = self.inputs(conversations, on_image)
@@ -122,8 +119,7 @@ class PackedCollator:
     def inputs(
         self, conversations: Iterable[Conversation | Tokenized], on_image: Callable[[str], None] | None = None
     ) -> Batch:
-        """As a call, but packed with `ends`, [rows, tokens] int64, in the place of the mask that `masks.py`
-        makes of it.
+        """As a call, but a packed batch has `ends`, [rows, tokens] int64, in place of the mask.
 
         Raises:
             DataError: as a call.
@@ -144,11 +140,11 @@ class PackedCollator:
         """A conversation's tokens, ready to be laid out.
 
         Args:
-            contents: of each of its images, what is equal for equal images.
+            contents: of each of its images, something that is equal for equal images.
             sizes: of each of its images, (height, width) in pixels.
 
         Raises:
-            DataError: it is longer than `max_length`, without a supervised token, or cannot be encoded.
+            DataError: it is longer than `max_length`, has no supervised token, or cannot be encoded.
         """
         counts = self.encoder.count_image_tokens(sizes)
         return token_sequence(self._encode(conversation, counts), contents, counts, self.encoder)
@@ -169,14 +165,14 @@ class PackedCollator:
         self, conversations: Sequence[Conversation | Tokenized], on_image: Callable[[str], None]
     ) -> Batch:
         paths = list(dict.fromkeys(image for conversation in conversations for image in conversation.images))
-        decoded: dict[str, Image.Image] = {}
+        decoded: dict[str, Image.Image] = {}  # by content, so that equal files are decoded once
         if self.features is None:
             content = _contents(paths, on_image)
             for path in paths:
                 if content[path] not in decoded:
                     on_image(path)
                     decoded[content[path]] = load_image(path)
-            sizes = {key: image.size[::-1] for key, image in decoded.items()}
+            sizes = {key: image.size[::-1] for key, image in decoded.items()}  # PIL has (width, height)
         else:
             self._check_stored(conversations, self.features, on_image)
             content, sizes = self.features.contents, self.features.sizes
@@ -194,10 +190,10 @@ class PackedCollator:
         features: StoredFeatures,
         on_image: Callable[[str], None],
     ) -> None:
-        """Every image has its features.
+        """Check that every image has its features.
 
         Raises:
-            DataError: one has none, since it cannot be decoded, or could not.
+            DataError: one has none: it cannot be decoded, or could not be when they were stored.
         """
         for conversation in conversations:
             for path in conversation.images:
@@ -206,47 +202,50 @@ class PackedCollator:
                     load_image(path)
                     raise DataError(
                         f"{path}: could not be decoded when the stage's features were stored, and can be "
-                        "now; it is left out. If its file was mended, the same call made again takes it; if "
-                        f"it is the same file (a disk that failed for a moment), delete {features.folder} "
-                        "before."
+                        "now; it is left out. If its file was fixed, make the same call again, which uses it; "
+                        "if it is the same file (a disk that failed for a moment), first delete "
+                        f"{features.folder}."
                     )
 
     def _pixels(
         self, rows: Sequence[Row], shown: Sequence[tuple[str, ...]], decoded: dict[str, Image.Image]
     ) -> Batch:
-        """What the model gets of the images, each processed once, in the order in which their placeholders
-        stand in the rows."""
-        standing = [(shown[sequence], number) for row in rows for sequence, number in row.images]
-        groups = list(dict.fromkeys(group for group, _ in standing))
+        """What the model gets of the images, in the order of their placeholders in the rows.
+
+        Images are processed with those of their conversation (the group), each group once.
+        """
+        in_rows = [(shown[sequence], number) for row in rows for sequence, number in row.images]
+        groups = list(dict.fromkeys(group for group, _ in in_rows))
         if not groups:
             return {}
+        alone = [len(group) == 1 for group, _ in in_rows]
         if self.features is not None:
-            contents = [group[number] for group, number in standing]
-            return self._stored(self.features, contents, [len(group) == 1 for group, _ in standing])
+            return self._stored(self.features, [group[number] for group, number in in_rows], alone)
         processed, _ = self.encoder.process_images([[decoded[key] for key in group] for group in groups])
+        # group → the number of its first image among the processed ones
         first = dict(zip(groups, accumulate(map(len, groups), initial=0), strict=False))
-        chosen = [first[group] + number for group, number in standing]
-        return dict(self.encoder.select_images(processed, chosen, [len(group) == 1 for group, _ in standing]))
+        chosen = [first[group] + number for group, number in in_rows]
+        return dict(self.encoder.select_images(processed, chosen, alone))
 
     def _stored(self, features: StoredFeatures, contents: Sequence[str], alone: Sequence[bool]) -> Batch:
-        """What the model gets in place of pixels, with what its class wants beside them."""
+        """What the model gets in place of pixels, and what its class wants beside them."""
         return {**features.inputs(contents, alone), **self.encoder.image_numbers(alone)}
 
     def _stack(self, rows: Sequence[Row]) -> Batch:
         """Rows padded on the right to the longest; padding sees itself alone."""
-        shape = (max(len(rows), 1), max(map(len, rows), default=2))
+        shape = (max(len(rows), 1), max(map(len, rows), default=2))  # [rows, tokens]
         input_ids = torch.full(shape, self.encoder.pads_with)
         position_ids = torch.zeros(shape, dtype=torch.long)
-        ends = torch.arange(1, shape[1] + 1).repeat(shape[0], 1)
+        ends = torch.arange(1, shape[1] + 1).repeat(shape[0], 1)  # padding ends right after itself
         labels = torch.full(shape, IGNORED)
         for i, row in enumerate(rows):
             input_ids[i, : len(row)] = torch.from_numpy(row.input_ids)
             position_ids[i, : len(row)] = torch.from_numpy(row.positions)
-            if (
-                self.fill_tokens is not None
-            ):  # a position that begins anew would be taken for another sequence's
-                behind = int(row.positions[-1]) + 1
-                position_ids[i, len(row) :] = torch.arange(behind, behind + shape[1] - len(row))
+            # Positions of padding continue the row's: at one that is 0 again, transformers would see another
+            # sequence begin where there is no mask.
+            if self.fill_tokens is not None:
+                after = int(row.positions[-1]) + 1
+                position_ids[i, len(row) :] = torch.arange(after, after + shape[1] - len(row))
             ends[i, : len(row)] = torch.from_numpy(row.ends)
             labels[i, : len(row)] = torch.from_numpy(row.labels)
         return {"input_ids": input_ids, "position_ids": position_ids, "ends": ends, "labels": labels}
@@ -256,7 +255,7 @@ class PackedCollator:
     ) -> Batch:
         shown = [conversation.images for conversation in conversations if conversation.images]
         batch: Batch = {}
-        counts: list[list[int]] = []
+        counts: list[list[int]] = []  # image tokens of each image of each conversation that has images
         if self.features is not None:
             self._check_stored(conversations, self.features, on_image)
             keys = [[self.features.contents[path] for path in group] for group in shown]
@@ -284,7 +283,7 @@ class PackedCollator:
 
     def _pad(self, rows: list[Encoded]) -> Batch:
         longest = max((len(row.input_ids) for row in rows), default=2)
-        shape = (max(len(rows), 1), longest)
+        shape = (max(len(rows), 1), longest)  # [rows, tokens]
         input_ids = torch.full(shape, self.encoder.pads_with)
         attention_mask = torch.zeros(shape, dtype=torch.long)
         labels = torch.full(shape, IGNORED)
@@ -293,39 +292,41 @@ class PackedCollator:
             input_ids[i, :length] = torch.from_numpy(row.input_ids)
             labels[i, :length] = torch.from_numpy(row.labels)
             attention_mask[i, :length] = 1
-        if not rows:
+        if not rows:  # attention over nothing would be NaN
             attention_mask[:] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
 
 
 def _contents(paths: Collection[str], on_image: Callable[[str], None]) -> dict[str, str]:
-    """Path → what is equal for equal files; only those of one size are read for it, since others cannot be
-    equal."""
+    """Path → something that is equal for equal files.
+
+    Only files of one size are read for it; others cannot be equal.
+    """
     sizes: dict[str, int] = {}
     for path in paths:
         on_image(path)
         sizes[path] = file_size(path)
-    alike = Counter(sizes.values())
-    return {path: content_key(path) if alike[size] > 1 else f"path {path}" for path, size in sizes.items()}
+    files = Counter(sizes.values())
+    return {path: content_key(path) if files[size] > 1 else f"path {path}" for path, size in sizes.items()}
 
 
 def token_sequence(
     encoded: Encoded, contents: Sequence[str], tokens_per_image: Sequence[int], encoder: Encoder
 ) -> TokenSequence:
-    """An encoded conversation with its images found in it.
+    """An encoded conversation, in which the placeholders of each image are found.
 
     Args:
-        contents: of each of its images, what is equal for equal images.
+        contents: of each of its images, something that is equal for equal images.
         tokens_per_image: of each of its images.
     """
-    placeholders = np.flatnonzero(encoded.input_ids == encoder.processor.image_token_id)
+    placeholders = np.flatnonzero(encoded.input_ids == encoder.processor.image_token_id)  # [image tokens]
+    # An image's placeholders are one run; the runs are in the order of the images.
     begins = (
         [int(placeholders[before]) for before in accumulate(tokens_per_image[:-1], initial=0)]
         if contents
         else []
     )
-    # An image that is alone is processed otherwise than among others where the processor tiles lone images
-    # only.
+    # Where only lone images are cut into tiles, the same image is another one beside others.
     tiled = encoder.tiles_lone_images_only and len(contents) == 1
     spans = (
         ImageSpan((content, tiled), begin, begin + tokens)
@@ -339,11 +340,10 @@ def _beginning(sequence: TokenSequence) -> int | None:
 
 
 def check_length(conversation: Conversation | Tokenized, encoded: Encoded, max_length: int) -> Encoded:
-    """Pass an encoded conversation on if it fits and has something to learn.
+    """Return an encoded conversation if it fits and has something to learn.
 
     Raises:
-        DataError: it is longer than `max_length`, or no token of it is supervised; the message names the
-            conversation.
+        DataError: it is longer than `max_length`, or none of its tokens is supervised; the message names it.
     """
     length = len(encoded.input_ids)
     if length > max_length:
@@ -352,7 +352,7 @@ def check_length(conversation: Conversation | Tokenized, encoded: Encoded, max_l
             f"image tokens; max_length is {max_length}. It would need max_length={length}."
         )
     if not encoded.supervised_tokens:
-        raise DataError(f"{_place(conversation)}: no token of it is supervised.")
+        raise DataError(f"{_place(conversation)}: none of its tokens is supervised.")
     return encoded
 
 

@@ -1,9 +1,8 @@
-"""A conversation → token ids and labels: exactly the assistant's words and the stop token behind them are
-supervised.
+"""A conversation → token ids and labels: supervised are the assistant's words and their stop token.
 
-The text comes from `modeling/templates.py`; here it becomes tokens (`Tokens`, which an index keeps), and then
-each `<image>` as many image tokens as the processor makes of that image (`Encoded`). The tokens before the
-first answer are those of the bare prompt, so that the model is asked at inference what it was asked in
+The text comes from `modeling/templates.py`. Here it becomes tokens (`Tokens`, which an index keeps). Then
+each `<image>` becomes as many image tokens as the processor makes of that image (`Encoded`). The tokens
+before the first answer are those of the bare prompt, so the model is asked at inference what it was asked in
 training. Nothing is cut.
 """
 
@@ -31,7 +30,7 @@ from ..conversations import IMAGE_MARKER, Conversation, Turn
 from ..errors import CheckpointError, DataError
 from ..modeling.templates import Piece, read_template
 
-IGNORED = -100  # the label that Hugging Face losses leave out
+IGNORED = -100  # the label that the losses of Hugging Face do not count
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -43,8 +42,8 @@ class Tokens:
     """The words of a conversation as tokens; each image is still one of them.
 
     Args:
-        ids: [tokens], int32.
-        supervised: [tokens], bool.
+        ids: [tokens] int32.
+        supervised: [tokens] bool.
     """
 
     ids: np.ndarray
@@ -72,8 +71,8 @@ class Encoded:
 
     Args:
         input_ids: [tokens] int64, image tokens expanded.
-        labels: [tokens] int64, `input_ids` where supervised, else -100; not shifted, as Hugging Face models
-            want them.
+        labels: [tokens] int64, `input_ids` where supervised, else -100; not shifted, which Hugging Face
+            models do themselves.
         image_tokens: how many of the tokens are image tokens.
     """
 
@@ -83,7 +82,7 @@ class Encoded:
 
     @property
     def supervised_tokens(self) -> int:
-        """Tokens that count in the loss; the first token has none before it to predict it."""
+        """Tokens that count in the loss; no token predicts the first one."""
         return int(np.count_nonzero(self.labels[1:] != IGNORED))
 
 
@@ -94,8 +93,8 @@ class Encoder:
         processor: of a LLaVA checkpoint or a stage folder.
 
     Raises:
-        CheckpointError: the chat template cannot be trained on, or the processor lacks what image tokens are
-            counted by.
+        CheckpointError: the chat template cannot be trained on, or the processor lacks what it needs to count
+            image tokens.
     """
 
     def __init__(self, processor: ProcessorMixin):
@@ -123,12 +122,12 @@ class Encoder:
             tokens_per_image: of each of its images, from `count_image_tokens` or from the processed images.
 
         Raises:
-            DataError: the words hold a special token, or the template shows more or fewer images than there
-                are.
+            DataError: the words contain a special token, or the template shows more or fewer images than
+                there are.
         """
         tokens = conversation.tokens if isinstance(conversation, Tokenized) else self.tokenize(conversation)
-        ids = tokens.ids.astype(np.int64)
-        repeats = self._repeats(ids, tokens_per_image)
+        ids = tokens.ids.astype(np.int64)  # [tokens], an image is one token
+        repeats = self._repeats(ids, tokens_per_image)  # [tokens]
         labels = np.where(tokens.supervised, ids, IGNORED)
         return Encoded(np.repeat(ids, repeats), np.repeat(labels, repeats), sum(tokens_per_image))
 
@@ -136,7 +135,7 @@ class Encoder:
         """The words of one conversation as tokens.
 
         Raises:
-            DataError: the words hold a special token, or half of a character.
+            DataError: the words contain a special token, or half of a character.
         """
         for position, turn in enumerate(conversation.turns, start=1):
             if halves := _SURROGATE.search(turn.text):
@@ -152,8 +151,7 @@ class Encoder:
         return self._tokenize(self.format.pieces(self.processor, conversation.turns))
 
     def encode_prompt(self, turns: Sequence[Turn], tokens_per_image: Sequence[int]) -> list[int]:
-        """Token ids of the turns up to the user's last, as generation prompt: a prefix of what `encode`
-        gives.
+        """Token ids of the turns up to the user's last and the generation prompt; `encode` begins with these.
 
         Raises:
             DataError: as `encode`.
@@ -163,45 +161,47 @@ class Encoder:
         return np.repeat(tokens.ids, self._repeats(tokens.ids, tokens_per_image)).tolist()
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides how a conversation is encoded: equal fingerprints, equal tokens."""
+        """SHA-256 of all that decides how a conversation is encoded: equal fingerprints, equal tokens."""
         tokenizer = json.loads(self.processor.tokenizer.backend_tokenizer.to_str())
         settings = {
             "versions": [transformers.__version__, tokenizers.__version__],
             "format": asdict(self.format),
             "special_tokens": self.processor.tokenizer.special_tokens_map,
+            # Truncation and padding are settings of the tokenizer's last call.
             "tokenizer": {
                 name: part for name, part in tokenizer.items() if name not in ("truncation", "padding")
-            },  # a call's
+            },
             "processor": self.processor.to_dict(),
         }
         return hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
 
     def count_image_tokens(self, sizes: Sequence[Size]) -> list[int]:
-        """Image tokens that each image of one conversation becomes, from its (height, width) in pixels alone."""
+        """Image tokens that each image of one conversation becomes, from its (height, width) in pixels."""
         return [self._image_tokens(size, len(sizes)) for size in sizes]
 
     @property
     def tiles_lone_images_only(self) -> bool:
-        """An image that is alone in its conversation is cut into tiles, others are not, as LLaVA-OneVision
-        does it."""
+        """Only an image that is alone in its conversation is cut into tiles, as LLaVA-OneVision does it."""
         return "batch_num_images" in self.processor.image_processor.model_input_names
 
     def process_images(
         self, conversations: Sequence[Sequence[Image.Image]]
     ) -> tuple[BatchFeature, list[list[int]]]:
-        """Pixels of the images of some conversations, each with at least one image, and the tokens that each
-        image becomes.
+        """Pixels of the images of some conversations, and the tokens that each image becomes.
+
+        Args:
+            conversations: the images of each, at least one.
 
         Returns:
-            The image processor's tensors (`pixel_values` and what the model class wants beside it), and image
-            tokens per image per conversation.
+            The image processor's tensors (`pixel_values` and what the model class wants beside it), and for
+            each conversation the number of image tokens of each of its images.
         """
         images = [list(group) for group in conversations]
         if not self.tiles_lone_images_only:
             images = [image for group in images for image in group]
         inputs = self.processor.image_processor(images)
-        # In a data-loader worker this lays the pixels down in shared memory, where they would be copied to in
-        # the end.
+        # In a data-loader worker this copies the pixels straight into shared memory. They are [images, 3,
+        # height, width], or [images, tiles, 3, height, width] where the class sends sizes.
         inputs["pixel_values"] = default_collate(inputs["pixel_values"])
         inputs.convert_to_tensors("pt")
         counts = iter([self._count(inputs, i) for i in range(sum(len(group) for group in conversations))])
@@ -209,15 +209,14 @@ class Encoder:
 
     @property
     def sends_image_sizes(self) -> bool:
-        """The model is told how large each image was, and gets its tiles in a dimension of their own (NeXT,
-        OneVision)."""
+        """The model gets each image's size, and its tiles in a dimension of their own (NeXT, OneVision)."""
         return "image_sizes" in self._probe
 
     def tiles(self, size: Size, alone: bool) -> int:
-        """Of an image of (height, width) pixels, those that the vision tower sees.
+        """How many tiles of an image of (height, width) pixels the vision tower gets.
 
         Args:
-            alone: it is the only one of its conversation, or `tiles_lone_images_only` is not so.
+            alone: the image is the only one of its conversation, or `tiles_lone_images_only` is false.
         """
         if not self.sends_image_sizes or not alone:
             return 1
@@ -226,15 +225,15 @@ class Encoder:
 
     @property
     def tile_bytes(self) -> int:
-        """Of one tile's pixels."""
+        """Bytes of one tile's pixels."""
         pixels = self._probe["pixel_values"]
         return math.prod(pixels.shape[-3:]) * pixels.itemsize
 
     def process_image(self, image: Image.Image, alone: bool) -> torch.Tensor:
-        """Pixels of one image as the vision tower sees them, [tiles, 3, height, width].
+        """Pixels of one image as the vision tower gets them, [tiles, 3, height, width].
 
         Args:
-            alone: it is the only one of its conversation.
+            alone: the image is the only one of its conversation.
         """
         inputs, _ = self.process_images([[image] if alone else [image, image]])
         pixels = inputs["pixel_values"][0]
@@ -243,21 +242,21 @@ class Encoder:
     def select_images(
         self, inputs: BatchFeature, chosen: Sequence[int], alone: Sequence[bool]
     ) -> BatchFeature:
-        """Processed images in the order in which a model is to see them, some perhaps several times.
+        """Processed images in the order in which the model is to get them, some perhaps several times.
 
         Args:
             inputs: from `process_images`.
             chosen: which of its images.
-            alone: of each chosen one, whether it was alone in its conversation; those that were not come at
-                least two in a row.
+            alone: of each chosen one, whether it was alone in its conversation; if not, the next one or the
+                one before it is of the same conversation.
         """
         selected = {name: values for name, values in inputs.items() if name != "batch_num_images"}
         if list(chosen) != list(range(len(selected["pixel_values"]))):  # else they stay in shared memory
-            selected = {name: values[list(chosen)] for name, values in selected.items()}
+            selected = {name: values[list(chosen)] for name, values in selected.items()}  # all are per image
         return BatchFeature(selected | self.image_numbers(alone))
 
     def image_numbers(self, alone: Sequence[bool]) -> dict[str, torch.Tensor]:
-        """`batch_num_images` for a class that tiles lone images only: 1 or the length of a run of others.
+        """`batch_num_images` of a class that tiles lone images only: 1, or the length of a run of others.
 
         Args:
             alone: of each image, whether it was alone in its conversation.
@@ -269,8 +268,7 @@ class Encoder:
         return {"batch_num_images": torch.tensor(numbers)}
 
     def _repeats(self, ids: np.ndarray, tokens_per_image: Sequence[int]) -> np.ndarray:
-        """How often each token stands in the end: an image token once for each of its image's tokens, any
-        other once."""
+        """[tokens] int64: how often to repeat each token; an image's is repeated, others not."""
         shows_image = ids == self.processor.image_token_id
         shown = int(shows_image.sum())
         if shown != len(tokens_per_image):
@@ -285,38 +283,37 @@ class Encoder:
     def _tokenize(self, pieces: Sequence[Piece]) -> Tokens:
         tokenizer = self.processor.tokenizer
         text = "".join(piece.text for piece in pieces)
-        adds_bos = not (
-            tokenizer.bos_token and text.startswith(tokenizer.bos_token)
-        )  # as the stock processor decides it
+        # As the stock processor decides it.
+        adds_bos = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
         whole = tokenizer(text, add_special_tokens=adds_bos, return_offsets_mapping=True)
         prompt = tokenizer(pieces[0].text, add_special_tokens=adds_bos)["input_ids"]
-        edges = np.cumsum([len(piece.text) for piece in pieces])
+        edges = np.cumsum([len(piece.text) for piece in pieces])  # [pieces]: the characters where they end
         ids = np.array(whole["input_ids"], dtype=np.int32)
+        # [tokens] each: the characters of a token, and the piece it begins in
         start, end = np.array(whole["offset_mapping"], dtype=np.int64).reshape(-1, 2).T
         piece = np.searchsorted(edges, start, side="right")
         no_words = start == end  # BOS, or a template's zero-width token
         piece[no_words] = piece[no_words].clip(max=len(pieces) - 1)
         piece[:1][no_words[:1]] = 0
-        behind = piece == len(pieces)  # an EOS that the tokenizer adds behind everything
-        if behind.any():
-            ids, piece, end = (values[: behind.argmax()] for values in (ids, piece, end))
+        added = piece == len(pieces)  # an EOS that the tokenizer adds at the end
+        if added.any():
+            ids, piece, end = (values[: added.argmax()] for values in (ids, piece, end))
+        # A token reaches into the next piece, or the prompt's tokens change once an answer follows it.
         if (end > edges[piece]).any() or (len(pieces) > 1 and ids[: len(prompt)].tolist() != prompt):
             return self._tokenize_apart(pieces, prompt)
         return Tokens(ids, np.array([piece.supervised for piece in pieces])[piece])
 
     def _tokenize_apart(self, pieces: Sequence[Piece], prompt: list[int]) -> Tokens:
-        """For a tokenizer that merges across the edge of a prompt and its answer, which no answering model
-        could do."""
+        """For a tokenizer that merges across the edge of a prompt and its answer, which no model can do."""
         tokenizer = self.processor.tokenizer
-        anchor = [
-            tokenizer.eos_token_id
-        ]  # keeps the tokenizer from treating the piece as the beginning of a text
+        # Before a piece, EOS keeps the tokenizer from treating it as the beginning of a text.
+        anchor = [tokenizer.eos_token_id]
         ids, supervised = list(prompt), [False] * len(prompt)
         for piece in pieces[1:]:
-            behind = tokenizer(tokenizer.eos_token + piece.text, add_special_tokens=False)["input_ids"]
-            behind = behind[len(anchor) :]
-            ids += behind
-            supervised += [piece.supervised] * len(behind)
+            anchored = tokenizer(tokenizer.eos_token + piece.text, add_special_tokens=False)["input_ids"]
+            own = anchored[len(anchor) :]
+            ids += own
+            supervised += [piece.supervised] * len(own)
         return Tokens(np.array(ids, dtype=np.int32), np.array(supervised))
 
     @functools.lru_cache(maxsize=100_000)  # noqa: B019 - an encoder lives as long as the run
@@ -339,7 +336,7 @@ class Encoder:
 
     @functools.cached_property
     def _one_shape(self) -> bool:
-        """The processor makes the same shape of every image, as LLaVA's do; then one count holds for all."""
+        """The processor makes the same shape of every image, as LLaVA's do; then all have one count."""
         wide = self.processor.image_processor([Image.new("RGB", (96, 48))], return_tensors="pt")
         return wide["pixel_values"].shape == self._probe["pixel_values"].shape
 

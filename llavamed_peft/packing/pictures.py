@@ -15,7 +15,7 @@ class StoredFeatures(Protocol):
     """What `features.store.Features` is to the collator.
 
     folder: of the files.
-    tile_bytes: of what the tower makes of one tile.
+    tile_bytes: of the features of one tile.
     contents: path → SHA-256 of the image's file.
     sizes: SHA-256 → (height, width) in pixels.
     """
@@ -35,7 +35,7 @@ class StoredFeatures(Protocol):
     def __len__(self) -> int: ...
 
     def has(self, path: str, alone: bool) -> bool:
-        """Whether this image's features are stored, as one that is alone in its conversation or among others."""
+        """Whether features of this image are stored, as one alone in its conversation or among others."""
 
     def inputs(self, contents: Sequence[str], alone: Sequence[bool]) -> dict[str, torch.Tensor]:
-        """What takes the place of images' pixels."""
+        """What a model gets in place of images' pixels: `tower_features` and what belongs to them."""

@@ -1,9 +1,9 @@
-"""Prefix trees → rows: every segment once, in pre-order, so that one number a token says who sees it.
+"""Prefix trees → rows: every segment once, in pre-order, so that one number for each token says who sees it.
 
-In pre-order a segment stands before all that goes on from it, and all of that stands together. So token j is
-visible to token i exactly if j <= i < ends[j], where ends[j] is where the subtree of j's segment ends: what i
-sees is its own path, nothing of its neighbours and nothing of another tree. Positions count along the path.
-`masks.py` makes attention masks of `ends`.
+In pre-order a segment comes before all that continues it, and a subtree is one run of tokens. So token j is
+visible to token i exactly if j <= i < ends[j], where ends[j] is where the subtree of j's segment ends. What
+token i sees is its own path: nothing of its neighbours and nothing of another tree. Positions count along the
+path. `masks.py` makes attention masks of `ends`; the package's docstring draws an example.
 """
 
 from __future__ import annotations
@@ -19,16 +19,15 @@ from .tree import Forest, Segment, TokenSequence, build_forest, split_forest
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Row:
-    """Some sequences laid out, what they begin with alike once.
+    """Some sequences laid out; what they begin with is there once.
 
     Args:
         input_ids: [tokens] int64.
-        labels: [tokens] int64, not shifted: a supervised token stands right behind the token that predicts
-            it.
+        labels: [tokens] int64, not shifted: a supervised token comes right after the token that predicts it.
         positions: [tokens] int64, of each token in its own sequence.
         ends: [tokens] int64; token i sees token j exactly if j <= i < ends[j].
-        last: sequence → where its last token stands.
-        images: (sequence, which of its images) in the order in which their placeholders stand.
+        last: sequence → the place of its last token.
+        images: (sequence, which of its images), in the order of their placeholders.
         forest: what was laid out.
     """
 
@@ -44,8 +43,8 @@ class Row:
         return len(self.input_ids)
 
     def path(self, sequence: int) -> np.ndarray:
-        """Where a sequence's tokens stand, in order: what its last token sees."""
-        last = self.last[sequence]
+        """The places of a sequence's tokens, in order: what its last token sees."""
+        last = self.last[sequence]  # sees place j <= last exactly if ends[j] > last
         return np.flatnonzero(self.ends[: last + 1] > last)
 
 
@@ -54,14 +53,14 @@ def lay_rows(
     max_row_tokens: int | None = None,
     beginnings: Sequence[Hashable] | None = None,
 ) -> list[Row]:
-    """Lay sequences out in rows, every sequence whole in one of them.
+    """Lay sequences out in rows; every sequence is complete in one of them.
 
     Args:
         sequences: each with at least one token.
         max_row_tokens: tokens of a row; a sequence that is longer has a row of its own. `None`: one row, as
             long as it gets.
-        beginnings: of each sequence; those with another beginning, or `None`, stand in rows of their own.
-            `None`: all may stand in one row.
+        beginnings: of each sequence; each beginning gets rows of its own, and so does each sequence whose
+            beginning is `None`. `None`: all may be in one row.
     """
     groups: dict[Hashable, list[int]] = {}
     for number, beginning in enumerate(beginnings or [""] * len(sequences)):
@@ -75,18 +74,18 @@ def lay_rows(
 
 
 def lay_row(forest: Forest, sequences: Sequence[TokenSequence]) -> Row:
-    """Lay trees out one behind the other.
+    """Lay trees out one after the other.
 
     Args:
         forest: of these sequences, not empty.
     """
-    pieces: list[tuple[Segment, int]] = []  # in pre-order, each with the end of its subtree in the row
+    pieces: list[tuple[Segment, int]] = []  # in pre-order, each with the place where its subtree ends
     last: dict[int, int] = {}
 
     def visit(segment: Segment, begin: int) -> None:
         pieces.append((segment, begin + segment.size))
-        begin += segment.end - segment.begin
-        if not segment.children:
+        begin += segment.end - segment.begin  # from here on: the place after the segment's own tokens
+        if not segment.children:  # a leaf
             last[segment.sequence] = begin - 1
         for child in segment.children:
             visit(child, begin)
@@ -101,16 +100,16 @@ def lay_row(forest: Forest, sequences: Sequence[TokenSequence]) -> Row:
     labels = np.concatenate([sequence.labels[cut] for sequence, cut in cuts])
     return Row(
         input_ids=np.concatenate([sequence.input_ids[cut] for sequence, cut in cuts]),
-        labels=np.where(
-            positions == 0, IGNORED, labels
-        ),  # what stands before a first token does not predict it
+        # The token before a tree's first one belongs to another tree: it does not predict it.
+        labels=np.where(positions == 0, IGNORED, labels),
         positions=positions,
+        # Every token of a segment is visible until the segment's subtree ends.
         ends=np.concatenate([np.full(segment.end - segment.begin, end) for segment, end in pieces]),
         last=last,
         images=tuple(
             (segment.sequence, number)
             for segment, _ in pieces
-            for number, span in enumerate(sequences[segment.sequence].images)
+            for number, span in enumerate(sequences[segment.sequence].images)  # no image is cut by a segment
             if segment.begin <= span.begin < segment.end
         ),
         forest=forest,

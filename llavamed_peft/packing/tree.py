@@ -1,14 +1,13 @@
-"""Token sequences → prefix trees, in which what several conversations begin with stands once; trees → bins of
-a bounded size.
+"""Token sequences → prefix trees, which hold what several conversations begin with only once; trees → bins.
 
-Conversations agree from their first token on or not at all: a segment is a run of tokens that all
-conversations below it have in common, a leaf is what one conversation has alone. Only what lies before the
-token that predicts a conversation's first supervised one is shared. Hugging Face's labels keep their shift
-that way (a supervised token stands right behind the token that predicts it), and what is asked twice counts
-twice. Image placeholders are the same where image and place in it are the same.
+Two conversations agree from their first token on or not at all. A segment is a run of tokens that all
+conversations below it have in common; a leaf is what one conversation has alone. Only tokens before the one
+that predicts a conversation's first supervised token are shared. So the labels of Hugging Face keep their
+shift (a supervised token comes right after the token that predicts it), and what is asked twice counts twice.
+Image placeholders are equal if their image and their place in it are.
 
-Numpy only; `rows.py` lays the segments out. Left out: what is the same further back, such as one image behind
-two different texts, since every token's state depends on all before it.
+Numpy only; `rows.py` lays the segments out. Not shared: what is equal later in two conversations, such as one
+image after two different texts, since the state of every token depends on all tokens before it.
 """
 
 from __future__ import annotations
@@ -22,12 +21,14 @@ import numpy as np
 
 from .encoding import IGNORED
 
-DEEPEST = 100  # segments on a path; what is deeper still stands once for each of its sequences
+DEEPEST = 100  # segments on a path; anything deeper is not shared, but repeated for each sequence
 
 
 class ImageSpan(NamedTuple):
-    """An image's placeholders in a conversation: tokens `begin` to `end` (exclusive); equal `content` is the
-    same image."""
+    """An image's placeholders in a conversation: tokens `begin` to `end` (exclusive).
+
+    Equal `content` is the same image.
+    """
 
     content: Hashable
     begin: int
@@ -41,7 +42,7 @@ class TokenSequence:
     Args:
         input_ids: [tokens] int64.
         labels: [tokens] int64, `input_ids` where supervised, else -100; not shifted.
-        images: in the order in which they stand.
+        images: in the order of their placeholders.
     """
 
     input_ids: np.ndarray
@@ -53,19 +54,19 @@ class TokenSequence:
 
     @property
     def shareable(self) -> int:
-        """Tokens, from the first on, that others may stand on: those before the first supervised token's
-        predictor.
+        """How many of the first tokens may be shared: those before the first supervised token's predictor.
 
-        The first token counts as unsupervised, since nothing predicts it; an image is shared whole.
+        The first token counts as unsupervised, since nothing predicts it. An image is shared completely or
+        not at all.
         """
         supervised = np.flatnonzero(self.labels[1:] != IGNORED) + 1
         shareable = max(int(supervised[0]) if len(supervised) else len(self), 1) - 1
+        # An image that the bound would cut is left out.
         return next((span.begin for span in self.images if span.begin < shareable < span.end), shareable)
 
     @property
     def image_prefix(self) -> int:
-        """Tokens up to the end of its last shareable image, which is most of what can be shared; 0 without
-        one."""
+        """Tokens up to the end of its last shareable image: most of what can be shared; 0 without one."""
         return max((span.end for span in self.images if span.end <= self.shareable), default=0)
 
     def prefix_key(self) -> int:
@@ -78,12 +79,12 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """A run of tokens that stands once, and all that goes on from it.
+    """A run of tokens that is there once, and all segments that continue it.
 
     Args:
         sequence: the sequence it is cut from; where several share it, the first of them.
-        begin, end: its tokens in that sequence, `end` exclusive; also its positions.
-        children: what follows it; a leaf has none and ends its sequence.
+        begin, end: its tokens in that sequence, `end` exclusive; also their positions.
+        children: what continues it; a leaf has none and ends its sequence.
     """
 
     sequence: int
@@ -93,7 +94,7 @@ class Segment:
 
     @property
     def size(self) -> int:
-        """Tokens of the segment and all below it."""
+        """Tokens of the segment and of all below it."""
         return self.end - self.begin + sum(child.size for child in self.children)
 
     @property
@@ -112,8 +113,10 @@ def build_forest(sequences: Sequence[TokenSequence], members: Sequence[int] | No
         members: which of the sequences; `None`: all.
 
     Example:
-        >>> sequence = lambda *ids: TokenSequence(np.array(ids), np.array([IGNORED] * (len(ids) - 1) + [ids[-1]]))
-        >>> print(*describe(build_forest([sequence(1, 2, 3, 4, 5), sequence(1, 2, 6, 7), sequence(8, 9)])), sep="\\n")
+        >>> def sequence(*ids):
+        ...     return TokenSequence(np.array(ids), np.array([IGNORED] * (len(ids) - 1) + [ids[-1]]))
+        >>> given = [sequence(1, 2, 3, 4, 5), sequence(1, 2, 6, 7), sequence(8, 9)]
+        >>> print(*describe(build_forest(given)), sep="\\n")
         0-2: 2 tokens shared by 2
           2-5: 3 tokens of sequence 0
           2-4: 2 tokens of sequence 1
@@ -124,8 +127,8 @@ def build_forest(sequences: Sequence[TokenSequence], members: Sequence[int] | No
     shareable = {member: sequences[member].shareable for member in members}
 
     def grow(members: Sequence[int], begin: int, depth: int) -> Forest:
-        """The trees of sequences that are the same before `begin`, in the order of their first members."""
-        alike: dict[Hashable, list[int]] = {}
+        """The trees of sequences that are equal before `begin`, in the order of their first members."""
+        alike: dict[Hashable, list[int]] = {}  # by the next token; a sequence that may share no more is alone
         for member in members:
             alone = shareable[member] <= begin or depth == DEEPEST
             alike.setdefault(("alone", member) if alone else int(keys[member][begin]), []).append(member)
@@ -134,6 +137,7 @@ def build_forest(sequences: Sequence[TokenSequence], members: Sequence[int] | No
             if len(group) == 1:
                 segments.append(Segment(group[0], begin, len(keys[group[0]])))
             else:
+                # They share one token at least, the one they were grouped by; at most what all may share.
                 end = begin + _common([keys[member][begin : shareable[member]] for member in group])
                 segments.append(Segment(group[0], begin, end, grow(group, end, depth + 1)))
         return tuple(segments)
@@ -142,11 +146,10 @@ def build_forest(sequences: Sequence[TokenSequence], members: Sequence[int] | No
 
 
 def split_forest(forest: Forest, max_tokens: int | None) -> list[Forest]:
-    """Cut a forest into such that fit a row: each at most `max_tokens` tokens, every sequence whole in one of
-    them.
+    """Cut a forest into forests that fit a row, each of at most `max_tokens` tokens.
 
-    A tree that does not fit is cut by repeating its prefix. A sequence that is longer by itself stands alone.
-    `None` cuts nothing.
+    Every sequence is complete in one of them. A tree that does not fit is cut by repeating its prefix. A
+    sequence that is longer by itself is alone. `None` cuts nothing.
     """
     if max_tokens is None:
         return [forest] if forest else []
@@ -157,8 +160,9 @@ def split_forest(forest: Forest, max_tokens: int | None) -> list[Forest]:
 
 
 def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
-    """Items into bins, the largest first, each into the first bin with room; one that fits none has a bin of
-    its own.
+    """Put items into bins, the largest first, each into the first bin with room.
+
+    An item that fits into no bin has one of its own.
 
     Returns:
         The items of each bin, in order.
@@ -176,7 +180,7 @@ def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
 
 
 def describe(forest: Forest, depth: int = 0) -> Iterator[str]:
-    """A line for each segment, those below it indented."""
+    """A line for each segment; those below it are indented."""
     for segment in forest:
         owner = f"shared by {len(segment.leaves)}" if segment.children else f"of sequence {segment.sequence}"
         yield f"{'  ' * depth}{segment.begin}-{segment.end}: {segment.end - segment.begin} tokens {owner}"
@@ -184,10 +188,11 @@ def describe(forest: Forest, depth: int = 0) -> Iterator[str]:
 
 
 def _split(segment: Segment, max_tokens: int) -> list[Segment]:
-    """Trees that fit a row together with what leads to them, `segment.begin` tokens."""
+    """Trees that fit a row together with the `segment.begin` tokens that lead to them."""
     if segment.begin + segment.size <= max_tokens or not segment.children:
         return [segment]
     parts = [part for child in segment.children for part in _split(child, max_tokens)]
+    # Each bin repeats the segment and what leads to it, `segment.end` tokens; the rest of a row is for parts.
     bins = first_fit([part.size for part in parts], max_tokens - segment.end)
     return [
         replace(segment, sequence=parts[chosen[0]].sequence, children=tuple(parts[i] for i in chosen))
@@ -196,10 +201,12 @@ def _split(segment: Segment, max_tokens: int) -> list[Segment]:
 
 
 def _keys(sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
-    """[tokens] int64 each: a token's id; of a placeholder a negative number that belongs to its image and its
-    place in it."""
-    first_key: dict[Hashable, int] = {}
-    free = 0
+    """Of each sequence, [tokens] int64: numbers that are equal exactly where tokens may be shared.
+
+    A token's id; for a placeholder a negative number that belongs to its image and its place in it.
+    """
+    first_key: dict[Hashable, int] = {}  # (content, tokens) of an image → the number of its first placeholder
+    free = 0  # numbers below are in use
     keys = []
     for sequence in sequences:
         own = np.array(sequence.input_ids, dtype=np.int64)
@@ -213,9 +220,9 @@ def _keys(sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
 
 
 def _common(runs: Sequence[np.ndarray]) -> int:
-    """How many elements, from the first on, are the same in all of them."""
+    """How many of the first elements are equal in all runs."""
     length = min(len(run) for run in runs)
-    differ = np.zeros(length, dtype=bool)
+    differ = np.zeros(length, dtype=bool)  # [length]: some run differs from the first one here
     for run in runs[1:]:
         differ |= run[:length] != runs[0][:length]
     return int(differ.argmax()) if differ.any() else length
