@@ -1,4 +1,4 @@
-"""YAML text as values and back: `2e-3` is a number, as in YAML 1.2, and no key occurs twice in one mapping."""
+"""YAML text as values and back: `2e-3` is a number, as in YAML 1.2, and no key is twice in a mapping."""
 
 from __future__ import annotations
 

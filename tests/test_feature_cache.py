@@ -22,7 +22,6 @@ from cached import (
     tensors_of,
     trainer,
 )
-from test_feature_interruptions import call
 
 from llavamed_peft import (
     Conversation,

@@ -15,7 +15,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from packed import KINDS, asked, assert_same, draw_conversations, draw_images, loss_and_gradients, trainable
-from test_rows import sequence, sequences
 from transformers import AutoProcessor
 
 from llavamed_peft import Conversation, Question

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from test_processes import ROOT, place
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
 FAILS = """
 import os, time
 from dataclasses import dataclass

@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_packing import images
 from torch.nn.attention.flex_attention import create_mask
 
 from llavamed_peft import packing
