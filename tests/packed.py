@@ -29,7 +29,7 @@ def draw_images(folder: Path) -> dict[str, str]:
 
 
 def asked(number: int, images: tuple[str, ...], *words: str) -> Conversation:
-    """One conversation: question, answer, question, answer, …; the images are shown with the first question."""
+    """One conversation: question, answer, question, answer, …; the first question shows the images."""
     shown = "<image>\n" * len(images)
     turns = [
         Turn(("user", "assistant")[i % 2], (shown if i == 0 else "") + text) for i, text in enumerate(words)

@@ -1,5 +1,4 @@
-"""The packed layout: trees, rows and masks by definition, and a batch's loss, gradients and logits against
-the padded one's."""
+"""The packed layout: trees, rows and masks by definition; loss, gradients, logits against the padded one."""
 
 from __future__ import annotations
 
@@ -44,8 +43,7 @@ def sequence(ids: list[int], supervised: list[int], images: tuple[ImageSpan, ...
 
 @st.composite
 def sequences(draw: st.DrawFn) -> list[TokenSequence]:
-    """Random conversations over few tokens and images, so that much is shared; images have 1 to 3
-    placeholders (token 9)."""
+    """Random conversations of few tokens and images, so much is shared; an image has 1 to 3 tokens 9."""
     drawn = []
     for _ in range(draw(st.integers(1, 12))):
         ids: list[int] = []
@@ -116,25 +114,24 @@ def test_one_row_holds_each_shareable_prefix_once(given: list[TokenSequence]) ->
 
 @untimed
 @given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
-def test_images_of_a_row_are_listed_as_their_placeholders_stand(
+def test_images_of_a_row_are_in_the_order_of_their_placeholders(
     given: list[TokenSequence], bound: int | None
 ) -> None:
     for row in lay_rows(given, bound):
         listed = [given[number].images[image] for number, image in row.images]
         contents = [(span.content, place) for span in listed for place in range(span.end - span.begin)]
-        standing = {}
+        shown_at = {}
         for number in row.last:
             for place, token in enumerate(row.path(number).tolist()):
-                standing[token] = content_at(given[number], place)
-        placeholders = [standing[token] for token in np.flatnonzero(row.input_ids == 9).tolist()]
+                shown_at[token] = content_at(given[number], place)
+        placeholders = [shown_at[token] for token in np.flatnonzero(row.input_ids == 9).tolist()]
         assert placeholders == [("image", *content) for content in contents]
 
 
 @untimed
 @given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
 def test_masks_are_what_is_visible_by_definition(given: list[TokenSequence], bound: int | None) -> None:
-    """A token sees exactly its own sequence up to itself: written down from the paths, without `ends`
-    arithmetic."""
+    """A token sees exactly its own sequence up to itself: written from the paths, without `ends`."""
     for row in lay_rows(given, bound):
         wanted = np.zeros((len(row), len(row)), dtype=bool)
         for number in row.last:
@@ -195,13 +192,11 @@ def test_a_tree_longer_than_a_row_is_split_by_repeating_its_prefix() -> None:
     rows = lay_rows(given, 8)
     assert [len(row) for row in rows] == [8, 8, 6]
     assert all(row.input_ids[:4].tolist() == [1, 2, 3, 4] for row in rows)
-    assert [len(row) for row in lay_rows(given, 5)] == [6] * 5, (
-        "a sequence longer than the bound stands alone"
-    )
+    assert [len(row) for row in lay_rows(given, 5)] == [6] * 5, "a sequence longer than the bound is alone"
 
 
 def test_a_path_of_many_segments_is_cut_short() -> None:
-    """Each goes on where the last one's question ended: deeper than Python recurses, were all of it shared."""
+    """Each continues the last one's question; sharing all of it would be deeper than Python can recurse."""
     given = [sequence([*range(10, 11 + i), 1, 2], [i + 2]) for i in range(2000)]
     (row,) = lay_rows(given)
     assert all(row.input_ids[row.path(i)].tolist() == given[i].input_ids.tolist() for i in range(0, 2000, 50))
@@ -278,8 +273,7 @@ def test_random_trees_have_the_padded_batchs_gradient(
     models: dict[str, tuple[object, object]],
     images: dict[str, str],
 ) -> None:
-    """Few words and images, so that conversations have much in common: beginnings, questions, whole
-    dialogues, everything."""
+    """Few words and images, so that much is common: beginnings, questions, whole dialogues, everything."""
     model, processor = models[kind]
     given = [
         asked(
@@ -303,8 +297,7 @@ def models(bases: dict[str, Path]) -> dict[str, tuple[object, object]]:
 def test_rows_of_their_own_have_the_padded_batchs_loss_and_gradients(
     kind: str, shared: bool, bases: dict[str, Path], conversations: list[Conversation]
 ) -> None:
-    """Four lengths in one batch, with padding behind the shorter ones; without anything shared it needs no
-    mask."""
+    """Four lengths in one batch, the shorter ones padded; without shared tokens it needs no mask."""
     model, processor = trainable(bases[kind])
     given = conversations if shared else [conversations[i] for i in (0, 2, 6, 9)]
     packed = PackedCollator(processor, layout="packed", fill_tokens=1024).inputs(given)
@@ -325,7 +318,7 @@ def test_equal_images_are_one_whatever_their_paths(bases: dict[str, Path], image
     assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * tiny.GRID
 
 
-def test_image_inputs_stand_in_the_rows_order(bases: dict[str, Path], images: dict[str, str]) -> None:
+def test_image_inputs_are_in_the_rows_order(bases: dict[str, Path], images: dict[str, str]) -> None:
     """One row a conversation (bound 1), in another order than the conversations': longest first."""
     processor = load_checkpoint(bases["llava_onevision"])[1]
     a, b, c = (images[name] for name in "abc")
@@ -381,8 +374,7 @@ def laid_rows(
 
 
 def paths_of(row: Row) -> dict[int, list[int]]:
-    """Where each conversation's tokens stand, by how the segments were laid down; nothing that a mask is made
-    of is read."""
+    """The places of each conversation's tokens, from the segments; nothing that masks are made of is read."""
     paths: dict[int, list[int]] = {}
     places = itertools.count()
 

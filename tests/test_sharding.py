@@ -1,5 +1,4 @@
-"""What the launch configuration may ask for, and what is refused before anything is done; what it does is in
-`test_processes`."""
+"""What a launch configuration may ask for, and what is refused; `test_processes` tests what it does."""
 
 from __future__ import annotations
 
@@ -49,7 +48,8 @@ trained = {part: [] for part in parts}
 for name, parameter in model.named_parameters():
     if parameter.requires_grad:
         trained["projector" if "projector" in name else "language_model"].append(parameter)
-optimizer = torch.optim.AdamW([{"name": part, "lr": rate, "params": trained[part]} for part, rate in parts.items()])
+groups = [{"name": part, "lr": rate, "params": trained[part]} for part, rate in parts.items()]
+optimizer = torch.optim.AdamW(groups)
 if middle:
     load_optimizer_tensors(model, optimizer, middle["optimizer"])
     assert {group["name"]: group["lr"] for group in optimizer.param_groups} == parts
@@ -214,9 +214,8 @@ def test_the_launchers_variables_are_put_aside_and_back(monkeypatch: pytest.Monk
     assert dict(os.environ) == before
 
 
-def test_the_optimizers_state_goes_on_over_another_number_of_processes(tmp_path: Path) -> None:
-    """Two steps of AdamW in two processes, then two more in those, in two fresh ones, and in a single one:
-    the same tensors."""
+def test_the_optimizers_state_continues_over_another_number_of_processes(tmp_path: Path) -> None:
+    """Two steps of AdamW in two processes, then two more in these, in two fresh ones or in one: the same."""
     base = tiny.build(tmp_path / "base")
     (tmp_path / "script.py").write_text(OPTIMIZER, encoding="utf-8")
     for begins, processes in (("new", 2), ("resumed", 2), ("resumed", 1)):

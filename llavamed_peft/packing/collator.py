@@ -202,8 +202,8 @@ class PackedCollator:
                     load_image(path)
                     raise DataError(
                         f"{path}: could not be decoded when the stage's features were stored, and can be "
-                        "now; it is left out. If its file was fixed, make the same call again, which uses it; "
-                        "if it is the same file (a disk that failed for a moment), first delete "
+                        "now; it is left out. If its file was fixed, make the same call again, which uses "
+                        "it; if it is the same file (a disk that failed for a moment), first delete "
                         f"{features.folder}."
                     )
 
