@@ -64,7 +64,11 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
+<<<<<<< HEAD
     """Where FlexAttention can be trained: a GPU if one is visible, else a CPU on which it is allowed."""
+=======
+    """Where FlexAttention can train: on a GPU if one is visible, else on a CPU that is made to allow it."""
+>>>>>>> p2
     torch._dynamo.reset()
     if not ON_GPU:
         flex_on_cpu.allow(monkeypatch.setattr)
@@ -141,8 +145,7 @@ def test_loss_and_every_gradient_are_the_padded_batchs(
     bases: dict[str, Path],
     conversations: list[Conversation],
 ) -> None:
-    """In one row, and in several that are padded to the longest; projector and LoRA also under activation
-    checkpointing."""
+    """In one row, and in several padded to the longest; projector and LoRA also with checkpointing."""
     model, processor = trainable(bases[kind], trains, quantization)
     model.to(device)
     padded = loss_and_gradients(model, padded_inputs(model, processor, conversations))
@@ -200,7 +203,7 @@ def test_stages_of_every_class_train_in_one_process_as_padded_ones(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They take more compilations than torch's own limit: behind it, FlexAttention would go on uncompiled."""
+    """They need more compilations than torch's own limit, beyond which FlexAttention would run uncompiled."""
     if device == CPU:
         flex_on_cpu.choose(monkeypatch.setattr)
     schedule = Schedule(epochs=1, learning_rate=1e-3, global_batch=4)

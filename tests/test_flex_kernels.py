@@ -45,8 +45,13 @@ batch = PackedCollator(processor, max_row_tokens=int(bound)).inputs(conversation
 shape = list(batch["input_ids"].shape)
 packed = loss_and_gradients(model, batch | masks.attention_inputs(batch.pop("ends"), model.config))
 assert_same(packed, padded)
+<<<<<<< HEAD
 names = {kernel.name.rstrip("_0123456789") for kernel in kernels if "_tem_" in kernel.name}
 print(json.dumps([shape, sorted(names)]))
+=======
+templates = {kernel.name.rstrip("_0123456789") for kernel in kernels if "_tem_" in kernel.name}
+print(json.dumps([shape, sorted(templates)]))
+>>>>>>> p2
 """
 
 
@@ -55,7 +60,7 @@ print(json.dumps([shape, sorted(names)]))
     ("kind", "trains", "conversations", "bound", "shape"),
     [
         ("llava", "full", 3, 4096, [1, 88]),  # shorter than a block, with grouped heads
-        ("llava", "lora", 3, 60, [2, 57]),  # padding behind the shorter row, activations computed again
+        ("llava", "lora", 3, 60, [2, 57]),  # padding after the shorter row, activations computed again
         ("llava_onevision", "full", 2, 4096, [1, 144]),  # two blocks
     ],
 )

@@ -1,5 +1,4 @@
-"""Dense masks of packed rows: where none is needed, what attention may do with one, and models that cannot be
-given any."""
+"""Dense masks of packed rows: where none is needed, what may be done with one, and models that get none."""
 
 from __future__ import annotations
 

@@ -1,5 +1,4 @@
-"""What the launch configuration may ask for, and what is refused before anything is done; what it does is in
-`test_processes`."""
+"""What a launch configuration may ask for, and what is refused; `test_processes` tests what it does."""
 
 from __future__ import annotations
 
@@ -215,9 +214,8 @@ def test_the_launchers_variables_are_put_aside_and_back(monkeypatch: pytest.Monk
     assert dict(os.environ) == before
 
 
-def test_the_optimizers_state_goes_on_over_another_number_of_processes(tmp_path: Path) -> None:
-    """Two steps of AdamW in two processes, then two more in those, in two fresh ones, and in a single one:
-    the same tensors."""
+def test_the_optimizers_state_continues_over_another_number_of_processes(tmp_path: Path) -> None:
+    """Two steps of AdamW in two processes, then two more in these, in two fresh ones or in one: the same."""
     base = tiny.build(tmp_path / "base")
     (tmp_path / "script.py").write_text(OPTIMIZER, encoding="utf-8")
     for begins, processes in (("new", 2), ("resumed", 2), ("resumed", 1)):

@@ -1,2 +1,1 @@
-"""Checkpoint → model and processor (`load.py`), what trains in it (`parts.py`), how it is spoken to
-(`templates.py`)."""
+"""Checkpoint → model and processor (`load.py`), what trains in it (`scopes.py`), prompts (`templates.py`)."""

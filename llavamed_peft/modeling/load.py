@@ -2,7 +2,7 @@
 
 Four classes of `transformers` are known: LLaVA, LLaVA-NeXT, ViP-LLaVA and LLaVA-OneVision, over any language
 model they can be built from and a CLIP or SigLIP tower. Weights that are missing, left over or of another
-shape are errors here, where the library warns. NF4 loading keeps vision tower, projector and `lm_head` in
+shape are errors here; the library only warns. NF4 loading keeps vision tower, projector and `lm_head` in
 16/32 bit and checks that it did. Checkpoints in the original LLaVA format (such as LLaVA-Med v1.5's
 `llava_mistral`) are not converted.
 """
@@ -46,7 +46,7 @@ def load_checkpoint(
     Args:
         model: Hub id, or folder of a checkpoint in Hugging Face format.
         quantization: `None`, or `"nf4"`: the language model's linears in 4-bit NormalFloat with double
-            quantisation (QLoRA, arXiv:2305.14314); everything else in `dtype`.
+            quantisation (QLoRA, arXiv:2305.14314) and everything else in `dtype`.
         dtype: of the floating-point weights, such as `torch.bfloat16` or `"bfloat16"`; `None` takes the one
             in which the checkpoint is stored.
 
@@ -56,7 +56,7 @@ def load_checkpoint(
         model's configuration.
 
     Raises:
-        CheckpointError: not a LLaVA checkpoint, not complete, or its processor does not fit it.
+        CheckpointError: it is no LLaVA checkpoint or not complete, or its processor does not fit it.
         ConfigError: an unknown `quantization` or `dtype`.
     """
     check_quantization(quantization)
@@ -125,8 +125,7 @@ def read_config(model: str | Path) -> PreTrainedConfig:
 
 
 def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """The model of a configuration on torch's meta device: names, shapes and dtypes, without memory and
-    without weights."""
+    """The model of a configuration on torch's meta device: names, shapes and dtypes, but no weights."""
     with torch.device("meta"):
         return AutoModelForImageTextToText.from_config(config, attn_implementation="sdpa")
 
@@ -148,7 +147,7 @@ def resolve_dtype(dtype: str | torch.dtype | None) -> torch.dtype | None:
 def _check_complete(name: str, info: dict[str, Any]) -> None:
     unexpected = [key for key in info["unexpected_keys"] if not key.endswith(_COMPUTED_BUFFERS)]
     problems = [
-        f"{len(keys)} {kind} ({', '.join(sorted(str(key) for key in keys)[:3])}{', …' if len(keys) > 3 else ''})"
+        f"{len(keys)} {kind} ({', '.join(sorted(map(str, keys))[:3])}{', …' if len(keys) > 3 else ''})"
         for kind, keys in (
             ("missing", info["missing_keys"]),
             ("unexpected", unexpected),
@@ -169,15 +168,14 @@ def _nf4_config(dtype: torch.dtype | None) -> BitsAndBytesConfig:
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=(dtype or torch.bfloat16)
-        if on_gpu
-        else torch.float32,  # fp32 is the fastest on a CPU
+        # On a CPU fp32 is the fastest.
+        bnb_4bit_compute_dtype=(dtype or torch.bfloat16) if on_gpu else torch.float32,
         llm_int8_skip_modules=list(NOT_QUANTIZED),
     )
 
 
 def _check_blocks(config: PreTrainedConfig) -> None:
-    """On a CPU, bitsandbytes 0.50 dequantises rows that are not whole blocks wrongly, and silently."""
+    """On a CPU, bitsandbytes 0.50 dequantises rows wrongly and silently if they end inside a block."""
     text = config.get_text_config()
     widths = {name: getattr(text, name, NF4_BLOCK) for name in ("hidden_size", "intermediate_size")}
     head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
@@ -191,8 +189,7 @@ def _check_blocks(config: PreTrainedConfig) -> None:
 
 
 def _make_nf4_safe_on_cpu(model: PreTrainedModel) -> None:
-    """With avx512_bf16, bitsandbytes repacks weights at the first eval-mode forward, and then trains without
-    gradients."""
+    """Switch off a fast path of avx512_bf16: after a forward in eval mode, it trains without gradients."""
     for module in _linear4bits(model).values():
         module.support_avx512bf16_for_cpu = False
 

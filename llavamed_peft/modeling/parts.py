@@ -1,9 +1,8 @@
-"""Which parts of a LLaVA model a stage trains, proven name by name.
+"""The parts of a LLaVA model, by name.
 
-All four classes name their parts alike: vision tower, projector, language model, `lm_head`. A stage's scope
-becomes a set of parameter names, adapters are attached by stock PEFT, and the set that requires grad must be
-that set. LLaVA-NeXT's and OneVision's `image_newline` is a bare parameter, which stock PEFT cannot carry in
-an adapter: it stays frozen in every scope.
+All four classes use the same names for vision tower, projector, language model and `lm_head`. A stage's scope
+becomes a set of parameter names (`scopes.py`). `image_newline` of LLaVA-NeXT and OneVision is a bare
+parameter, which stock PEFT cannot carry in an adapter: it stays frozen in every scope.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ TOWER, PROJECTOR, LANGUAGE, HEAD = (
 )
 
 
-IN_PEFT = "base_model.model."  # stands before a parameter's own name in a PEFT model
+IN_PEFT = "base_model.model."  # comes before a parameter's own name in a PEFT model
 
 
 def own_name(name: str) -> str:
@@ -46,15 +45,13 @@ def language_linears(model: PreTrainedModel) -> list[str]:
 
 
 def sharding_units(model: torch.nn.Module) -> list[torch.nn.Module]:
-    """What is gathered by itself where a model is sharded: each layer of the language model and of the vision
-    tower.
+    """What a sharded model gathers at a time: each layer of the language model and of the vision tower.
 
-    Whole models inside the model are no such unit: FSDP2 gives a unit another class, and transformers looks
-        up by the class what
-    a model hands out, the tower's hidden states for one.
+    Whole models inside the model are no such unit: FSDP2 changes the class of a unit, and transformers finds
+    by the class what a model returns, such as the tower's hidden states.
 
     Raises:
-        TrainingError: the language model's layers cannot be told.
+        TrainingError: the language model has no layers that can be recognised.
     """
     units = {
         part: [

@@ -1,11 +1,9 @@
-"""The processor of a checkpoint: loaded, completed from the model's configuration, and made ready for a
-stage.
+"""The processor of a checkpoint: loaded, completed from the model's configuration, prepared for a stage.
 
 Hub folders often lack what the processor needs to count image tokens; `load_processor` fills it in.
-`make_stage_processor` gives
-it what training adds: a chat template that can be trained on, and square padding where the checkpoint would
-crop. Both are saved with the stage, so that whoever loads it with stock `AutoProcessor` shows the model what
-it was trained on.
+`make_stage_processor` adds what training needs: a chat template that can be trained on, and square padding
+where the checkpoint would crop. Both are saved with the stage, so whoever loads it with stock `AutoProcessor`
+shows the model what it was trained on.
 """
 
 from __future__ import annotations
@@ -38,7 +36,10 @@ if is_torchvision_available():
 else:
     from transformers import LlavaImageProcessorPil as LlavaImageProcessor
 
-_IMAGE_SETTINGS = "size crop_size do_resize do_center_crop do_rescale do_normalize do_convert_rgb resample rescale_factor image_mean image_std"
+_IMAGE_SETTINGS = (
+    "size crop_size do_resize do_center_crop do_rescale do_normalize do_convert_rgb resample rescale_factor "
+    "image_mean image_std"
+)
 
 
 def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMixin:
@@ -83,8 +84,8 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
 class _ImagesOnly(LlavaOnevisionProcessor):
     """OneVision's processor without its video part, which needs torchvision; nothing here shows a video.
 
-    The library reads a processor's parts off the arguments of `__init__`, so leaving one out there is all it
-    takes.
+    The library reads from the arguments of `__init__` which parts a processor has, so it is enough to leave
+    one out there.
     """
 
     def __init__(
@@ -124,7 +125,7 @@ def _images_only_processor(folder: str) -> ProcessorMixin:
 
 
 def _complete_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> None:
-    """Fill what the processor needs to count image tokens from what the model does with an image."""
+    """Set what the processor needs to count image tokens, from what the model makes of an image."""
     vision = config.vision_config
     grid = (vision.image_size // vision.patch_size) ** 2
     with torch.device("meta"):
@@ -141,8 +142,7 @@ def _complete_processor(processor: ProcessorMixin, config: PreTrainedConfig) -> 
 
 
 def save_processor(processor: ProcessorMixin, folder: Path) -> None:
-    """Write a processor's files, so that stock `AutoProcessor` loads them (OneVision's only where torchvision
-    is installed)."""
+    """Write files that stock `AutoProcessor` loads as this processor; OneVision's only with torchvision."""
     processor.save_pretrained(folder)
     if isinstance(processor, _ImagesOnly):
         video = {
@@ -159,8 +159,8 @@ def make_stage_processor(processor: ProcessorMixin, image_aspect_ratio: AspectRa
 
     Args:
         processor: of the base, or of an earlier stage; unchanged.
-        image_aspect_ratio: see `Curriculum`. `"pad"` acts on LLaVA and ViP-LLaVA, whose processors make one
-            square of an image.
+        image_aspect_ratio: see `Curriculum`. `"pad"` changes only LLaVA and ViP-LLaVA, whose processors make
+            one square of an image.
 
     Raises:
         CheckpointError: the chat template cannot be trained on.

@@ -12,18 +12,16 @@ from ..errors import TrainingError
 from ..stages import LoraSpec, Scope
 from .parts import HEAD, IN_PEFT, LANGUAGE, PROJECTOR, is_lora, language_linears
 
-# Matches no module. PEFT has no documented way to say "modules_to_save only"; a test pins that this one
-# works.
+# Matches no module. PEFT has no documented way to say "modules_to_save only"; a test checks that this works.
 NO_TARGET = "dummy-target-modules"
 
 
 def adapter_config(model: PreTrainedModel, lora: LoraSpec | None) -> LoraConfig:
-    """The stock PEFT configuration of a stage: the projector in full and, if given, LoRA on every linear of
-    the language model.
+    """The stock PEFT configuration of a stage: the projector in full and perhaps LoRA.
 
     Args:
-        model: the bare model; its linears are read off it, so that any language model works.
-        lora: rank, alpha and dropout, or `None` for the projector alone.
+        model: the bare model; the names of its linears are read from it, so any language model works.
+        lora: of every linear of the language model: rank, alpha and dropout; `None`: the projector alone.
     """
     in_full = [PROJECTOR.split(".")[-1]]
     if lora is None:
@@ -39,10 +37,10 @@ def adapter_config(model: PreTrainedModel, lora: LoraSpec | None) -> LoraConfig:
 
 
 def attach(model: PreTrainedModel, config: LoraConfig, trains: Scope) -> PeftModel:
-    """Put a fresh adapter on the model in which exactly the scope's parameters require grad.
+    """Put a fresh adapter on the model, in which exactly the scope's parameters require grad.
 
     Raises:
-        TrainingError: they do not; the message names the difference.
+        TrainingError: other parameters do; the message names the difference.
     """
     wanted = _trainable_names(model, trains)
     peft_model = get_peft_model(model, config)
@@ -79,7 +77,7 @@ def check_trainable(model: torch.nn.Module, wanted: set[str]) -> None:
         raise TrainingError(
             f"{len(extra)} parameter(s) would train that should not ({', '.join(extra[:3]) or 'none'}), and "
             f"{len(lacking)} would not that should ({', '.join(lacking[:3]) or 'none'}). The checkpoint's "
-            "modules are named otherwise than its class's."
+            "modules have other names than its class's."
         )
 
 

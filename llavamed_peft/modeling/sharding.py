@@ -1,11 +1,10 @@
-"""A stage's model spread over processes, as accelerate's launcher asks for it: PyTorch's FSDP2, or
-DeepSpeed's ZeRO-2 and ZeRO-3.
+"""A stage's model spread over processes, as accelerate's launcher asks: FSDP2, or DeepSpeed's ZeRO-2/3.
 
-What the launch asks for is read from the variables that `accelerate launch` sets, and what is not supported
-is refused before anything is done. For FSDP2 we call `fully_shard` ourselves, on a CPU (gloo) as on GPUs
-(nccl), so that what the tests see is what GPUs run; accelerate's own FSDP is put aside, since on a CPU it
-would be plain DDP without a word. DeepSpeed is run by the Hugging Face trainer. Either way `whole` gives a
-parameter back in full. Each process still loads the whole model into its host memory before it is spread.
+What the launch asks for is read from the variables that `accelerate launch` sets. What is not supported is
+refused before anything is done. For FSDP2 we call PyTorch's `fully_shard` ourselves, on a CPU (gloo) as on
+GPUs (nccl), so that tests and GPUs run the same code; accelerate's own FSDP is not used, since on a CPU it
+silently becomes plain DDP. The Hugging Face trainer runs DeepSpeed. In both cases `whole` returns a parameter
+in full. Each process still loads the whole model into its host memory before it is spread.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ..errors import ConfigError
 
-# What accelerate and transformers would do of themselves with these variables, we do or decide otherwise.
+# What accelerate and transformers would do by themselves with these variables, we do ourselves or not at all.
 _ASIDE = {
     "ACCELERATE_USE_FSDP": "false",
     "ACCELERATE_MIXED_PRECISION": "no",
@@ -129,11 +128,11 @@ def _asked_deepspeed(dtype: torch.dtype, max_grad_norm: float) -> Sharding:
         **config,
         "gradient_accumulation_steps": 1,
         "gradient_clipping": max_grad_norm,
-        # DeepSpeed wants numbers; what a step holds is the schedule's global_batch
+        # DeepSpeed wants these numbers, but the schedule's global_batch says what a step holds.
         "train_batch_size": "auto",
         "train_micro_batch_size_per_gpu": "auto",
         **{kind: {**config.get(kind, {}), "enabled": enabled} for kind, enabled in compute.items()},
-        # in bf16, the sum over a step's device batches would lose its small terms
+        # In bf16, the sum over a step's device batches would lose its small terms.
         "data_types": config.get("data_types", {"grad_accum_dtype": "fp32"}),
     }
     return Sharding("zero2" if stage == 2 else "zero3", deepspeed=config)
@@ -161,15 +160,15 @@ def shard(
 ) -> None:
     """Spread a model over all processes by FSDP2, in place.
 
-    Trainable tensors stay fp32 in their shards; they are gathered and computed with in `compute_dtype`, and
-    their gradients are reduced in fp32, after each device batch, so that no process ever holds the sum of a
-    whole model's gradients.
+    Trainable tensors stay fp32 in their shards. They are gathered in `compute_dtype`, in which the model
+    computes. Their gradients are reduced in fp32 after each device batch, so no process ever holds the summed
+    gradients of the whole model.
 
     Args:
         model: with the stage's parameters frozen and unfrozen, in the dtypes they are kept in, before any
             optimizer is made.
-        units: of the model, each gathered when it runs; what is in none of them stays gathered from forward
-            to backward.
+        units: of the model, each gathered when it runs; what is in none of them stays gathered from the
+            forward to the backward.
     """
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=torch.float32)
     for unit in units:
@@ -198,8 +197,10 @@ def whole(parameter: torch.Tensor) -> torch.Tensor:
 
 
 def as_sharded(tensor: torch.Tensor, parameter: torch.Tensor) -> torch.Tensor:
-    """This process's part of a whole tensor, cut as the parameter is; scalars and whole parameters leave it
-    as it is."""
+    """This process's part of a whole tensor, cut as the parameter is.
+
+    It is unchanged if the parameter is not sharded, or has another shape (the tensor is a scalar).
+    """
     if isinstance(parameter, DTensor) and tensor.shape == parameter.shape:
         return distribute_tensor(tensor.to(parameter.device), parameter.device_mesh, parameter.placements)
     return tensor
@@ -221,8 +222,7 @@ def unrounded(model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Ten
 
 
 def set_masters(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """Give DeepSpeed's fp32 copies of the trainable tensors these values; it made them of a model it had
-    rounded to bf16."""
+    """Set DeepSpeed's fp32 copies of the trainable tensors, which it made of a model rounded to bf16."""
     from deepspeed.utils import safe_set_full_fp32_param
 
     for name, parameter in model.named_parameters():

@@ -1,14 +1,13 @@
-"""How a checkpoint is spoken to: its chat template, read by rendering, and completed where it cannot be
-trained on.
+"""How a checkpoint writes a conversation: its chat template, read by rendering, completed where necessary.
 
-A template is a program; what it does is found out by running it on probes, never from its text or the model's
-name. Two things are needed of it for training. The text before an answer must be what the template yields as
-generation prompt, since that is what the model will see when it is asked; LLaVA-OneVision's own template
-writes assistant turns differently. And an answer must end in a stop token; LLaVA-1.5's template ends it with
-a blank. `read_template` finds both out. `ChatFormat.pieces` writes a conversation so that both hold, and
-`ChatFormat.template` is a template that yields the same text with the stock
-`apply_chat_template`: the checkpoint's own where that already does it, else the checkpoint's own wrapped in a
-few lines. Tokens are `packing/`'s business.
+A template is a program; we find out what it does by running it on probes, never from its text or the model's
+name. Training needs two things of it. The text before an answer must be the template's generation prompt,
+since the model will see that when it is asked; LLaVA-OneVision's own template writes assistant turns
+differently. And an answer must end in a stop token; LLaVA-1.5's template ends it with a space.
+`read_template` finds out both. `ChatFormat.pieces` writes a conversation so that both hold, and
+`ChatFormat.template` is a template that gives the same text with the stock `apply_chat_template`: the
+checkpoint's own if that does it already, else the checkpoint's own inside a few more lines. `packing/` makes
+the tokens.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _QUESTION, _ANSWER = "Qz1 what is seen?", "Az1 a probe"
 _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 
 # Runs the checkpoint's own template on the messages up to each answer, as generation prompt, and writes the
-# answer behind it.
+# answer after it.
 _WRAPPER = """\
 {%- macro checkpoint_template(messages, add_generation_prompt) %}
 @ORIGINAL@{% endmacro -%}
@@ -41,7 +40,8 @@ _WRAPPER = """\
 {%- generation -%}
 {{- @LEAD@ -}}
 {%- if message['content'] is string -%}{{- message['content'] -}}
-{%- else -%}{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}{%- endfor -%}{%- endif -%}
+{%- else -%}{%- for part in message['content'] if part['type'] == 'text' -%}{{- part['text'] -}}\
+{%- endfor -%}{%- endif -%}
 {{- @STOP@ -}}
 {%- endgeneration -%}
 {{- @TAIL@ -}}
@@ -68,9 +68,9 @@ class ChatFormat:
 
     Args:
         original: the checkpoint's own template.
-        lead: what stands between the generation prompt and the answer's first word (LLaVA-1.5: a blank).
+        lead: what comes between the generation prompt and the answer's first word (LLaVA-1.5: a space).
         stop: what ends the answer, the stop token included; the model learns it.
-        tail: what the template writes behind the stop (ChatML: a line break).
+        tail: what the template writes after the stop (ChatML: a line break).
         plain: the template wants a message's content as a string with `<image>` in it, not as a list of
             parts.
         template: a template whose rendering is the joined `pieces`, for the stage folder.
@@ -89,7 +89,7 @@ class ChatFormat:
         The prompt before the first answer is byte for byte the template's generation prompt.
 
         Raises:
-            CheckpointError: the template shows earlier turns otherwise once there are later ones.
+            CheckpointError: the template changes how it shows earlier turns once there are later ones.
             DataError: the template refuses these turns.
         """
         messages = to_messages(turns, self.plain)
@@ -116,8 +116,8 @@ class ChatFormat:
 def to_messages(turns: Sequence[Turn], plain: bool = False) -> list[Message]:
     """Turns as the messages that a chat template takes.
 
-    Markers before or behind a turn's words become images in front of them, and the template decides where
-    they stand; markers amid the words keep their place.
+    Markers before or after a turn's words become images before them, and the template decides where it shows
+    them; markers between words keep their place.
     """
     messages: list[Message] = []
     for turn in turns:
@@ -141,8 +141,8 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
     """Find out by rendering what the checkpoint's chat template does.
 
     Raises:
-        CheckpointError: there is no template, it shows no images or not the words given to it, or there is no
-            EOS token.
+        CheckpointError: there is no template, it does not show the image or the words, or there is no EOS
+            token.
     """
     original = _template_text(processor)
     special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
@@ -172,18 +172,18 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
             f"The chat template shows the answer {_ANSWER!r} as {exchange!r}; wanted its words once, "
             "unchanged."
         )
-    before, behind = exchange.split(_ANSWER)
+    before, after = exchange.split(_ANSWER)
     continues = before.startswith(prompt)
     lead = before[len(prompt) :] if continues else ""
-    stops = [behind.index(token) + len(token) for token in special if token in behind]
+    stops = [after.index(token) + len(token) for token in special if token in after]
     if stops:
-        stop, tail = behind[: min(stops)], behind[min(stops) :]
+        stop, tail = after[: min(stops)], after[min(stops) :]
     elif processor.tokenizer.eos_token is None:
         raise CheckpointError(
             "The chat template ends no answer and the tokenizer has no EOS token; wanted one of the two."
         )
     else:
-        stop, tail = processor.tokenizer.eos_token, behind if behind.strip() else ""
+        stop, tail = processor.tokenizer.eos_token, after if after.strip() else ""
     template = original if continues and stops else _wrap(original, lead, stop, tail)
     chat_format = ChatFormat(original, lead, stop, tail, plain, template)
     _check_template(processor, chat_format, [question, answer])
@@ -195,7 +195,9 @@ def _template_text(processor: ProcessorMixin) -> str:
     if isinstance(template, dict):
         template = template.get("default")
     if template and (wrapped := _WRAPPED.fullmatch(template)):
-        template = wrapped[1]  # an earlier stage's; running the wrapper inside itself would take ever longer
+        template = wrapped[
+            1
+        ]  # an earlier stage's; a wrapper around a wrapper would get slower with each stage
     if not template:
         raise CheckpointError(
             "The checkpoint has no chat template; wanted one in chat_template.jinja, processor_config.json "
@@ -214,11 +216,9 @@ def _render(
 
 
 def _wrap(original: str, lead: str, stop: str, tail: str) -> str:
-    # Inside the macro, generation markers would be counted from the wrong place; a comment keeps their
-    # blank-stripping dashes.
-    inert = _GENERATION_TAG.sub(r"{#\1 \2#}", original).removesuffix(
-        "\n"
-    )  # jinja drops one line break at a template's end
+    # Inside the macro, generation markers would be counted from the wrong place. A comment in their place
+    # keeps the dashes, which strip whitespace. Jinja drops one line break at the end of a template.
+    inert = _GENERATION_TAG.sub(r"{#\1 \2#}", original).removesuffix("\n")
     filled = _WRAPPER
     for name, value in (("LEAD", lead), ("STOP", stop), ("TAIL", tail)):
         filled = filled.replace(f"@{name}@", repr(value))
@@ -226,7 +226,7 @@ def _wrap(original: str, lead: str, stop: str, tail: str) -> str:
 
 
 def _check_template(processor: ProcessorMixin, chat_format: ChatFormat, exchange: list[Turn]) -> None:
-    """The stage's template yields what training will see, for one exchange, for two, and without an image."""
+    """Check that the stage's template gives what training sees: two turns, four, and two without an image."""
     again = [Turn("user", f"And {_QUESTION}"), Turn("assistant", f"{_ANSWER}, twice")]
     for turns in (exchange, [*exchange, *again], again):
         trained = "".join(piece.text for piece in chat_format.pieces(processor, turns)) + chat_format.tail

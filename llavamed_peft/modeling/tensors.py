@@ -17,8 +17,8 @@ Tensors = dict[str, torch.Tensor]
 def set_dtypes(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
     """Trainable tensors in fp32, the frozen rest in the compute dtype; 4-bit weights stay as they are.
 
-    At rates of 2e-5 a bf16 weight can stand still: its steps are smaller than its last place. A frozen LoRA
-    that a projector stage carries is fp32 too, so that the stage hands it on unrounded.
+    At rates of 2e-5 a bf16 weight may never change: its steps are smaller than its last place. A frozen LoRA
+    that a projector stage carries is fp32 too, so that the stage saves it unrounded.
     """
     for name, parameter in model.named_parameters():
         if parameter.is_floating_point():
@@ -27,12 +27,11 @@ def set_dtypes(model: torch.nn.Module, compute_dtype: torch.dtype) -> None:
 
 
 def trainable_tensors(model: torch.nn.Module) -> Tensors:
-    """What a stage leaves, whole, on the CPU: an adapter's tensors under PEFT's names, or a full stage's
-    trained weights.
+    """What a stage saves, in full, on the CPU: an adapter's tensors under PEFT's names, or trained weights.
 
-    A frozen LoRA that a projector stage carries is part of it. Every writer and reader of stages goes through
-    this mapping. Where the model is sharded, every process has to call this, and the main one gets the
-    tensors, the others an empty mapping.
+    A frozen LoRA that a projector stage carries is part of it. Every writer and reader of stages uses this
+    mapping. Where the model is sharded, every process has to call this; the main one gets the tensors, the
+    others an empty mapping.
     """
     free_gathered(model)
     is_main = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -54,8 +53,9 @@ def trainable_tensors(model: torch.nn.Module) -> Tensors:
 
 
 def load_tensors(model: torch.nn.Module, tensors: Mapping[str, torch.Tensor]) -> None:
-    """The inverse of `trainable_tensors`: every tensor must find its place. A parent's may be fewer than the
-    model's.
+    """Write tensors of `trainable_tensors` into a model; every tensor must find its place.
+
+    The model may have more: a parent's tensors may be fewer.
 
     Raises:
         AdapterError: a tensor has no place in the model, or another shape than its place.
@@ -80,7 +80,7 @@ def check_places(
     """Each tensor has a place of its name and shape.
 
     Raises:
-        AdapterError: one has not; the message says which, and both shapes.
+        AdapterError: one has none; the message says which, and both shapes.
     """
     homeless = sorted(name for name in tensors if name not in places)
     misfits = sorted(

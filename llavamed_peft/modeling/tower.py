@@ -46,12 +46,12 @@ def freeze_tower(model: torch.nn.Module) -> None:
 
 
 def tower_positions(tower: torch.nn.Module) -> int:
-    """Positions that a vision tower makes of a tile: one for each patch and, in CLIP, one for the CLS token."""
+    """Positions of a vision tower for one tile: one for each patch and, in CLIP, one for the CLS token."""
     return int(tower.embeddings.position_embedding.num_embeddings)
 
 
 def tower_layers(model: torch.nn.Module) -> list[int]:
-    """Which of the vision tower's hidden states the projector takes, ascending; 0 is its first layer's input."""
+    """The vision tower's hidden states that the projector takes, ascending; 0 is its first layer's input."""
     config = bare(model).config
     chosen = config.vision_feature_layer
     states = config.vision_config.num_hidden_layers + 1
@@ -119,8 +119,7 @@ def _stay_in_eval(tower: torch.nn.Module, mode: bool = True) -> torch.nn.Module:
 
 
 def always_look(model: torch.nn.Module) -> None:
-    """Run vision tower and projector in every forward: one without an image gets an empty one, which counts
-    nothing.
+    """Run vision tower and projector in every forward, if need be over an empty image, which counts nothing.
 
     So every trainable tensor has a gradient in every step (perhaps zero). Processes that share a sharded
     model gather the weights of each part when it runs: all must run the same parts in the same order, or one

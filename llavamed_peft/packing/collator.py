@@ -146,7 +146,7 @@ class PackedCollator:
         Raises:
             DataError: it is longer than `max_length`, has no supervised token, or cannot be encoded.
         """
-        counts = self.encoder.count_image_tokens(sizes)
+        counts = self.encoder.count_image_tokens(sizes)  # of each image, from its size: nothing is decoded
         return token_sequence(self._encode(conversation, counts), contents, counts, self.encoder)
 
     def _encode(self, conversation: Conversation | Tokenized, tokens_per_image: Sequence[int]) -> Encoded:
@@ -158,6 +158,7 @@ class PackedCollator:
 
     def rows(self, sequences: Sequence[TokenSequence]) -> list[Row]:
         """The rows of a packed device batch of these conversations."""
+        # `None`: all may share a row, since their attention skips what is not seen (FlexAttention).
         beginnings = None if self.fill_tokens is None else [_beginning(sequence) for sequence in sequences]
         return lay_rows(sequences, self.max_row_tokens, beginnings)
 
@@ -176,6 +177,7 @@ class PackedCollator:
         else:
             self._check_stored(conversations, self.features, on_image)
             content, sizes = self.features.contents, self.features.sizes
+        # Of each conversation the contents of its images: the same for equal files under two paths.
         shown = [tuple(content[path] for path in conversation.images) for conversation in conversations]
         sequences = [
             self.sequence(conversation, keys, [sizes[key] for key in keys])
@@ -199,11 +201,11 @@ class PackedCollator:
             for path in conversation.images:
                 if not features.has(path, len(conversation.images) == 1):
                     on_image(path)
-                    load_image(path)
+                    load_image(path)  # raises, with its reason, if the image still cannot be decoded
                     raise DataError(
                         f"{path}: could not be decoded when the stage's features were stored, and can be "
-                        "now; it is left out. If its file was fixed, make the same call again, which uses it; "
-                        "if it is the same file (a disk that failed for a moment), first delete "
+                        "now; it is left out. If its file was fixed, make the same call again, which uses "
+                        "it; if it is the same file (a disk that failed for a moment), first delete "
                         f"{features.folder}."
                     )
 
@@ -214,16 +216,18 @@ class PackedCollator:
 
         Images are processed with those of their conversation (the group), each group once.
         """
+        # Each image of the rows: (its group, which of the group).
         in_rows = [(shown[sequence], number) for row in rows for sequence, number in row.images]
         groups = list(dict.fromkeys(group for group, _ in in_rows))
         if not groups:
             return {}
-        alone = [len(group) == 1 for group, _ in in_rows]
+        alone = [len(group) == 1 for group, _ in in_rows]  # OneVision cuts only such images into tiles
         if self.features is not None:
             return self._stored(self.features, [group[number] for group, number in in_rows], alone)
         processed, _ = self.encoder.process_images([[decoded[key] for key in group] for group in groups])
         # group → the number of its first image among the processed ones
         first = dict(zip(groups, accumulate(map(len, groups), initial=0), strict=False))
+        # Processed images in the order of the rows; one is repeated if several rows have it.
         chosen = [first[group] + number for group, number in in_rows]
         return dict(self.encoder.select_images(processed, chosen, alone))
 
@@ -246,6 +250,7 @@ class PackedCollator:
             if self.fill_tokens is not None:
                 after = int(row.positions[-1]) + 1
                 position_ids[i, len(row) :] = torch.arange(after, after + shape[1] - len(row))
+            # `ends` counts places of its own row, so it is the same in a batch.
             ends[i, : len(row)] = torch.from_numpy(row.ends)
             labels[i, : len(row)] = torch.from_numpy(row.labels)
         return {"input_ids": input_ids, "position_ids": position_ids, "ends": ends, "labels": labels}
@@ -267,6 +272,7 @@ class PackedCollator:
                 batch.update(self._stored(self.features, [key for group in keys for key in group], alone))
         elif shown:
             decoded: dict[str, Image.Image] = {}
+            # An image of several conversations is decoded once, but processed with each of them.
             for path in dict.fromkeys(path for group in shown for path in group):
                 on_image(path)
                 decoded[path] = load_image(path)
@@ -274,6 +280,7 @@ class PackedCollator:
                 [[decoded[path] for path in group] for group in shown]
             )
             batch.update(inputs)
+        # `counts` has only conversations with images; the others take nothing from it.
         remaining = iter(counts)
         rows = [
             self._encode(conversation, next(remaining) if conversation.images else [])
@@ -291,7 +298,7 @@ class PackedCollator:
             length = len(row.input_ids)
             input_ids[i, :length] = torch.from_numpy(row.input_ids)
             labels[i, :length] = torch.from_numpy(row.labels)
-            attention_mask[i, :length] = 1
+            attention_mask[i, :length] = 1  # attention of a 2-D mask is causal; padding is not seen
         if not rows:  # attention over nothing would be NaN
             attention_mask[:] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}

@@ -128,7 +128,7 @@ class Encoder:
         tokens = conversation.tokens if isinstance(conversation, Tokenized) else self.tokenize(conversation)
         ids = tokens.ids.astype(np.int64)  # [tokens], an image is one token
         repeats = self._repeats(ids, tokens_per_image)  # [tokens]
-        labels = np.where(tokens.supervised, ids, IGNORED)
+        labels = np.where(tokens.supervised, ids, IGNORED)  # [tokens]
         return Encoded(np.repeat(ids, repeats), np.repeat(labels, repeats), sum(tokens_per_image))
 
     def tokenize(self, conversation: Conversation) -> Tokens:
@@ -277,7 +277,7 @@ class Encoder:
                 "wanted equal numbers."
             )
         repeats = np.ones(len(ids), dtype=np.int64)
-        repeats[shows_image] = tokens_per_image
+        repeats[shows_image] = tokens_per_image  # in the order of the images
         return repeats
 
     def _tokenize(self, pieces: Sequence[Piece]) -> Tokens:
@@ -286,6 +286,7 @@ class Encoder:
         # As the stock processor decides it.
         adds_bos = not (tokenizer.bos_token and text.startswith(tokenizer.bos_token))
         whole = tokenizer(text, add_special_tokens=adds_bos, return_offsets_mapping=True)
+        # The first piece is the prompt before the first answer; pieces alternate from there.
         prompt = tokenizer(pieces[0].text, add_special_tokens=adds_bos)["input_ids"]
         edges = np.cumsum([len(piece.text) for piece in pieces])  # [pieces]: the characters where they end
         ids = np.array(whole["input_ids"], dtype=np.int32)
@@ -300,6 +301,7 @@ class Encoder:
             ids, piece, end = (values[: added.argmax()] for values in (ids, piece, end))
         # A token reaches into the next piece, or the prompt's tokens change once an answer follows it.
         if (end > edges[piece]).any() or (len(pieces) > 1 and ids[: len(prompt)].tolist() != prompt):
+            # Then each piece is tokenized by itself.
             return self._tokenize_apart(pieces, prompt)
         return Tokens(ids, np.array([piece.supervised for piece in pieces])[piece])
 
@@ -319,6 +321,7 @@ class Encoder:
     @functools.lru_cache(maxsize=100_000)  # noqa: B019 - an encoder lives as long as the run
     def _image_tokens(self, size: Size, images_in_conversation: int) -> int:
         probe = self._probe
+        # NeXT and OneVision count from the size; OneVision also asks whether the image is alone.
         if "image_sizes" in probe:
             tiles = {**probe, "image_sizes": [list(size)], "batch_num_images": [images_in_conversation]}
             if images_in_conversation > 1:

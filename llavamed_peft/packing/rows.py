@@ -62,6 +62,7 @@ def lay_rows(
         beginnings: of each sequence; each beginning gets rows of its own, and so does each sequence whose
             beginning is `None`. `None`: all may be in one row.
     """
+    # beginning → sequences; what may not share a row has a key of its own
     groups: dict[Hashable, list[int]] = {}
     for number, beginning in enumerate(beginnings or [""] * len(sequences)):
         groups.setdefault(("alone", number) if beginning is None else beginning, []).append(number)
@@ -95,6 +96,7 @@ def lay_row(forest: Forest, sequences: Sequence[TokenSequence]) -> Row:
     for tree in forest:
         visit(tree, begin)
         begin += tree.size
+    # Each segment is cut from one of the sequences that have it.
     cuts = [(sequences[segment.sequence], slice(segment.begin, segment.end)) for segment, _ in pieces]
     positions = np.concatenate([np.arange(segment.begin, segment.end) for segment, _ in pieces])
     labels = np.concatenate([sequence.labels[cut] for sequence, cut in cuts])

@@ -59,7 +59,8 @@ class TokenSequence:
         The first token counts as unsupervised, since nothing predicts it. An image is shared completely or
         not at all.
         """
-        supervised = np.flatnonzero(self.labels[1:] != IGNORED) + 1
+        supervised = np.flatnonzero(self.labels[1:] != IGNORED) + 1  # places of supervised tokens, ascending
+        # Place p is predicted at p - 1; tokens before that may be shared. Without labels, all but the last.
         shareable = max(int(supervised[0]) if len(supervised) else len(self), 1) - 1
         # An image that the bound would cut is left out.
         return next((span.begin for span in self.images if span.begin < shareable < span.end), shareable)
@@ -71,8 +72,9 @@ class TokenSequence:
 
     def prefix_key(self) -> int:
         """A number of 64 bits, equal for sequences whose `image_prefix` tokens are the same."""
-        end = self.image_prefix
+        end = self.image_prefix  # tokens
         images = [span for span in self.images if span.end <= end]
+        # Placeholders of all images have one id, so the images themselves are part of the key.
         digest = hashlib.blake2b(f"{self.input_ids[:end].tolist()} {images}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little", signed=True)
 
@@ -122,6 +124,7 @@ def build_forest(sequences: Sequence[TokenSequence], members: Sequence[int] | No
           2-4: 2 tokens of sequence 1
         0-2: 2 tokens of sequence 2
     """
+    # Keys decide what is equal; the bound of what may be shared is each sequence's own.
     members = range(len(sequences)) if members is None else members
     keys = dict(zip(members, _keys([sequences[member] for member in members]), strict=True))
     shareable = {member: sequences[member].shareable for member in members}
@@ -135,6 +138,7 @@ def build_forest(sequences: Sequence[TokenSequence], members: Sequence[int] | No
         segments = []
         for group in alike.values():
             if len(group) == 1:
+                # A leaf: the rest of its sequence.
                 segments.append(Segment(group[0], begin, len(keys[group[0]])))
             else:
                 # They share one token at least, the one they were grouped by; at most what all may share.
@@ -168,8 +172,9 @@ def first_fit(sizes: Sequence[int], capacity: int) -> list[list[int]]:
         The items of each bin, in order.
     """
     bins: list[list[int]] = []
-    room: list[int] = []
+    room: list[int] = []  # of each bin, what is free
     for item in sorted(range(len(sizes)), key=lambda item: -sizes[item]):
+        # The first bin with room; else a new one, which may be smaller than the item.
         place = next((place for place, free in enumerate(room) if sizes[item] <= free), len(bins))
         if place == len(bins):
             bins.append([])
@@ -214,6 +219,7 @@ def _keys(sequences: Sequence[TokenSequence]) -> list[np.ndarray]:
             if (content, end - begin) not in first_key:
                 first_key[content, end - begin] = free
                 free += end - begin
+            # Placeholder k of an image whose numbers begin at f is -1 - f - k.
             own[begin:end] = -1 - first_key[content, end - begin] - np.arange(end - begin)
         keys.append(own)
     return keys

@@ -1,8 +1,7 @@
-"""One packed step to look at: its rows, what is shared in them, how much of them is useful; as text, and as a
-picture.
+"""A packed step to look at: its rows, what is shared in them, how much of them is useful; text and a picture.
 
-A position is useful if it is neither padding nor a prefix that another row of the step holds, too. What is
-shown is one process's share of an epoch's first step, laid out by the functions that training uses, without
+A position is useful if it is neither padding nor part of a prefix that another row of the step has, too. The
+step is one process's share of an epoch's first step, laid out by the functions that training uses, without
 decoding a pixel.
 """
 
@@ -62,10 +61,10 @@ class PackedStep:
 
 
 def first_step(title: str, index: Index, collator: PackedCollator, sampler: StepSampler) -> PackedStep:
-    """Lay an epoch's first step out as training would.
+    """Lay out an epoch's first step as training would.
 
     Raises:
-        DataError: an image's file is gone.
+        DataError: an image's file is missing.
     """
     step = next(sampler.steps())
     (share,) = sampler.shares(step)
@@ -73,7 +72,7 @@ def first_step(title: str, index: Index, collator: PackedCollator, sampler: Step
     rows = [row for batch in batches for row in lay_rows(batch, collator.max_row_tokens)]
     kinds = [_kinds(row, collator.encoder.processor.image_token_id) for row in rows]
     every = [sequence for batch in batches for sequence in batch]
-    useful = len(lay_row(build_forest(every), every))
+    useful = len(lay_row(build_forest(every), every))  # as one row of any length
     (padded,) = share_of_step(step, sampler.lengths, sampler.max_row_tokens, world_size=1)
     positions = sum(len(batch) * int(sampler.lengths[list(batch)].max()) for batch in padded)
     return PackedStep(title, rows, kinds, useful, positions)
@@ -93,15 +92,20 @@ def describe_step(step: PackedStep, width: int) -> Iterator[str]:
     )
     longest = max(map(len, step.rows))
     for number, (row, kinds) in enumerate(zip(step.rows, step.kinds, strict=True), start=1):
+<<<<<<< HEAD
         shown = f"{len(row.last):,} conversations, {len(row.images):,} image(s)"
         yield f"  row {number}: {len(row):,} tokens, {shown}"
+=======
+        shape = f"{len(row):,} tokens, {len(row.last):,} conversations, {len(row.images):,} image(s)"
+        yield f"  row {number}: {shape}"
+>>>>>>> p2
         yield "    " + _bar(kinds, max(1, round((width - 4) * len(row) / longest)))
         yield from _trees(row.forest, 4)
     yield "  " + ", ".join(f"{mark} {_NAMES[kind]}" for kind, mark in enumerate(_MARKS))
 
 
 def draw_steps(steps: Sequence[PackedStep], path: Path) -> None:
-    """A picture: each step's rows as bars, and beside them the mask of its first row.
+    """Draw each step's rows as bars, and beside them the mask of its first row.
 
     Args:
         path: of the PNG file.
@@ -126,8 +130,8 @@ def draw_steps(steps: Sequence[PackedStep], path: Path) -> None:
         bars.hlines(np.arange(len(step.rows) - 1) + 0.5, -0.5, longest - 0.5, color="white", linewidth=4)
         bars.set_yticks(range(len(step.rows)), [f"{len(row.last)} conv." for row in step.rows])
         bars.set_title(
-            f"{step.title}: {step.useful / step.positions:.1%} useful, padded "
-            f"{step.padded / step.positions:.1f}×"
+            f"{step.title}: {step.useful / step.positions:.1%} useful, "
+            f"padded {step.padded / step.positions:.1f}×"
         )
         bars.set_xlabel("token of the row")
         ends = torch.from_numpy(step.rows[0].ends[:_LARGEST_MASK])[None]
@@ -151,9 +155,9 @@ def _sequence(index: Index, collator: PackedCollator, row: int) -> TokenSequence
 
 
 def _kinds(row: Row, image_token: int) -> np.ndarray:
-    """[tokens] integers. A token is shared if more than one of the row's sequences ends behind it in its
-    subtree."""
-    last = np.sort(list(row.last.values()))
+    """[tokens] integers. A token is shared if several of the row's sequences end in its subtree."""
+    last = np.sort(list(row.last.values()))  # [sequences]: the places of their last tokens
+    # [tokens]: sequences that end before ends[j], without those that end before j
     sharing = np.searchsorted(last, row.ends) - np.searchsorted(last, np.arange(len(row)))
     kinds = np.where(sharing > 1, SHARED, OWN)
     kinds[row.input_ids == image_token] = IMAGE
@@ -162,25 +166,24 @@ def _kinds(row: Row, image_token: int) -> np.ndarray:
 
 
 def _bar(kinds: np.ndarray, width: int) -> str:
-    """A character for each stretch of a row: what there is most of in it."""
+    """A character for each stretch of a row: its most frequent kind."""
     edges = np.linspace(0, len(kinds), min(width, len(kinds)) + 1).astype(int)
     return "".join(_MARKS[np.bincount(kinds[begin:end]).argmax()] for begin, end in pairwise(edges))
 
 
-def _trees(forest: Forest, blanks: int) -> Iterator[str]:
-    """A line for each shared segment that is not short, those below it indented, and one for all else that
-    goes on from there."""
+def _trees(forest: Forest, spaces: int) -> Iterator[str]:
+    """A line for each long shared segment, those below it indented, and a line for everything else."""
     tokens = ends = 0
     rest = list(forest)
     while rest:
         segment = rest.pop(0)
         own = segment.end - segment.begin
         if segment.children and own >= _LEAST_SHOWN:
-            yield f"{' ' * blanks}{own:,} tokens shared by {len(segment.leaves):,}"
-            yield from _trees(segment.children, blanks + 2)
+            yield f"{' ' * spaces}{own:,} tokens shared by {len(segment.leaves):,}"
+            yield from _trees(segment.children, spaces + 2)
         else:
             tokens += own
             ends += not segment.children
             rest[:0] = segment.children
     if ends:
-        yield f"{' ' * blanks}{tokens:,} tokens in which {ends:,} end"
+        yield f"{' ' * spaces}{tokens:,} tokens in which {ends:,} end"
