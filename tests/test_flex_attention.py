@@ -64,11 +64,7 @@ def conversations(tmp_path_factory: pytest.TempPathFactory) -> list[Conversation
 
 @pytest.fixture
 def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[torch.device]:
-<<<<<<< HEAD
-    """Where FlexAttention can be trained: a GPU if one is visible, else a CPU on which it is allowed."""
-=======
     """Where FlexAttention can train: on a GPU if one is visible, else on a CPU that is made to allow it."""
->>>>>>> p2
     torch._dynamo.reset()
     if not ON_GPU:
         flex_on_cpu.allow(monkeypatch.setattr)

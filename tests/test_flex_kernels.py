@@ -45,13 +45,8 @@ batch = PackedCollator(processor, max_row_tokens=int(bound)).inputs(conversation
 shape = list(batch["input_ids"].shape)
 packed = loss_and_gradients(model, batch | masks.attention_inputs(batch.pop("ends"), model.config))
 assert_same(packed, padded)
-<<<<<<< HEAD
-names = {kernel.name.rstrip("_0123456789") for kernel in kernels if "_tem_" in kernel.name}
-print(json.dumps([shape, sorted(names)]))
-=======
 templates = {kernel.name.rstrip("_0123456789") for kernel in kernels if "_tem_" in kernel.name}
 print(json.dumps([shape, sorted(templates)]))
->>>>>>> p2
 """
 
 

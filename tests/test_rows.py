@@ -28,8 +28,7 @@ def sequence(ids: list[int], supervised: list[int], images: tuple[ImageSpan, ...
 
 @st.composite
 def sequences(draw: st.DrawFn) -> list[TokenSequence]:
-    """Random conversations over few tokens and images, so that much is shared; images have 1 to 3
-    placeholders (token 9)."""
+    """Random conversations of few tokens and images, so much is shared; an image has 1 to 3 tokens 9."""
     drawn = []
     for _ in range(draw(st.integers(1, 12))):
         ids: list[int] = []
@@ -100,25 +99,24 @@ def test_one_row_holds_each_shareable_prefix_once(given: list[TokenSequence]) ->
 
 @untimed
 @given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
-def test_images_of_a_row_are_listed_as_their_placeholders_stand(
+def test_images_of_a_row_are_in_the_order_of_their_placeholders(
     given: list[TokenSequence], bound: int | None
 ) -> None:
     for row in lay_rows(given, bound):
         listed = [given[number].images[image] for number, image in row.images]
         contents = [(span.content, place) for span in listed for place in range(span.end - span.begin)]
-        standing = {}
+        shown_at = {}
         for number in row.last:
             for place, token in enumerate(row.path(number).tolist()):
-                standing[token] = content_at(given[number], place)
-        placeholders = [standing[token] for token in np.flatnonzero(row.input_ids == 9).tolist()]
+                shown_at[token] = content_at(given[number], place)
+        placeholders = [shown_at[token] for token in np.flatnonzero(row.input_ids == 9).tolist()]
         assert placeholders == [("image", *content) for content in contents]
 
 
 @untimed
 @given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
 def test_masks_are_what_is_visible_by_definition(given: list[TokenSequence], bound: int | None) -> None:
-    """A token sees exactly its own sequence up to itself: written down from the paths, without `ends`
-    arithmetic."""
+    """A token sees exactly its own sequence up to itself: written from the paths, without `ends`."""
     for row in lay_rows(given, bound):
         wanted = np.zeros((len(row), len(row)), dtype=bool)
         for number in row.last:
@@ -179,13 +177,11 @@ def test_a_tree_longer_than_a_row_is_split_by_repeating_its_prefix() -> None:
     rows = lay_rows(given, 8)
     assert [len(row) for row in rows] == [8, 8, 6]
     assert all(row.input_ids[:4].tolist() == [1, 2, 3, 4] for row in rows)
-    assert [len(row) for row in lay_rows(given, 5)] == [6] * 5, (
-        "a sequence longer than the bound stands alone"
-    )
+    assert [len(row) for row in lay_rows(given, 5)] == [6] * 5, "a sequence longer than the bound is alone"
 
 
 def test_a_path_of_many_segments_is_cut_short() -> None:
-    """Each continues where the last question ended: deeper than Python recurses, if all were shared."""
+    """Each continues the last one's question; sharing all of it would be deeper than Python can recurse."""
     given = [sequence([*range(10, 11 + i), 1, 2], [i + 2]) for i in range(2000)]
     (row,) = lay_rows(given)
     assert all(row.input_ids[row.path(i)].tolist() == given[i].input_ids.tolist() for i in range(0, 2000, 50))

@@ -1,9 +1,4 @@
-<<<<<<< HEAD
-"""Prompts and labels: the checkpoint's own generation prompt before the first answer, and exactly the answers
-supervised."""
-=======
 """Prompts are the checkpoint's own before the first answer; exactly the answers are supervised."""
->>>>>>> p2
 
 from __future__ import annotations
 
@@ -25,23 +20,6 @@ from llavamed_peft.packing.encoding import IGNORED
 KINDS = ["llava", "vipllava", "llava_next", "llava_onevision"]
 STOPS = {"llava": "</s>", "vipllava": "</s>", "llava_next": "</s>", "llava_onevision": "<|im_end|>"}
 LLAMA3 = (
-<<<<<<< HEAD
-    "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' }}{% if "
-    "m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for p in m['content'] %}{{ "
-    "'<image>' if p['type'] == 'image' else p['text'] | trim }}{% endfor %}{% endif %}{{ "
-    "'<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n\n' "
-    "}}{% endif %}"
-)
-TRAILING_BLANK = (
-    "{% for m in messages %}{{ 'Question: ' if m['role'] == 'user' else 'Answer: ' }}{% for p in "
-    "m['content'] %}{{ '<image> ' if p['type'] == 'image' else p['text'] }}{% endfor %}{{ '\n' "
-    "}}{% endfor %}{% if add_generation_prompt %}{{ 'Answer: ' }}{% endif %}"
-)
-TEXT_ONLY_CONTENT = (
-    "{% for m in messages %}{% if m['content'] is string %}{{ m['role'] + ': ' + m['content'] + "
-    "eos_token + '\n' }}{% endif %}{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' "
-    "}}{% endif %}"
-=======
     "{{ bos_token }}{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n\n' }}"
     "{% if m['content'] is string %}{{ m['content'] | trim }}{% else %}{% for p in m['content'] %}"
     "{{ '<image>' if p['type'] == 'image' else p['text'] | trim }}"
@@ -58,7 +36,6 @@ TEXT_ONLY_CONTENT = (
     "{% for m in messages %}{% if m['content'] is string %}"
     "{{ m['role'] + ': ' + m['content'] + eos_token + '\n' }}{% endif %}"
     "{% endfor %}{% if add_generation_prompt %}{{ 'assistant:' }}{% endif %}"
->>>>>>> p2
 )
 IN_ORDER = (
     "{% for m in messages %}{{ m['role'] + '>' }}{% for p in m['content'] %}"
@@ -236,13 +213,8 @@ def test_too_long_names_the_length_it_would_need(processors: dict[str, Processor
     batch = PackedCollator(processors["llava"])([Conversation("7", TWO, (image,))])
     needed = batch["input_ids"].shape[1]
     assert str(raised.value) == (
-<<<<<<< HEAD
-        f"d.json:3 (id 7): {needed} tokens, 16 of them image tokens; max_length is 20. It would need "
-        f"max_length={needed}."
-=======
         f"d.json:3 (id 7): {needed} tokens, 16 of them image tokens; max_length is 20. "
         f"It would need max_length={needed}."
->>>>>>> p2
     )
 
 
@@ -266,14 +238,9 @@ def test_padding_keeps_the_borders_that_the_crop_loses(
 
 def test_a_template_that_refuses_a_row_rejects_the_row(tmp_path: Path) -> None:
     picky = (
-<<<<<<< HEAD
-        "{% for m in messages %}{% if 'forbidden' in m['content'] | string %}{{ raise_exception('no "
-        "such word') }}{% endif %}{% endfor %}"
-=======
         "{% for m in messages %}{% if 'forbidden' in m['content'] | string %}"
         "{{ raise_exception('no such word') }}"
         "{% endif %}{% endfor %}"
->>>>>>> p2
     )
     _, processor = load_checkpoint(tiny.build(tmp_path / "picky", template=picky + tiny.VICUNA))
     with pytest.raises(DataError, match="The chat template refuses the conversation: no such word"):

@@ -29,7 +29,7 @@ question without an image. Every token is a character here: `^` begins a text, `
 
 Token i sees token j exactly if j <= i < ends[j]. The `y` in place 9 sees `^ # #` (they end at 15 and 11) and
 `b ? y`, but not `a ? x $`, which ends at 7. So it is computed as in a row of its own, at the same positions.
-The image is in the batch once (`tests/test_packing.py` compares this drawing with what the code lays out).
+The image is in the batch once (`tests/test_rows.py` compares this drawing with what the code lays out).
 """
 
 from .collator import PackedCollator

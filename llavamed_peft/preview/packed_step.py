@@ -92,13 +92,8 @@ def describe_step(step: PackedStep, width: int) -> Iterator[str]:
     )
     longest = max(map(len, step.rows))
     for number, (row, kinds) in enumerate(zip(step.rows, step.kinds, strict=True), start=1):
-<<<<<<< HEAD
-        shown = f"{len(row.last):,} conversations, {len(row.images):,} image(s)"
-        yield f"  row {number}: {len(row):,} tokens, {shown}"
-=======
         shape = f"{len(row):,} tokens, {len(row.last):,} conversations, {len(row.images):,} image(s)"
         yield f"  row {number}: {shape}"
->>>>>>> p2
         yield "    " + _bar(kinds, max(1, round((width - 4) * len(row) / longest)))
         yield from _trees(row.forest, 4)
     yield "  " + ", ".join(f"{mark} {_NAMES[kind]}" for kind, mark in enumerate(_MARKS))
