@@ -1,5 +1,4 @@
-"""FlexAttention that can be trained through on a CPU: torch's own formulas for both passes, in the place of
-kernels."""
+"""FlexAttention that can train on a CPU: torch's own formulas for both passes, in place of kernels."""
 
 from __future__ import annotations
 

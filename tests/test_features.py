@@ -132,7 +132,7 @@ def test_what_is_stored_is_asked_for_by_content_tower_layers_processor_and_dtype
     assert len({*known, fingerprint(made.model, encoder, torch.float32)}) == 5
 
 
-def test_an_image_mended_since_is_left_out_until_the_next_call(
+def test_an_image_fixed_since_is_left_out_until_the_next_call(
     bases: dict[str, Path], images: list[str], tmp_path: Path
 ) -> None:
     whole = Path(images[1]).read_bytes()
