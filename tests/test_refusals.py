@@ -8,7 +8,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from three_stages import THREE, bases, conversations, images, runs, schedule
+from three_stages import THREE, bases, conversations, images, schedule
 
 from llavamed_peft import (
     Conversation,
@@ -19,6 +19,16 @@ from llavamed_peft import (
     curriculum_finetune,
 )
 from llavamed_peft.errors import AdapterError, CheckpointError, ConfigError, DataError, TrainingError
+
+
+@pytest.fixture(scope="module")
+def finished(
+    bases: dict[str, Path], conversations: list[Conversation], tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, StageAdapter]:
+    """A projector stage and a LoRA stage that a run may start from."""
+    data = dict.fromkeys(("align", "instruct"), conversations)
+    stages = Curriculum(THREE.stages[:2])
+    return curriculum_finetune(bases["llava"], data, tmp_path_factory.mktemp("finished"), curriculum=stages)
 
 
 class TestRefusals:
@@ -100,13 +110,13 @@ class TestRefusals:
             call(curriculum=full, data={"all": conversations}, quantization="nf4")
 
     def test_another_rank_behind_start_from(
-        self, call, conversations: list[Conversation], runs: dict[str, dict[str, StageAdapter]]
+        self, call, conversations: list[Conversation], finished: dict[str, StageAdapter]
     ) -> None:
         other = Curriculum((Stage("vqa", "lora", schedule(), LoraSpec(rank=8, alpha=8)),))
         with pytest.raises(
             ConfigError, match="Stage 'vqa' has LoRA rank 8 and alpha 8, start_from rank 4 and alpha 8"
         ):
-            call(curriculum=other, data={"vqa": conversations}, start_from=runs["llava"]["instruct"])
+            call(curriculum=other, data={"vqa": conversations}, start_from=finished["instruct"])
 
     @pytest.mark.parametrize(
         "name", ["index", "logs", "checkpoints", "run.json", "metrics.jsonl", "loss.png"]
@@ -162,7 +172,7 @@ class TestRefusals:
 
 def test_start_from_another_architecture_or_padding_is_refused_at_once(
     bases: dict[str, Path],
-    runs: dict[str, dict[str, StageAdapter]],
+    finished: dict[str, StageAdapter],
     conversations: list[Conversation],
     tmp_path: Path,
 ) -> None:
@@ -170,7 +180,7 @@ def test_start_from_another_architecture_or_padding_is_refused_at_once(
     arguments = {
         "data": {"vqa": conversations},
         "output_dir": tmp_path / "run",
-        "start_from": runs["llava"]["align"],
+        "start_from": finished["align"],
     }
     with pytest.raises(AdapterError, match="was trained on model_type 'llava', the base's is 'vipllava'"):
         curriculum_finetune(bases["vipllava"], curriculum=curriculum, **arguments)
