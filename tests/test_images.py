@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from llavamed_peft.errors import DataError
-from llavamed_peft.storage import images
+from llavamed_peft.storage import equal_images, images
 from llavamed_peft.storage.equal_images import content_key
 from llavamed_peft.storage.images import FORMATS, MAX_PIXELS, image_size, load_image
 
@@ -313,7 +313,7 @@ def test_content_key_is_the_sha256_of_the_bytes(tmp_path):
 
 def test_equal_files_have_one_name_and_only_such_as_look_alike_are_read_in_full(tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(images, "content_key", lambda path: read.append(Path(path).name) or content_key(path))
+    monkeypatch.setattr(equal_images, "content_key", lambda path: read.append(Path(path).name) or content_key(path))
     long = bytes(range(256)) * 100
     other = long[:9000] + b"!" + long[9001:]
     contents = {
@@ -324,7 +324,7 @@ def test_equal_files_have_one_name_and_only_such_as_look_alike_are_read_in_full(
     names = []
     for folder in (tmp_path / "here", tmp_path / "moved"):
         folder.mkdir()
-        name_of = images.ContentNames()
+        name_of = equal_images.ContentNames()
         for name, content in contents.items():
             (folder / name).write_bytes(content)
         names.append({name: name_of(str(folder / name)) for name in (*contents, "a", "b again")})
@@ -333,11 +333,11 @@ def test_equal_files_have_one_name_and_only_such_as_look_alike_are_read_in_full(
     assert names[0] == names[1], "wherever they lie"
     assert {*read} == {"a", "a again", "b", "b again", "short", "short again", "empty", "empty again"}
     with pytest.raises(DataError, match="none: no such file"):
-        images.ContentNames()(str(tmp_path / "none"))
+        equal_images.ContentNames()(str(tmp_path / "none"))
 
 
 def test_a_file_that_vanished_is_no_fault_of_one_that_looks_like_it(tmp_path):
-    name_of = images.ContentNames()
+    name_of = equal_images.ContentNames()
     for name in ("a", "b", "c"):
         (tmp_path / name).write_bytes(b"same")
     first = name_of(str(tmp_path / "a"))
@@ -348,7 +348,7 @@ def test_a_file_that_vanished_is_no_fault_of_one_that_looks_like_it(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "look", [image_size, load_image, content_key, lambda path: images.ContentNames()(str(path))]
+    "look", [image_size, load_image, content_key, lambda path: equal_images.ContentNames()(str(path))]
 )
 def test_pipes_and_loops_of_links_are_refused_at_once(look, tmp_path):
     os.mkfifo(tmp_path / "pipe.png")

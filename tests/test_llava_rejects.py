@@ -261,13 +261,13 @@ END = len(MANY)
 BROKEN_FILES = {
     "empty": (b"", "the file is empty"),
     "blank": (b" \n\t", "the file is empty"),
-    "latin-1": (b'[{"id": "caf\xe9"}]', "not UTF-8 at byte 14 (line 1, behind row 0)"),
+    "latin-1": (b'[{"id": "caf\xe9"}]', "not UTF-8 at byte 14 (line 1, after row 0)"),
     "latin-1 far behind": (
         MANY + b',\n{"id": "\xe9!"}]',
-        f"not UTF-8 at byte {END + 12} (line 2001, behind row 2000)",
+        f"not UTF-8 at byte {END + 12} (line 2001, after row 2000)",
     ),
     "latin-1 lines": (GOOD + b'\n{"id": "\xe9"}', f"not UTF-8 at byte {len(GOOD) + 10} (line 2)"),
-    "encoded surrogate": (b'[{"id": "\xed\xa0\x80"}]', "not UTF-8 at byte 13 (line 1, behind row 0)"),
+    "encoded surrogate": (b'[{"id": "\xed\xa0\x80"}]', "not UTF-8 at byte 13 (line 1, after row 0)"),
     "table": (b"id,image\n1,a.jpg\n", "not JSON, it begins with b'id,image\\n1,a.jpg'"),
     "a string": (b'"hello"', "not JSON, it begins with b'\"hello\"'"),
     "object": (b'{"data": []}', "one JSON object"),
@@ -283,17 +283,17 @@ BROKEN_FILES = {
     ),
     "cut": (
         MANY + b",\n{",
-        f"broken JSON: the file ends too early, at byte {END + 3} (line 2001, behind row 2000)",
+        f"broken JSON: the file ends too early, at byte {END + 3} (line 2001, after row 2000)",
     ),
     "comma": (
         b"[" + GOOD + b",\n]",
-        f"broken JSON at byte {len(GOOD) + 4} (line 2, behind row 1): parse error: unallowed token at this "
+        f"broken JSON at byte {len(GOOD) + 4} (line 2, after row 1): parse error: unallowed token at this "
         "point in JSON text",
     ),
-    "more behind": (b"[]\n[]", "broken JSON at byte 4 (line 2, behind row 0): parse error: trailing garbage"),
+    "more behind": (b"[]\n[]", "broken JSON at byte 4 (line 2, after row 0): parse error: trailing garbage"),
     "nan": (
         MANY + b',\n{"id": NaN}]',
-        f"broken JSON at byte {END + 10} (line 2001, behind row 2000): NaN and Infinity are not JSON, write "
+        f"broken JSON at byte {END + 10} (line 2001, after row 2000): NaN and Infinity are not JSON, write "
         "null",
     ),
 }

@@ -224,11 +224,11 @@ def _check(
         contents = [content_name(image) for image in conversation.images]
         reason = "cannot be encoded"
         tokens = collator.encoder.tokenize(conversation)
-        whole = Tokenized(conversation.id, conversation.images, conversation.source, tokens)
+        tokenized = Tokenized(conversation.id, conversation.images, conversation.source, tokens)
         counts = collator.encoder.count_image_tokens(sizes)
-        encoded = collator.encoder.encode(whole, counts)
+        encoded = collator.encoder.encode(tokenized, counts)
         reason = _TOO_LONG if len(encoded.input_ids) > collator.max_length else "no supervised token"
-        check_length(whole, encoded, collator.max_length)
+        check_length(tokenized, encoded, collator.max_length)
     except DataError as error:
         return Reject(path, row_number(conversation.source), conversation.id, reason, str(error))
     sequence = token_sequence(encoded, contents, counts, collator.encoder)

@@ -63,7 +63,7 @@ def read(
             the file's folder.
         split: `"train"` or `"test"`: only this split; `None`: every row. Rows of the other split are not
             checked. For a file of the MEVF form whose name does not tell its split, `split` says which one
-            the whole file is.
+            all of the file is.
         rejects: takes the rows that cannot be used (`rejects.Reason` names the reasons); with `None` the
             first one raises.
 

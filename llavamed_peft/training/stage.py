@@ -352,7 +352,7 @@ def _learnt_tensors(trainer: StageTrainer) -> Tensors:
 
 
 class _LeftWhereItIs(SFTConfig):
-    """For a model that is sharded later: as a whole it may not fit on a GPU."""
+    """For a model that is sharded later: unsharded it may not fit on a GPU."""
 
     place_model_on_device = False
 
