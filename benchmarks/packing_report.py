@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from packing_bench import Bench
 from packing_data import CURVE
 from packing_runs import RANK, Run
 from packing_works import ARMS, WORKS
@@ -14,12 +15,6 @@ from workbench import (
     heading,
     spread,
 )
-
-SAME_LOSS = 1e-4  # the sides sum the same losses in another order
-
-if TYPE_CHECKING:
-    from packing import Bench
-
 
 WANTED_USEFUL = 0.97
 

@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 from packing_data import CURVE
 
+SAME_LOSS = 1e-4  # relative: the sides sum the same losses in another order
+
 
 class Arm(NamedTuple):
     """One way to train.
