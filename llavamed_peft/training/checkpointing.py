@@ -70,7 +70,8 @@ class Checkpointing:
     ):
         self.folder, self.resumed, self.enabled = folder, resumed, enabled
         self.stage, self.measured, self.run_log = stage, measured, run_log
-        self.ledgers = {"train": train, "eval": held_out}
+        self.ledgers = {"train": train, "eval": held_out}  # as a checkpoint names them
+        self.order = order_of(train.index)
         self.processes = PartialState()
         self.saved_at = 0 if resumed is None else resumed.step
         self._cost_shown = False
@@ -85,7 +86,7 @@ class Checkpointing:
                 "beginning."
             )
         state = checkpoint.state
-        if state["order"] != self._order():
+        if state["order"] != self.order:
             raise TrainingError(
                 f"{checkpoint.path}: was trained on other rows than can be used now. Have images changed? "
                 "Put them back and make the same call again, or choose another output_dir."
@@ -96,11 +97,6 @@ class Checkpointing:
         for name, ledger in self.ledgers.items():
             if ledger is not None:
                 ledger.failed.update({row: reason for row, reason in state["failed"][name]})
-
-    def _order(self) -> str:
-        train = self.ledgers["train"]
-        assert train is not None
-        return order_of(train.index)
 
     def has_news(self, step: int) -> bool:
         """Whether something was learnt since the stage was saved.
@@ -129,7 +125,7 @@ class Checkpointing:
         if self.processes.is_main_process:
             self._refuse_broken(step, tensors)  # a checkpoint of these would be resumed from for ever
             state = {
-                "order": self._order(),
+                "order": self.order,
                 "counted": asdict(self.measured.counted),
                 "training_seconds": training_seconds,
                 "history": self.measured.history,
