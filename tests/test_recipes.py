@@ -336,7 +336,7 @@ def test_true_and_false_may_be_written_as_in_yaml(word, value, tmp_path):
         ([], "model: a\nworkers: 1.5", "workers is 1.5; wanted a whole number, or no such line."),
         ([], "model: a\nquantization: none", "quantization is 'none'; wanted one of nf4, or no such line."),
         ([], "model: a\nreport_to: {a: b}", "report_to is {'a': 'b'}; wanted a list of words."),
-        ([], "model: a\nmodel: b", "options.yaml is not YAML: the key 'model' stands twice"),
+        ([], "model: a\nmodel: b", "options.yaml is not YAML: the key 'model' is there twice"),
         ([], "3: x", "unknown option 3."),
         (["--config"], None, "--config: expected a file after it."),
         ([], "- model", "options.yaml holds ['model']; wanted a mapping of options to values."),

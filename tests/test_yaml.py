@@ -178,7 +178,7 @@ def test_a_yaml_file_is_named_in_its_errors(tmp_path: Path) -> None:
 
 
 def test_yaml_with_a_key_twice_is_an_error() -> None:
-    with pytest.raises(ConfigError, match="the key 'epochs' stands twice"):
+    with pytest.raises(ConfigError, match="the key 'epochs' is there twice"):
         Curriculum.from_yaml(
             "stages:\n- {name: a, trains: projector, schedule: {epochs: 1, learning_rate: 1e-3, epochs: "
             "30}}\n"
