@@ -108,7 +108,7 @@ def test_an_index_without_its_markers_is_left_alone(shelf, text):
         catalogue.update(shelf)
     assert str(caught.value) == (
         f"{shelf / 'README.md'}: wanted a line {catalogue.BEGIN} and below it a line {catalogue.END}, for "
-        "the table to stand between."
+        "the table between them."
     )
     assert (shelf / "README.md").read_text() == text
 
