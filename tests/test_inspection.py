@@ -61,7 +61,7 @@ data of align, instruct (max_length 64)
     45-49  0
     50-54  0
     55-59  1  ############################################################
-  the first rows; supervised is what stands in [[ ]]
+  the first rows; supervised tokens are in [[ ]]
     train.json:1 (id q1)
       USER: <image>×16\\nwhat is it ? ASSISTANT:[[ a chest x-ray\\nof the left lung</s>]]USER: normal ? ASSISTANT:[[ yes</s>]]
     train.json:3 (id q3)

@@ -96,7 +96,7 @@ def lengths(index: Index, width: int) -> Iterator[str]:
 def first_rows(index: Index, collator: PackedCollator, rows: int, width: int, colour: bool) -> Iterator[str]:
     if not len(index) or not rows:
         return
-    yield f"the first rows; supervised is what is {_MARKED.format('like this') if colour else 'in [[ ]]'}"
+    yield f"the first rows; supervised tokens are {_MARKED.format('like this') if colour else 'in [[ ]]'}"
     for conversation in map(index.conversation, range(min(rows, len(index)))):
         yield f"  {visible(conversation.source)} (id {visible(conversation.id)})"
         try:
