@@ -77,7 +77,7 @@ class Kernel(NamedTuple):
 
 class Takes(NamedTuple):
     """What a compiled kernel takes of a GPU: KB of shared memory a block, registers a thread, bytes spilled
-    behind these."""
+    after these."""
 
     shared_kb: float
     registers: int

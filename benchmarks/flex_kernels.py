@@ -6,7 +6,7 @@
 Inductor's kernels for the mask and the options that `packing/masks.py` gives FlexAttention, forward and
 backward, as transformers has it compiled, four query heads to a key's; compiled by Triton and its `ptxas`
 (`cuda_without_gpu.py`). A kernel that needs more shared memory than a block may have does not start; what is
-spilled behind its registers is slow. That the kernels are right is `tests/test_flex_kernels.py`'s business,
+spilled from its registers is slow. That the kernels are right is `tests/test_flex_kernels.py`'s business,
 how fast they are only a GPU's (`packing_gpu.py`).
 """
 
@@ -126,7 +126,7 @@ def log_entry(result: dict[str, Any]) -> str:
             f"- Machine: {result['machine']}",
             f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",
             f"- Command: `{result['command']}`",
-            "- What: shared memory of a block, bytes spilled behind a thread's registers",
+            "- What: shared memory of a block, bytes spilled from a thread's registers",
             f"- Expected: heads of at most {at_most} fit, which `packing/masks.py` gives FlexAttention",
             f"- Result: {'as expected' if not misfits else 'not as expected: ' + ', '.join(misfits)}",
             "",

@@ -8,7 +8,7 @@
 shuffling. What differs is the order of the data, hence which questions share a step and how noisy its
 gradient is. Two works, each trained with both, from the same beginning, over several seeds:
 
-- demo: the vqa stage of `make demo` behind its instruct stage. A seed draws another clinic, orders its rows
+- demo: the vqa stage of `make demo` after its instruct stage. A seed draws another clinic, orders its rows
 otherwise and begins
   LoRA elsewhere. 600 held-out questions are answered.
 - vqa_rad: `recipes/configs/tiny-vqa-rad.yaml`, three epochs of VQA-RAD's 1,797 training questions on the
@@ -73,7 +73,7 @@ def main() -> None:
 
 
 def demo(options: argparse.Namespace, seed: int, folder: Path) -> list[dict[str, Any]]:
-    """The demo's vqa stage, trained with either shuffle behind the same two stages."""
+    """The demo's vqa stage, trained with either shuffle after the same two stages."""
     from demo import BASE, QUESTIONS, exact_match, read_questions
     from demo import HERE as DEMO
     from scenes import write_dataset

@@ -1,4 +1,4 @@
-"""Runs that are killed at random moments and gone on with: do they end with the tensors of a run that was
+"""Runs that are killed at random moments and resumed: do they end with the tensors of a run that was
 left alone?
 
     python benchmarks/kills.py --kills 200          # an hour on 2 cores that did other work too
@@ -10,7 +10,7 @@ LoRA with dropout, and projector then full. Then calls are killed with SIGKILL a
 to their end. Half of the moments are drawn from the time a call takes. The other half are file operations in
 the run's folder (an open for writing, a rename, a new folder, a removal), drawn from all that a call makes:
 the process kills itself just before that one, so that checkpoints, stage folders and logs are hit in the
-middle of their writing, which by the clock would be rare. After every kill, what stands under a final name
+middle of their writing, which by the clock would be rare. After every kill, what is under a final name
 must be whole. At its end a run must have the same tensors bit for bit, the same losses, the same counts, and
 each unusable row listed once.
 
@@ -285,7 +285,7 @@ def what_was_hit(out: Path) -> str:
     if any(out.glob(".*.partial")):
         return "writing a stage's folder or a log"
     if any(path.name.startswith(".") or (out / path.name).exists() for path in out.glob("checkpoints/*")):
-        return "behind a stage"
+        return "after a stage"
     return "training, evaluating or loading"
 
 
@@ -328,7 +328,7 @@ def log_entry(result: dict[str, Any]) -> str:
     hit = ", ".join(f"{what} {count}" for what, count in sorted(result["kills"].items()))
     return "\n".join(
         [
-            f"## {result['date']} · kills: runs killed at random moments and gone on with",
+            f"## {result['date']} · kills: runs killed at random moments and resumed",
             "",
             f"- Machine: {result['machine']}",
             f"- Versions: {', '.join(f'{name} {number}' for name, number in result['versions'].items())}",

@@ -39,7 +39,7 @@ training loop in which our model waits for a step's images, which are decoded in
 on a CPU; TRL's does not tell. Useful positions are those that are neither padding nor a beginning which
 another row of the step holds, too.
 
-The bound by FLOPs is what TRL's padded step costs over what the packed one costs (the formula stands in
+The bound by FLOPs is what TRL's padded step costs over what the packed one costs (the formula is in
 `packing_runs.py`); the bound of packing alone takes TRL's with our head. A curve over 1 to 20 questions an
 image shows how near we come.
 

@@ -68,7 +68,7 @@ class Bench:
             how = self._best(work) | how
             how["device_batch"] = min(
                 how["device_batch"], conversations // 2
-            )  # something must be left behind the warm-up
+            )  # something must be left after the warm-up
         found = self._start(side, how, work.data, pair, conversations, steps)
         line = f"{found['per_second']:.3f} questions/s, {found['peak_mb']:,.0f} MB"
         print(f"pair {pair + 1}, {work.data}, {label}: {line}", file=sys.stderr)

@@ -5,9 +5,9 @@
     python benchmarks/packing_gpu.py --tiny --quantization none --row_tokens 2048    # small, no GPU
 
 Weights are random (13.5 GB in bf16, drawn on the GPU). `--folder` keeps them and what was run, so that the
-same command made again goes on. Each run is a process of its own (`packing_runs.py`): some optimizer steps of
-one LoRA stage over the questions of `packing_data.py`, one epoch, activation checkpointing on, four workers,
-the first step left out since it compiles. The arms:
+same command, made again, resumes. Each run is a process of its own (`packing_runs.py`): some optimizer steps
+of one LoRA stage over the questions of `packing_data.py`, one epoch, activation checkpointing on, four
+workers, the first step left out since it compiles. The arms:
 
 - packed: as `curriculum_finetune` has it on CUDA, rows read by FlexAttention. A bound of tokens holds for a
 row.
@@ -121,7 +121,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--conversations", type=int, default=64, help="of an optimizer step")
     parser.add_argument("--steps", type=int, default=4, help="optimizer steps of a run, the first left out")
     parser.add_argument("--repeats", type=int, default=5, help="runs of each arm")
-    parser.add_argument("--minutes", type=float, help="begin no run behind so many")
+    parser.add_argument("--minutes", type=float, help="begin no run after so many")
     parser.add_argument("--folder", type=Path, help="of the weights and of what was run; left out: temporary")
     parser.add_argument("--tiny", action="store_true", help="a miniature of the model with 16 image tokens")
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")

@@ -41,9 +41,9 @@ def main() -> None:
 
 
 def start_clock() -> list[tuple[float, float]]:
-    """Wall and CPU seconds when training begins and behind every step of the trainer that this process makes.
+    """Wall and CPU seconds when training begins and after every step of the trainer that this process makes.
 
-    On a CPU also behind every part of a step. A GPU is waited for, which would hold it up there.
+    On a CPU also after every part of a step. A GPU is waited for, which would hold it up there.
     """
     import torch
     from transformers import TrainerCallback, trainer

@@ -180,7 +180,7 @@ def heading(name: str, libraries: Sequence[str] = LIBRARIES) -> dict[str, Any]:
 
 
 def write_down(result: Mapping[str, Any], entry: str, suffix: str) -> Path:
-    """Add an entry to `LOG.md`, and write the numbers behind it to `results/`; returns that file."""
+    """Add an entry to `LOG.md`, and write its numbers to `results/`; returns that file."""
     with (HERE / "LOG.md").open("a", encoding="utf-8") as log:
         log.write(f"\n{entry}")
     (HERE / "results").mkdir(exist_ok=True)

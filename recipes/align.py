@@ -1,8 +1,8 @@
 """Stage 1 of LLaVA-Med alone: the projector learns what figures look like, from figure-caption pairs.
 
-The data are LLaVA JSON, one turn a row: an instruction with `<image>`, the caption as the answer. Left behind
-is `<output_dir>/align`, a PEFT adapter that holds the projector; `instruct.py` and `vqa.py` go on from it
-with `--start_from`.
+The data are LLaVA JSON, one turn a row: an instruction with `<image>`, the caption as the answer. It leaves
+`<output_dir>/align`, a PEFT adapter that holds the projector; `instruct.py` and `vqa.py` continue it with
+`--start_from`.
 
 python recipes/align.py \\
     --model llava-hf/llava-1.5-7b-hf \\
@@ -21,7 +21,7 @@ python recipes/align.py \\
     --report_to tensorboard \\
     --output_dir runs/align-nf4
 
-Defaults are the paper's. `python recipes/align.py --help` lists all options; any of them may stand in a YAML
+Defaults are the paper's. `python recipes/align.py --help` lists all options; any of them may be in a YAML
 file (`--config`).
 """
 

@@ -1,7 +1,7 @@
 """The whole curriculum in one run: align, instruct, vqa, or the stages of a YAML file.
 
-The data are LLaVA JSON, written `stage=file`; a stage with several files is written several times. Left
-behind is one PEFT adapter a stage, `<output_dir>/<stage>`, each complete on the raw base.
+The data are LLaVA JSON, written `stage=file`; a stage with several files is written several times. It leaves
+one PEFT adapter a stage, `<output_dir>/<stage>`, each complete on the raw base.
 
 python recipes/curriculum.py \\
     --model llava-hf/llava-1.5-7b-hf \\
@@ -20,7 +20,7 @@ python recipes/curriculum.py \\
     --output_dir runs/llava-med-nf4
 
 Without `--curriculum` the stages are `LLAVA_MED`, the paper's, the later two as LoRA; `LLAVA_MED_FULL` is its
-full fine-tuning. Stages of your own are a YAML file; this writes one to begin with, and the command behind it
+full fine-tuning. Stages of your own are a YAML file; this writes one to begin with, and the command after it
 runs it:
 
 python -c "from llavamed_peft import LLAVA_MED_FULL; LLAVA_MED_FULL.to_yaml('stages.yaml')"
@@ -33,9 +33,8 @@ python recipes/curriculum.py \\
     --output_dir runs/llava-med-full
 
 In a YAML file of options (`--config`) data, eval_data and image_folder may be mappings of stage to file, and
-the stages may stand
-in it: `configs/` has such files for 7B checkpoints. Data sets in formats of their own, VQA-RAD's above all,
-are `vqa.py`'s.
+the stages may be in it: `configs/` has such files for 7B checkpoints. Data sets in formats of their own,
+VQA-RAD's above all, are `vqa.py`'s.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Stage 2 of LLaVA-Med alone: projector and language model learn to hold a dialogue about a figure, the
 latter as LoRA.
 
-The data are LLaVA JSON, several turns a row. Left behind is `<output_dir>/instruct`, a PEFT adapter that
-holds the projector in full and LoRA on every linear of the language model, whatever stage it began behind.
+The data are LLaVA JSON, several turns a row. It leaves `<output_dir>/instruct`, a PEFT adapter that
+holds the projector in full and LoRA on every linear of the language model, whatever stage it continues.
 
 python recipes/instruct.py \\
     --model llava-hf/llava-1.5-7b-hf \\
@@ -25,7 +25,7 @@ python recipes/instruct.py \\
 
 Epochs and batch default to the paper's, LoRA and the rates to LLaVA's own LoRA recipe. Full fine-tuning, as
 in the paper, is `curriculum.py` with a curriculum of `full` stages. `python recipes/instruct.py --help` lists
-all options; any of them may stand in a YAML file (`--config`).
+all options; any of them may be in a YAML file (`--config`).
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Stage 3 of LLaVA-Med alone: short answers to questions about radiographs, then the held-out ones asked and
 scored.
 
-Of VQA-RAD's own JSON (`--dataset vqa_rad`) one split trains and another is answered. Left behind in
+Of VQA-RAD's own JSON (`--dataset vqa_rad`) one split trains and another is answered. It leaves in
 `output_dir`: `vqa/`, the PEFT adapter; `answers.jsonl`, each held-out question with the truth and what the
 model said; `scores.md`, exact match beside the majority answer, open and closed questions apart.
 

@@ -44,7 +44,7 @@ def out(place: Path, request: pytest.FixtureRequest, undisturbed: dict[str, tupl
     return place / request.node.name
 
 
-# What befalls a call
+# What happens to a call
 
 
 def during(stage: str, steps: int, training: bool, then: Callable[..., object], *arguments: object) -> None:
@@ -108,7 +108,7 @@ def limit_file_size(size: int) -> None:
 
 
 def spoil_images(stage: str, steps: int) -> None:
-    """The step behind these has an image that is not a number."""
+    """The step after these has an image that is not a number."""
     compute = StageTrainer._summed_loss
 
     def spoiled(self: StageTrainer, model: torch.nn.Module, batch: DeviceInputs) -> torch.Tensor:

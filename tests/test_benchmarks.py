@@ -1,4 +1,4 @@
-"""The benchmarks run, and compare what can be compared; what they measure stands in `benchmarks/LOG.md`."""
+"""The benchmarks run, and compare what can be compared; what they measure is in `benchmarks/LOG.md`."""
 
 import json
 import os
@@ -70,7 +70,7 @@ def test_kills_compares_and_prints_its_log_entry():
     )
     assert done.returncode == 0, done.stderr  # it stops where a run did not end as it should
     lines = done.stdout.splitlines()
-    assert lines[0].endswith("kills: runs killed at random moments and gone on with")
+    assert lines[0].endswith("kills: runs killed at random moments and resumed")
     assert any(line.startswith("- Result: as expected. 1 kills (") for line in lines)
 
 

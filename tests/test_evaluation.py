@@ -45,7 +45,7 @@ def question(answer, answer_type="open", image="x.png", words="what is in the im
         ("yes . ", "yes"),
         ("yes..", "yes."),  # one full stop only
         ("0.5", "0.5"),
-        ("Left  lung", "left  lung"),  # blanks within are words' matter
+        ("Left  lung", "left  lung"),  # spaces within are kept
         ("", ""),
         (".", ""),
     ],

@@ -94,7 +94,7 @@ def test_by_default_it_is_used_where_the_tower_would_see_images_twice(
         lines("twice", 2, layout="packed")[0].endswith("instead of 12")
         and lines("never", 2, feature_cache=False) == []
     )
-    held_out = {"vqa": [asked("held out", images[0])]}  # measured before, behind each of 3 steps
+    held_out = {"vqa": [asked("held out", images[0])]}  # measured before, and after each of 3 steps
     assert (
         "; 6 images pass the vision tower instead of 10; too"
         in lines("eval", 1, eval_data=held_out, eval_steps=1)[0]

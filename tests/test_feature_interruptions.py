@@ -23,7 +23,7 @@ from llavamed_peft.reporting import progress
 from llavamed_peft.storage import whole
 from llavamed_peft.training.trainer import StageTrainer
 
-# What befalls a call of `benchmarks/kills.py`
+# What happens to a call of `benchmarks/kills.py`
 
 
 def in_files_of_two() -> None:

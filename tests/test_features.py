@@ -66,7 +66,7 @@ def test_at_the_same_tower_batch_cached_is_fresh_to_the_bit(
     assert len(found) > 8 and found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    words = collator_of(made)([rows[2]])  # a blank image's turn
+    words = collator_of(made)([rows[2]])  # an empty image's turn
     assert (
         torch.isfinite(made.model(**words).loss)
         and torch.isfinite(made.model(**collator_of(made)([])).logits).all()

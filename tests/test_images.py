@@ -88,7 +88,7 @@ def test_size_needs_no_pixels(tmp_path, suffix):
     """Of each file only the header is left; loading it fails, its size is still known."""
     path = tmp_path / f"noise.{suffix}"
     noise = np.random.default_rng(0).integers(0, 256, (300, 400, 3), dtype=np.uint8)
-    # A TIFF's directory stands behind its pixels as Pillow writes it; the pixels are blanked there instead.
+    # Pillow writes a TIFF's directory after its pixels; the pixels are overwritten there instead.
     Image.fromarray(noise).save(path, **({"compression": "tiff_lzw"} if suffix == "tif" else {}))
     data = path.read_bytes()
     path.write_bytes(data[:8] + b"\xff" * 1000 + data[1008:] if suffix == "tif" else data[:2000])
@@ -313,7 +313,9 @@ def test_content_key_is_the_sha256_of_the_bytes(tmp_path):
 
 def test_equal_files_have_one_name_and_only_such_as_look_alike_are_read_in_full(tmp_path, monkeypatch):
     read = []
-    monkeypatch.setattr(equal_images, "content_key", lambda path: read.append(Path(path).name) or content_key(path))
+    monkeypatch.setattr(
+        equal_images, "content_key", lambda path: read.append(Path(path).name) or content_key(path)
+    )
     long = bytes(range(256)) * 100
     other = long[:9000] + b"!" + long[9001:]
     contents = {

@@ -1,7 +1,7 @@
 """A run that is killed, stopped, or runs into a fault ends, by the same call, as if nothing had happened.
 
 Calls are made by `benchmarks/kills.py` in processes of their own, forked from one that has imported
-everything; what shall befall one of them is a function of this file, which runs in it first. The run is two
+everything; what happens to one of them is a function of this file, which runs in it first. The run is two
 stages with dropout, half an epoch, held-out losses, several device batches a step, an image that breaks off
 and a row that cannot be used.
 """

@@ -257,7 +257,7 @@ def test_a_line_nested_too_deep_is_a_rejected_row(tmp_path):
 MANY = b"[" + b",\n".join([GOOD] * 2000)  # more than one piece of the parser's, 65,536 bytes
 END = len(MANY)
 
-# A wrong byte is told by the byte behind it, and that is the one named.
+# A wrong byte is told by the byte after it, and that is the one named.
 BROKEN_FILES = {
     "empty": (b"", "the file is empty"),
     "blank": (b" \n\t", "the file is empty"),

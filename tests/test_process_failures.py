@@ -80,7 +80,7 @@ def test_processes_whose_images_vanish_end_together_and_list_every_row(place: Pa
 
 
 def fails(fault: str, how: dict[str, str], place: Path, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Two processes that meet a fault behind the first step of three."""
+    """Two processes that meet a fault after the first step of three."""
     script = folder / "fails.py"
     script.write_text(FAILS, encoding="utf-8")
     words = ["--base", place / "base", "--image", place / "0.png", "--out", folder / "out", "--fault", fault]

@@ -94,7 +94,7 @@ curriculum_finetune(base, data, out, curriculum=Curriculum(stages), **how_comput
 assert PartialState().num_processes == int(processes), PartialState()
 """
 
-# As `accelerate launch` wants them; what stands in the recipes' own for GPUs is there too, where a CPU can
+# As `accelerate launch` wants them; what the recipes' own have for GPUs is there too, where a CPU can
 # take it.
 LAUNCH = {
     "fsdp2": {

@@ -1,4 +1,4 @@
-"""Every command that the docstring of a recipe or of the CLI prints is run as it stands, in a folder that
+"""Every command that the docstring of a recipe or of the CLI prints is run as it is, in a folder that
 holds what it names.
 
 The first command of each recipe runs in a process of its own, the others in this one. What they name is in

@@ -97,7 +97,7 @@ def test_more_processes_than_conversations_leaves_some_with_empty_batches(proces
 
 
 def row_tokens(batch: DeviceBatch, lengths: np.ndarray, prefixes: Prefixes) -> int:
-    """Tokens of a packed row: every beginning once, and what each conversation goes on with."""
+    """Tokens of a packed row: every beginning once, and the rest of each conversation."""
     begun = {(int(prefixes.keys[row]), int(prefixes.tokens[row])) for row in batch}
     return sum(tokens for _, tokens in begun) + sum(int(lengths[row] - prefixes.tokens[row]) for row in batch)
 

@@ -26,7 +26,7 @@ EOS_WEIGHT, CLOSED_WEIGHT, OPEN_WEIGHT = 0.2, 4.0, 2.0
 
 @dataclass(frozen=True, slots=True)
 class Branch:
-    """One conversation behind its row's prefix: tokens, and how much each weighs in the loss (0: not
+    """One conversation after its row's prefix: tokens, and how much each weighs in the loss (0: not
     supervised)."""
 
     kind: str  # caption, dialogue, closed or open
@@ -99,7 +99,7 @@ class RowBuilder:
     def _encode(
         self, turns: Turns, report: str | None
     ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-        """Prefix up to the line break behind the image (or the report), the tokens behind it, and which of
+        """Prefix up to the line break after the image (or the report), the tokens after it, and which of
         them are answer."""
         messages = []
         for number, (request, answer) in enumerate(turns):

@@ -12,7 +12,7 @@ from transformers import (
 )
 
 # LLaVA-1.5's manner of speaking: `<s>USER: <image>\nquestion ASSISTANT: answer</s>`. Images come first; an
-# answer begins with a blank, so that its first word is one token.
+# answer begins with a space, so that its first word is one token.
 CHAT_TEMPLATE = """\
 {{- bos_token -}}
 {%- for message in messages -%}
@@ -46,7 +46,7 @@ CHAT_TEMPLATE = """\
 
 
 def build_tokenizer(texts: Iterable[str]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE: any text can be written, and every word of `texts` with the blank before it is one
+    """Byte-level BPE: any text can be written, and every word of `texts` with the space before it is one
     token."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -76,5 +76,5 @@ def scene_texts(scenes: Iterable[Scene]) -> Iterable[str]:
         turns = chain(((question.question, question.answer) for question in scene.questions), scene.dialogue)
         for request, answer in chain(turns, ((instruction, scene.caption) for instruction in INSTRUCTIONS)):
             yield f"USER: {request} ASSISTANT: {answer}"
-            yield request  # behind the image's line break no blank precedes it
+            yield request  # after the image's line break no space comes before it
         yield f"USER: Report: {scene.caption}"

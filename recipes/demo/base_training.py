@@ -27,7 +27,7 @@ SIMPLE_SHARE = 0.2  # of the steps, from the first on, with one shape in each sc
 
 
 class PatchProbe(nn.Module):
-    """A dense task for the vision tower: which shape, colour and size stand in each patch, and the patch's
+    """A dense task for the vision tower: which shape, colour and size are in each patch, and the patch's
     own pixels."""
 
     def __init__(self) -> None:
@@ -50,7 +50,7 @@ class PatchProbe(nn.Module):
 
     @staticmethod
     def _labels(scene: Scene) -> Tensor:
-        """Shape, colour and size of what stands in each patch, [3, patches]; 0 for nothing."""
+        """Shape, colour and size of what is in each patch, [3, patches]; 0 for nothing."""
         labels = torch.zeros(3, GRID, GRID, dtype=torch.long)
         centres = torch.arange(GRID) * PATCH + PATCH // 2
         for shape in scene.shapes:

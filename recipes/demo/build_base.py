@@ -21,10 +21,10 @@ written report. What it leaves is an ordinary Hugging Face LLaVA checkpoint with
 
 What made so small a model look at the image before it answers, found by trial and not taken apart piece by
 piece: weights drawn with 1/sqrt(width) instead of 0.02; a vision tower that first learns to say what each
-patch shows (`PatchProbe`) and goes on doing so; one shape in each scene for the first fifth of the steps;
+patch shows (`PatchProbe`) and keeps doing so; one shape in each scene for the first fifth of the steps;
 closed questions beside their opposites; "yes" and "no" weighing four times, open answers twice, the end of an
 answer a fifth. Of these the curriculum that follows keeps the pairs only, which are in its data; its loss is
-the plain mean. All questions about one image stand in one row behind a single copy of the image, each blind
+the plain mean. All questions about one image are in one row after a single copy of the image, each blind
 to the others.
 
 What is left out: gradient accumulation, bf16, resuming, several devices. The package has them; this script

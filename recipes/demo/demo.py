@@ -125,7 +125,7 @@ def main() -> int:
 
 
 def empty(folder: Path) -> None:
-    """Remove what an earlier demo left in the folder; where something else lies in it, nothing is removed."""
+    """Remove what an earlier demo left in the folder; if something else is in it, nothing is removed."""
     if folder.exists() and not folder.is_dir():
         raise ConfigError(f"output_dir {folder} is a file; wanted a folder.")
     there = sorted(folder.iterdir()) if folder.is_dir() else []

@@ -32,8 +32,7 @@ class SceneQuestion:
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One shape of a general scene: what it is called, and the centre and radius, in pixels, at which it
-    stands."""
+    """One shape of a general scene: what it is called, and the centre and radius, in pixels, of it."""
 
     name: str
     color: str

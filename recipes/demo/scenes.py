@@ -105,7 +105,7 @@ def write_dataset(
 
 
 def _row(row_id: str, image: str, turns: Turns) -> dict[str, object]:
-    """A row of a LLaVA JSON file; the image stands in the first turn."""
+    """A row of a LLaVA JSON file; the image is in the first turn."""
     conversations = []
     for number, (request, answer) in enumerate(turns):
         conversations.append({"from": "human", "value": request if number else f"<image>\n{request}"})
