@@ -243,8 +243,8 @@ curriculum_finetune("org/tiny", {{"align": rows}}, "run", curriculum=Curriculum(
     assert done.returncode == 0, done.stderr
     adapter = StageAdapter.load(tmp_path / "run" / "align")
     base = adapter.record.base
-    assert (base["id"], base["revision"]) == ("org/tiny", revision)
-    assert base["sha256"] == file_sha256(bases["llava"] / "model.safetensors")
+    assert (base.id, base.revision) == ("org/tiny", revision)
+    assert base.sha256 == file_sha256(bases["llava"] / "model.safetensors")
     assert adapter.peft_config().base_model_name_or_path == "org/tiny"
     assert "\nbase_model: org/tiny\nbase_model_relation: adapter\n" in (adapter.path / "README.md").read_text(
         encoding="utf-8"
