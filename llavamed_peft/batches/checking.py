@@ -19,7 +19,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -36,7 +35,7 @@ from ..errors import DataError
 from ..packing.collator import PackedCollator, check_length, token_sequence
 from ..packing.encoding import Tokenized
 from ..reporting.progress import Progress, Show, named
-from ..storage.equal_images import ContentNames
+from ..storage.equal_images import ContentNames, real_path
 from ..storage.hashing import file_sha256
 from ..storage.images import MAX_PIXELS, image_size
 from ..storage.whole import keep, write_file
@@ -46,7 +45,7 @@ from .ledger import fault
 FORMAT = 3  # goes up with every change of what is checked, how it is encoded, or what the file holds
 _TOO_LONG = "longer than max_length"  # a reason, whose detail ends in what it would need (`check_length`)
 _ROWS_PER_BATCH = 1000
-_FILES_KNOWN = 10_000  # images and folders that need not be looked at again
+_FILES_KNOWN = 10_000  # images that need not be looked at again
 LONGEST_STRIP = 100  # times its width, of an image that is still shown
 
 
@@ -180,7 +179,7 @@ def _write_index(
                         refused.append(checked)
                         rejects.append(checked)
                     else:
-                        key = tuple(map(_real_path, checked["images"])) or ("", str(len(groups)))
+                        key = tuple(map(real_path, checked["images"])) or ("", str(len(groups)))
                         usable.append({**checked, "file": file, "group": groups.setdefault(key, len(groups))})
                 notes = {REJECTED: json.dumps([reject.to_dict() for reject in refused])} if refused else None
                 writer.write_batch(pa.RecordBatch.from_pylist(usable, schema), notes)
@@ -245,19 +244,6 @@ def _check(
         "prefix": sequence.prefix_key(),
         "prefix_tokens": sequence.image_prefix,
     }
-
-
-def _real_path(image: str) -> str:
-    """`os.path.realpath`, which asks the file system about every folder on the way, with the folders
-    remembered."""
-    folder, name = os.path.split(os.path.abspath(image))  # what is remembered may not depend on where one is
-    real = os.path.join(_real_folder(folder), name)
-    return os.path.realpath(real) if os.path.islink(real) else real
-
-
-@functools.lru_cache(_FILES_KNOWN)
-def _real_folder(folder: str) -> str:
-    return os.path.realpath(folder)
 
 
 def _bounded(image: str, size: tuple[int, int]) -> tuple[int, int]:

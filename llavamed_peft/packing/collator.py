@@ -8,8 +8,7 @@ cost one image and ten questions, not ten images.
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from numbers import Integral
 
@@ -20,7 +19,7 @@ from transformers import ProcessorMixin
 
 from ..conversations import Conversation, Question
 from ..errors import ConfigError, DataError
-from ..storage.equal_images import content_key, file_size
+from ..storage.equal_images import contents_among
 from ..storage.images import load_image
 from .encoding import IGNORED, Encoded, Encoder, Size, Tokenized
 from .masks import dense_mask
@@ -168,7 +167,7 @@ class PackedCollator:
         paths = list(dict.fromkeys(image for conversation in conversations for image in conversation.images))
         decoded: dict[str, Image.Image] = {}  # by content, so that equal files are decoded once
         if self.features is None:
-            content = _contents(paths, on_image)
+            content = contents_among(paths, on_image)
             for path in paths:
                 if content[path] not in decoded:
                     on_image(path)
@@ -302,19 +301,6 @@ class PackedCollator:
         if not rows:  # attention over nothing would be NaN
             attention_mask[:] = 1
         return {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-
-
-def _contents(paths: Collection[str], on_image: Callable[[str], None]) -> dict[str, str]:
-    """Path → something that is equal for equal files.
-
-    Only files of one size are read for it; others cannot be equal.
-    """
-    sizes: dict[str, int] = {}
-    for path in paths:
-        on_image(path)
-        sizes[path] = file_size(path)
-    files = Counter(sizes.values())
-    return {path: content_key(path) if files[size] > 1 else f"path {path}" for path, size in sizes.items()}
 
 
 def token_sequence(

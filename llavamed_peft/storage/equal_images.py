@@ -1,9 +1,12 @@
-"""Which image files are equal, whatever their names."""
+"""Which image files are the same: by their content, whatever their names, or by where their paths lead."""
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import os
+from collections import Counter
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from pathlib import Path
 
@@ -12,6 +15,7 @@ from .hashing import file_sha256
 from .images import errors_of
 
 _END = 4096  # bytes at either end of a file by which most can be told apart
+_FOLDERS_KNOWN = 10_000  # whose links need not be followed again
 
 
 def content_key(path: str | os.PathLike[str]) -> str:
@@ -25,14 +29,36 @@ def content_key(path: str | os.PathLike[str]) -> str:
         return file_sha256(Path(path))
 
 
-def file_size(path: str | os.PathLike[str]) -> int:
-    """Bytes of the file; files of different sizes are different.
+def contents_among(paths: Collection[str], on_file: Callable[[str], None]) -> dict[str, str]:
+    """Path → something that is equal for equal files among these.
+
+    Only files of the same size are read for it; others cannot be equal.
+
+    Args:
+        on_file: called with each path before the file is looked at.
 
     Raises:
-        DataError: the file is missing or cannot be looked at.
+        DataError: a file is missing or cannot be read.
     """
-    with errors_of(path):
-        return os.stat(path).st_size
+    sizes: dict[str, int] = {}
+    for path in paths:
+        on_file(path)
+        with errors_of(path):
+            sizes[path] = os.stat(path).st_size
+    files = Counter(sizes.values())
+    return {path: content_key(path) if files[size] > 1 else f"path {path}" for path, size in sizes.items()}
+
+
+def real_path(path: str) -> str:
+    """`os.path.realpath`, but folders are remembered: it asks the file system about each on the way."""
+    folder, name = os.path.split(os.path.abspath(path))  # what is remembered may not depend on where one is
+    real = os.path.join(_real_folder(folder), name)
+    return os.path.realpath(real) if os.path.islink(real) else real
+
+
+@functools.lru_cache(_FOLDERS_KNOWN)
+def _real_folder(folder: str) -> str:
+    return os.path.realpath(folder)
 
 
 class ContentNames:
