@@ -55,7 +55,8 @@ def by_stage(option: str, given: Words, plain_for: Sequence[str] = ()) -> dict[s
         elif stage and equals and path:
             paths.setdefault(stage, []).append(path)
         else:
-            raise ConfigError(f"{option} is given {word!r}; wanted stage=path, such as align={word}.")
+            example = "data.json" if equals else word
+            raise ConfigError(f"{option} is given {word!r}; wanted stage=path, such as align={example}.")
     return paths
 
 
