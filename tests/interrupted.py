@@ -26,14 +26,14 @@ ROOT = Path(__file__).parents[1]
 STEPS = {"align": 6, "vqa": 8}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("interruptions")
     kills.write_data(folder)
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def undisturbed(place: Path) -> dict[str, tuple[float, int]]:
     """A run of each kind that was left alone, in `<place>/<kind>`: its seconds and file operations."""
     return {kind: kills.measure(place, kind) for kind in kills.KINDS}
@@ -48,7 +48,7 @@ def out(place: Path, request: pytest.FixtureRequest, undisturbed: dict[str, tupl
 
 
 def during(stage: str, steps: int, training: bool, then: Callable[..., object], *arguments: object) -> None:
-    """Behind so many steps of a stage, in the first device batch of the next one or of the held-out loss,
+    """After so many steps of a stage, in the first device batch of the next one or of the held-out loss,
     something happens."""
     compute, seen = StageTrainer._summed_loss, 0
 

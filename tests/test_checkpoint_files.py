@@ -59,7 +59,7 @@ def test_optimizer_state_finds_its_parameters_by_name(
         load_optimizer_tensors(model, other, {"2.weight/exp_avg": torch.zeros(1)})
 
 
-def test_random_numbers_go_on_where_they_stood() -> None:
+def test_random_numbers_continue_where_they_were() -> None:
     def draw() -> tuple[float, float, float]:
         return random.random(), np.random.normal(), torch.randn(()).item()
 
@@ -70,7 +70,7 @@ def test_random_numbers_go_on_where_they_stood() -> None:
     assert (draw(), draw()) == drawn
 
 
-def test_two_checkpoints_are_kept_and_the_newest_whole_one_is_found(tmp_path: Path) -> None:
+def test_two_checkpoints_are_kept_and_the_newest_intact_one_is_found(tmp_path: Path) -> None:
     assert newest_checkpoint(tmp_path) is None
     for step in (9, 10, 11):
         size = save_checkpoint(

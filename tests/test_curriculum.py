@@ -263,7 +263,7 @@ def test_full_stage_leaves_a_checkpoint_that_the_next_stage_builds_on(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_projector_stage_behind_lora_carries_it_frozen(
+def test_projector_stage_after_lora_carries_it_frozen(
     dtype: str,
     bases: dict[str, Path],
     runs: dict[str, dict[str, StageAdapter]],

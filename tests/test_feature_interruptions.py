@@ -154,7 +154,7 @@ def test_whatever_it_is_at_it_says_so_and_can_be_stopped(
     )
 
 
-def test_a_full_disk_is_said_and_made_room_on_it_goes_on(place: Path) -> None:
+def test_a_full_disk_is_said_and_once_there_is_room_it_resumes(place: Path) -> None:
     out = place / "full"
     last = call(place, out, limit_file_size, 20_000, exit_code=1).rstrip().splitlines()[-1]
     assert "TrainingError" in last and ".safetensors: cannot be written (" in last

@@ -71,7 +71,7 @@ def test_damaged_exif_and_unknown_orientation_count_as_upright(tmp_path):
         np.testing.assert_array_equal(pixels(tmp_path / f"{name}.png"), upright())
 
 
-def test_orientation_behind_a_pngs_pixels_is_ignored_by_size_and_pixels_alike(tmp_path):
+def test_orientation_after_a_pngs_pixels_is_ignored_by_size_and_pixels_alike(tmp_path):
     exif = Image.Exif()
     exif[274] = 6
     path = tmp_path / "late.png"

@@ -225,7 +225,7 @@ def test_values_are_known_by_content_and_other_sources_only_if_they_say_so(
     assert which(tmp_path) != first
 
 
-def test_mended_images_are_seen_after_a_refusal(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
+def test_fixed_images_are_seen_after_a_refusal(bases: dict[str, Path], data: Path, tmp_path: Path) -> None:
     collator = collator_of(bases["llava"])
     with pytest.raises(DataError, match=r"4 of 7 rows cannot be used \(57\.1%; max_rejected is 50\.0%\)"):
         build(data, collator, tmp_path, max_rejected=0.5)

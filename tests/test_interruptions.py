@@ -46,7 +46,7 @@ from llavamed_peft.running.folder import differences, locked
 # Kills
 
 
-def test_an_undisturbed_run_is_whole(undisturbed: dict[str, tuple[float, int]], place: Path) -> None:
+def test_an_undisturbed_run_is_complete(undisturbed: dict[str, tuple[float, int]], place: Path) -> None:
     for kind in kills.KINDS:
         for stage, steps in STEPS.items():
             assert StageAdapter.load(place / kind / stage).metrics["steps"] == steps
@@ -98,7 +98,7 @@ def test_a_finished_run_is_only_read(undisturbed: dict[str, tuple[float, int]], 
 # Signals
 
 
-def test_sigterm_and_ctrl_c_save_first_and_say_how_to_go_on(place: Path, out: Path) -> None:
+def test_sigterm_and_ctrl_c_save_first_and_say_how_to_resume(place: Path, out: Path) -> None:
     last = failed(place, out, during_as_group, "vqa", 3, False, signal_the_group, signal.SIGTERM, workers=2)
     assert last == (
         "llavamed_peft.errors.Interrupted: Stopped by SIGTERM after step 3 of 8 of stage 'vqa'. The "
@@ -183,7 +183,7 @@ class TestStopSignals:
 # Two at once, and another run
 
 
-def test_a_second_run_is_refused_and_a_call_right_after_a_kill_goes_on(place: Path, out: Path) -> None:
+def test_a_second_run_is_refused_and_a_call_right_after_a_kill_resumes(place: Path, out: Path) -> None:
     marker = Path(f"{out}.marker")
     first = kills.start(place, out, "lora", during, "vqa", 3, True, say_and_wait, marker, workers=1)
     while not marker.exists():
@@ -255,25 +255,25 @@ def test_a_base_is_compared_as_far_as_both_sides_know_it() -> None:
     ]
 
 
-def test_data_that_were_refused_can_be_mended_in_the_same_folder(place: Path, tmp_path: Path) -> None:
+def test_data_that_were_refused_can_be_fixed_in_the_same_folder(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert "1 of 14 rows cannot be used" in failed(place, out, max_rejected=0.0)
     assert not (out / "run.json").exists()
     rows = json.loads((place / "data.json").read_text())
-    (place / "mended.json").write_text(json.dumps(rows[:-2]))
-    data = {"align": place / "mended.json", "vqa": place / "mended.json"}
+    (place / "fixed.json").write_text(json.dumps(rows[:-2]))
+    data = {"align": place / "fixed.json", "vqa": place / "fixed.json"}
     killed(
         place, out, kill_before, "os.rename", ".step-2.partial", max_rejected=0.0, data=data, eval_data=None
     )
     assert [entry["file"] for entry in json.loads((out / "run.json").read_text())["data"]["align"]] == [
-        "mended.json"
+        "fixed.json"
     ]
 
 
 # Faults
 
 
-def test_a_worker_that_dies_is_an_error_and_the_checkpoint_stands(place: Path, out: Path) -> None:
+def test_a_worker_that_dies_is_an_error_and_the_checkpoint_is_intact(place: Path, out: Path) -> None:
     last = failed(place, out, during, "vqa", 3, True, kill_a_worker, workers=2)
     assert "llavamed_peft.errors.TrainingError: A worker that decodes images died" in last
     assert "is killed by signal: Killed." in last and "take fewer workers (now 2)" in last
@@ -281,7 +281,9 @@ def test_a_worker_that_dies_is_an_error_and_the_checkpoint_stands(place: Path, o
     goes_on(place, out)
 
 
-def test_an_image_that_is_not_a_number_is_an_error_and_the_checkpoint_stands(place: Path, out: Path) -> None:
+def test_an_image_that_is_not_a_number_is_an_error_and_the_checkpoint_is_intact(
+    place: Path, out: Path
+) -> None:
     last = failed(place, out, spoil_images, "vqa", 5)
     assert (
         "llavamed_peft.errors.TrainingError: The loss of step 6 is nan. Lower learning_rate, or look for odd "

@@ -135,7 +135,7 @@ def package_imports() -> list[Import]:
     return [found for file in files() if unit_of(file) in LAYERS for found in imports_in(file)]
 
 
-def test_the_table_is_read_whole() -> None:
+def test_the_table_is_read_completely() -> None:
     assert len(LAYERS) == 20
     assert LAYERS["batches"] == Layer(
         5, LAYERS["storage"].may_import | {"storage", "reporting", "datasets", "packing"}, True

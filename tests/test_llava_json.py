@@ -140,7 +140,7 @@ def test_rows_are_read_lazily(folder):
         next(rows)
 
 
-def test_byte_order_mark_blank_lines_and_line_numbers(folder):
+def test_byte_order_mark_empty_lines_and_line_numbers(folder):
     good = json.dumps(row(id=...))
     for name, text in {"array": f"\ufeff \n[{good}]", "lines": f"\ufeff{good}\r\n\n  \n{good}"}.items():
         (folder / name).write_text(text, encoding="utf-8", newline="")

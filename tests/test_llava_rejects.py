@@ -180,7 +180,7 @@ BAD = {
 
 @pytest.mark.parametrize("layout", ["array", "lines"])
 @pytest.mark.parametrize("case", BAD)
-def test_bad_rows_are_rejected_with_a_reason_and_reading_goes_on(folder, case, layout):
+def test_bad_rows_are_rejected_with_a_reason_and_reading_continues(folder, case, layout):
     given, reason, detail = BAD[case]
     given = json.loads(json.dumps(given).replace("FOLDER", str(folder)))
     detail = detail.replace("FOLDER", str(folder))

@@ -86,7 +86,9 @@ def fit_one_file_of_features() -> None:
     filling.tower_features = watched
 
 
-def test_too_little_memory_to_store_features_is_an_error_and_whole_files_stay(place: Path, out: Path) -> None:
+def test_too_little_memory_to_store_features_is_an_error_and_complete_files_stay(
+    place: Path, out: Path
+) -> None:
     last = failed(place, out, fit_one_file_of_features, feature_cache=True)
     assert last.endswith(
         "TrainingError: Stage 'align', while features of its images were stored: CUDA out of memory. Tried "
@@ -118,7 +120,7 @@ def test_a_stage_folder_that_cannot_be_written_leaves_the_last_checkpoint(place:
     goes_on(place, out)
 
 
-def test_a_stage_whose_images_vanish_ends_and_goes_on_once_they_are_back(place: Path, out: Path) -> None:
+def test_a_stage_whose_images_vanish_ends_and_resumes_once_they_are_back(place: Path, out: Path) -> None:
     whole, decoded = (out.with_name(f"{out.name}-whole"), {"feature_cache": False, "save_steps": 1})
     kills.finish(kills.start(place, whole, "lora", **decoded), whole)
     last = failed(place, out, during, "vqa", 3, True, lose_the_images, **decoded)
@@ -159,7 +161,7 @@ def on_a_small_disk(place: Path, out: Path) -> None:
     kills.check_same(place / "lora", out)
 
 
-def test_a_full_disk_is_an_error_and_goes_on_when_there_is_room(
+def test_a_full_disk_is_an_error_and_resumes_when_there_is_room(
     place: Path, out: Path, tmp_path: Path
 ) -> None:
     allowed = subprocess.run(

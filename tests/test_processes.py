@@ -223,7 +223,7 @@ def agree(one: Path, other: Path, bound: float) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("how", "stage"), [("ddp", "vqa"), ("fsdp2", "more")])
-def test_processes_stop_together_and_go_on_as_many_or_fewer(
+def test_processes_stop_together_and_resume_as_many_or_fewer(
     how: str, stage: str, place: Path, alone: Path
 ) -> None:
     stopped = launch(place, 2, how, out=place / f"stopped-{how}", stopped=stage)

@@ -109,7 +109,7 @@ class TestRefusals:
         ):
             call(curriculum=full, data={"all": conversations}, quantization="nf4")
 
-    def test_another_rank_behind_start_from(
+    def test_another_rank_after_start_from(
         self, call, conversations: list[Conversation], finished: dict[str, StageAdapter]
     ) -> None:
         other = Curriculum((Stage("vqa", "lora", schedule(), LoraSpec(rank=8, alpha=8)),))

@@ -55,7 +55,7 @@ def content_at(sequence: TokenSequence, token: int) -> tuple[object, ...]:
 
 @untimed
 @given(sequences(), st.one_of(st.none(), st.integers(1, 60)))
-def test_rows_hold_every_sequence_whole_and_share_all_they_may(
+def test_rows_hold_every_sequence_completely_and_share_all_they_may(
     given: list[TokenSequence], bound: int | None
 ) -> None:
     rows = lay_rows(given, bound)

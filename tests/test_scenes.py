@@ -83,7 +83,7 @@ def test_scene_is_well_formed(scene_of):
 
 
 @MAKERS
-def test_closed_questions_stand_beside_their_opposites(scene_of):
+def test_closed_questions_come_with_their_opposites(scene_of):
     for seed in range(500):
         closed = [question for question in scene_of(seed).questions if question.answer_type == "closed"]
         for one, other in zip(closed[::2], closed[1::2], strict=True):
@@ -105,7 +105,7 @@ def test_the_words_of_a_question_do_not_give_its_answer_away(scene_of):
         assert 0.25 < asked[words, "yes"] / (asked[words, "yes"] + asked[words, "no"]) < 0.75, words
 
 
-def test_general_shapes_stand_where_the_caption_says():
+def test_general_shapes_are_where_the_caption_says():
     for seed in range(300):
         scene = general_scene(seed)
         for shape in scene.shapes:

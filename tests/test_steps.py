@@ -63,7 +63,7 @@ def test_every_conversation_once_and_every_process_as_often(
     assert sorted(seen) == list(range(len(rows)))
 
 
-def test_images_are_drawn_whole() -> None:
+def test_images_are_drawn_with_all_their_conversations() -> None:
     groups = np.repeat(np.arange(30), 4)
     order = shuffled(groups, "images", seed=3, epoch=0)
     drawn = groups[order].reshape(30, 4)

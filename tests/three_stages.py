@@ -46,7 +46,7 @@ THREE = Curriculum(
 )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("images")
     generator = random.Random(0)
@@ -56,7 +56,7 @@ def images(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def conversations(images: Path) -> list[Conversation]:
     """Twelve: of one turn and of two, with one image, two images, an image in the second turn, and none."""
     rows = []
@@ -84,13 +84,13 @@ def conversations(images: Path) -> list[Conversation]:
     return rows
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def bases(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("bases")
     return {kind: tiny.build(folder / f"tiny-{kind}", kind, *how) for kind, how in KINDS.items()}
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def runs(
     bases: dict[str, Path], conversations: list[Conversation], tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, dict[str, StageAdapter]]:
