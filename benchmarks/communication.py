@@ -112,11 +112,12 @@ def main() -> None:
     turns = (Turn("user", "<image>\nWhat is it?"), Turn("assistant", "A scan."))
     rows = [Conversation(str(i), turns, (image,)) for i in range(24)]
     stage = Stage("full", "full", Schedule(epochs=1, learning_rate=1e-5, global_batch=8))
+    # Recomputing as with a GPU
     how = {
         "layout": "padded",
         "max_row_tokens": 100,
         "gradient_checkpointing": True,
-    }  # recomputing as with a GPU
+    }
     adapters = curriculum_finetune(BASE, {"full": rows}, folder, curriculum=Curriculum((stage,)), **how)
     method = adapters["full"].record.computing["sharding"]
     expected = formula(method, found["batches"], found["processes"])

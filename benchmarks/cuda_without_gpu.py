@@ -40,9 +40,8 @@ from torch.utils._pytree import tree_map
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-FLEX_OPERATOR = sys.modules[
-    "torch._higher_order_ops.flex_attention"
-]  # its package has an operator of that name
+# Its package has an operator of that name
+FLEX_OPERATOR = sys.modules["torch._higher_order_ops.flex_attention"]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 CUDA = torch.device("cuda", 0)
 

@@ -66,9 +66,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--shared", action="store_true", help="say in the log that the machine did other work too"
     )
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
-    parser.add_argument(
-        "--part", choices=PARTS, help=argparse.SUPPRESS
-    )  # one of them, in the process that measures it
+    # One of them, in the process that measures it
+    parser.add_argument("--part", choices=PARTS, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -260,9 +259,8 @@ def timed_batches(index: Any, collator: Any, workers: int) -> Any:
             return clocked
 
     timed = Timed()
-    collation.load_image = timed.clocked(
-        collation.load_image
-    )  # in this process of the benchmark, and in its forked workers
+    # In this process of the benchmark, and in its forked workers
+    collation.load_image = timed.clocked(collation.load_image)
     collator.encoder.process_images = timed.clocked(collator.encoder.process_images)
     return timed
 

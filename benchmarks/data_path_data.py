@@ -77,9 +77,8 @@ def make_rows(folder: Path, rows: int, exchanges: int, pictures: Sequence[bytes]
             image = folder / name
             if row % 1000 == 0:
                 image.parent.mkdir(parents=True)
-            image.write_bytes(
-                pictures[row % len(pictures)] + str(row).encode()
-            )  # decoders stop before that; no two are equal
+            # Decoders stop before that; no two are equal
+            image.write_bytes(pictures[row % len(pictures)] + str(row).encode())
             turns = []
             for number in range(exchanges):
                 asked, said = (

@@ -36,9 +36,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
         "--heads", nargs="+", default=HEADS, metavar="DTYPE:WIDTH", help="what attention computes in, and on"
     )
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
-    parser.add_argument(
-        "--apart", action="store_true", help=argparse.SUPPRESS
-    )  # one GPU, in a process of its own
+    # One GPU, in a process of its own
+    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
@@ -49,9 +48,8 @@ def main() -> None:
         return
     rows = []
     for gpu in options.gpus:
-        heads = [
-            head for head in options.heads if not (gpu == "sm_75" and head.startswith("bfloat16"))
-        ]  # which it has not
+        # Which it has not
+        heads = [head for head in options.heads if not (gpu == "sm_75" and head.startswith("bfloat16"))]
         found = run_apart(__file__, ["--apart", "--gpus", gpu, "--heads", *heads]) if heads else []
         rows += [{"gpu": gpu, "head": head, **kernels} for head, kernels in zip(heads, found, strict=True)]
         print(f"{gpu}: {len(heads)} kinds of heads compiled", file=sys.stderr)

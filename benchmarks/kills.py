@@ -161,9 +161,8 @@ def _call(
     for stream in (1, 2):
         os.dup2(log, stream)
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell lets its background jobs ignore it
-    multiprocessing.set_start_method(
-        "fork", force=True
-    )  # data-loader workers, as in a process that nobody forked
+    # Data-loader workers, as in a process that nobody forked
+    multiprocessing.set_start_method("fork", force=True)
     # or the trainer's collections would go through, and so copy, all that was imported before the fork
     gc.freeze()
     if before is not None:

@@ -66,9 +66,8 @@ class Bench:
         steps = 2 if arm in work.explained_by else work.steps if side == "ours" else 1
         if side == "trl":
             how = self._best(work) | how
-            how["device_batch"] = min(
-                how["device_batch"], conversations // 2
-            )  # something must be left after the warm-up
+            # Something must be left after the warm-up
+            how["device_batch"] = min(how["device_batch"], conversations // 2)
         found = self._start(side, how, work.data, pair, conversations, steps)
         line = f"{found['per_second']:.3f} questions/s, {found['peak_mb']:,.0f} MB"
         print(f"pair {pair + 1}, {work.data}, {label}: {line}", file=sys.stderr)

@@ -125,9 +125,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--folder", type=Path, help="of the weights and of what was run; left out: temporary")
     parser.add_argument("--tiny", action="store_true", help="a miniature of the model with 16 image tokens")
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
-    parser.add_argument(
-        "--build", action="store_true", help=argparse.SUPPRESS
-    )  # in a process whose GPU memory ends with it
+    # In a process whose GPU memory ends with it
+    parser.add_argument("--build", action="store_true", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 

@@ -26,12 +26,13 @@ def summarise(
     found: dict[str, Any] = {}
     for name in works:
         work = WORKS[name]
+        # vqa and vqa-cached share their data's runs
         its_own = {
             work.ours,
             "trl",
             *work.least,
             *work.explained_by,
-        }  # vqa and vqa-cached share their data's runs
+        }
         arms = {arm: runs for arm in ARMS if arm in its_own and (runs := bench.of(name, arm))}
         ours = arms[work.ours]
         ratios = {

@@ -57,10 +57,11 @@ SIDES = ("ours", "bare")
 WANTED = 0.95  # times the bare trainer's speed
 RANK, ALPHA, RATE, SEED = 16, 32, 2e-4, 42
 SAME_LOSS = 1e-4  # the two sides sum the same losses in another order
+# Bytes; glibc would raise them as it goes
 HAND_BACK = {
     "MALLOC_MMAP_THRESHOLD_": "1048576",
     "MALLOC_TRIM_THRESHOLD_": "1048576",
-}  # bytes; glibc would raise them as it goes
+}
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
@@ -74,9 +75,8 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--image_size", type=int, default=336, help="pixels; (image_size / 14)² image tokens")
     parser.add_argument("--vocabulary", type=int, default=512, help="tokens of the language model")
     parser.add_argument("--log", action="store_true", help="add the result to LOG.md and results/")
-    parser.add_argument(
-        "--side", choices=SIDES, help=argparse.SUPPRESS
-    )  # one run, in the process that measures it
+    # One run, in the process that measures it
+    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
@@ -85,9 +85,8 @@ def main() -> None:
     options = parse()
     if options.side is not None:
         found = {"ours": run_ours, "bare": run_bare}[options.side](options)
-        found["peak_mb"] = round(
-            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1
-        )  # Linux counts in KiB
+        # Linux counts in KiB
+        found["peak_mb"] = round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, 1)
         print(json.dumps(found))
         return
     with tempfile.TemporaryDirectory() as folder:

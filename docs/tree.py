@@ -35,12 +35,13 @@ PHRASES = {
     "docs": "what README links to",
     "tests": "what shows that all this is true",
 }
+# Shown without their files
 CLOSED = {
     "benchmarks/results",
     "tests",
     "recipes/demo/tiny-llava",
     "recipes/configs/accelerate",
-}  # shown without their files
+}
 
 
 def phrase(path: Path) -> str:

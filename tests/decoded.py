@@ -20,10 +20,11 @@ from llavamed_peft.modeling.load import read_config
 from llavamed_peft.modeling.processor import load_processor, make_stage_processor
 from llavamed_peft.packing import PackedCollator
 
+# The second with a processor class of our own
 KINDS = {
     "llava": (),
     "llava_onevision": ("qwen2", "siglip", -1),
-}  # the second with a processor class of our own
+}
 
 ONE_STAGE = Curriculum((Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=2)),))
 

@@ -19,11 +19,12 @@ from PIL import Image
 
 REPOSITORY = Path(__file__).parents[1]
 TRAIN_ROWS, HELD_OUT_ROWS = 8, 4  # of VQA-RAD's own format
+# As the 7B checkpoints have them
 LANGUAGE = {
     "llava": "llama",
     "llava_next": "mistral",
     "llava_onevision": "qwen2",
-}  # as the 7B checkpoints have them
+}
 TOWER = {"llava": "clip", "llava_next": "clip", "llava_onevision": "siglip"}
 
 

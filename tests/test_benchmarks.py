@@ -21,9 +21,8 @@ def test_stage_overhead_compares_equal_work_and_prints_its_log_entry():
         env=os.environ | {"PYTHONPATH": str(ROOT)},
         timeout=280,
     )
-    assert done.returncode == 0, (
-        done.stderr
-    )  # it stops where losses or trainable parameters of the two sides differ
+    # It stops where losses or trainable parameters of the two sides differ
+    assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     assert lines[0].endswith("stage_overhead: a stage beside the bare trainer")
     assert f"- Command: `python benchmarks/stage_overhead.py {' '.join(small)}`" in lines
@@ -84,9 +83,8 @@ def test_processes_send_what_the_formula_says(launch: dict[str, str], tmp_path: 
         text=True,
         env=os.environ | launch | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
-    assert done.returncode == 0, (
-        done.stdout[-1000:] + done.stderr[-3000:]
-    )  # it fails where what is sent is not the formula's
+    # It fails where what is sent is not the formula's
+    assert done.returncode == 0, done.stdout[-1000:] + done.stderr[-3000:]
     found = json.loads(next(line for line in done.stdout.splitlines() if '"method"' in line))
     assert (found["method"], found["processes"], found["batches"]) == ("fsdp2" if launch else None, 2, 4)
     documented = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
@@ -123,9 +121,8 @@ def test_packing_compares_equal_work_and_prints_its_log_entry():
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         timeout=280,
     )
-    assert done.returncode == 0, (
-        done.stderr
-    )  # it stops where losses or trainable parameters of the two sides differ
+    # It stops where losses or trainable parameters of the two sides differ
+    assert done.returncode == 0, done.stderr
     lines = done.stdout.splitlines()
     heading = next(line for line in lines if line.startswith("## "))
     assert heading.endswith("packing: packed training beside TRL at its best")

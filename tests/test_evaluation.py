@@ -57,10 +57,11 @@ def test_what_is_compared(text, wanted):
 def test_the_majority_answer_is_the_commonest_of_its_kind():
     train = [question(answer) for answer in ("Axial", "axial.", "MRI", "liver")]
     train += [question(answer, "closed") for answer in ("Yes", "no", "No.", "yes", "left")]
+    # No and yes are equally frequent: by the alphabet
     assert majority_answers(train) == {
         "open": "axial",
         "closed": "no",
-    }  # no and yes are equally frequent: by the alphabet
+    }
     assert majority_answers(train[:4]) == {"open": "axial"}
     assert majority_answers([]) == {}
 
@@ -165,9 +166,8 @@ def test_the_model_is_asked_what_it_was_asked_in_training(checkpoint, images, mo
     for one, inputs in zip(questions, seen, strict=True):
         trained = collator([one.conversation() if isinstance(one, Question) else one])
         learnt = trained["labels"][0] != -100
-        answer = (
-            int((learnt[1:] & ~learnt[:-1]).nonzero()[-1]) + 1
-        )  # where the last stretch of supervised tokens begins
+        # Where the last stretch of supervised tokens begins
+        answer = int((learnt[1:] & ~learnt[:-1]).nonzero()[-1]) + 1
         assert torch.equal(inputs["input_ids"], trained["input_ids"][:, :answer])
         assert inputs.keys() == trained.keys() - {"labels"}
         for name in inputs.keys() - {"input_ids", "attention_mask"}:

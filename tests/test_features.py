@@ -91,9 +91,8 @@ def test_in_other_tower_batches_features_are_within_one_unit_of_the_last_place(
     assert found[0].keys() == found[1].keys()
     for key, tensor in found[0].items():
         assert tensor.dtype == dtype
-        other = found[1][
-            key
-        ]  # the same or its neighbour; near zero, where last places are small, one of those at 1
+        # The same or its neighbour; near zero, where last places are small, one of those at 1
+        other = found[1][key]
         assert ((tensor.nextafter(other) == other) | ((tensor - other).abs() <= torch.finfo(dtype).eps)).all()
 
 
@@ -182,9 +181,8 @@ def test_a_run_with_the_cache_learns_what_one_without_it_does(
         assert [one.record.computing["feature_cache"] for one in (adapter, fresh[stage])] == [True, False]
         assert [one.metrics["cached_images"] for one in (adapter, fresh[stage])] == [6, 0]
         assert adapter.metrics["loss_last"] == pytest.approx(fresh[stage].metrics["loss_last"], abs=1e-5)
-        new = (
-            6 if position == 0 else 0
-        )  # the full stage's checkpoint has the tower that the stages before it saw
+        # The full stage's checkpoint has the tower that the stages before it saw
+        new = 6 if position == 0 else 0
         assert (
             f"{stage:<10} feature cache on: 6 images, " in said
             and f"; {new} images pass the vision tower instead of " in said

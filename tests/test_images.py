@@ -81,9 +81,8 @@ def test_orientation_after_a_pngs_pixels_is_ignored_by_size_and_pixels_alike(tmp
     np.testing.assert_array_equal(pixels(path), upright())
 
 
-@pytest.mark.parametrize(
-    "suffix", ["png", "jpg", "tif"]
-)  # of WebP the decoder wants the whole file, even for the size
+# Of WebP the decoder wants the whole file, even for the size
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
 def test_size_needs_no_pixels(tmp_path, suffix):
     """Of each file only the header is left; loading it fails, its size is still known."""
     path = tmp_path / f"noise.{suffix}"

@@ -128,9 +128,8 @@ def test_before_the_first_step_there_is_nothing_to_save(place: Path, out: Path) 
 
 class TestStopSignals:
     def test_the_first_is_noted_and_a_second_ctrl_c_stops(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(
-            signal, "getsignal", lambda number: signal.default_int_handler
-        )  # pytest may run in the background
+        # Pytest may run in the background
+        monkeypatch.setattr(signal, "getsignal", lambda number: signal.default_int_handler)
         handlers = [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGTERM, signal.SIGINT)]
         try:
             with pytest.raises(KeyboardInterrupt), StopSignals() as stop:

@@ -232,9 +232,8 @@ def test_tiny_vqa_rad_on_the_miniature(workspace):
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(
-    900
-)  # two minutes on two busy cores, a third of them for decoding and shrinking radiographs
+# Two minutes on two busy cores, a third of them for decoding and shrinking radiographs
+@pytest.mark.timeout(900)
 @pytest.mark.skipif(
     not PUBLISHED.is_dir(),
     reason=f"VQA-RAD is not at {PUBLISHED.relative_to(REPOSITORY.parent)} beside the clone",

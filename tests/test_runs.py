@@ -105,9 +105,8 @@ def test_undecodable_image_leaves_its_step_and_is_counted(
 ) -> None:
     Image.effect_noise((90, 60), 50).save(tmp_path / "cut.png")
     whole = (tmp_path / "cut.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(
-        whole[: len(whole) // 2]
-    )  # the header is fine, the pixels end too soon
+    # The header is fine, the pixels end too soon
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
     good = [Question(str(i), str(images / f"{i}.png"), "what?", "yes", "closed") for i in range(5)]
     bad = Question("bad", str(tmp_path / "cut.png"), "what?", "yes", "closed")
     curriculum = Curriculum((Stage("vqa", "projector", schedule(epochs=2, global_batch=3)),))
@@ -287,9 +286,8 @@ def test_images_that_all_vanish_leave_no_stage(
     assert not (tmp_path / "run" / "vqa").exists()
     assert len((tmp_path / "run" / "rejected.jsonl").read_text(encoding="utf-8").splitlines()) == seen
     monkeypatch.undo()
-    shutil.copytree(
-        images, folder
-    )  # found again: the same call begins the stage, for nothing had been learnt
+    # Found again: the same call begins the stage, for nothing had been learnt
+    shutil.copytree(images, folder)
     adapter = curriculum_finetune(bases["llava"], {"vqa": rows}, tmp_path / "run", curriculum=curriculum)[
         "vqa"
     ]

@@ -84,9 +84,8 @@ def asked(
 ) -> Sharding | None:
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(
-        sharding, "find_spec", lambda name: object()
-    )  # as if deepspeed were installed: it is not called here
+    # As if deepspeed were installed: it is not called here
+    monkeypatch.setattr(sharding, "find_spec", lambda name: object())
     return asked_sharding(dtype, 1.0)
 
 

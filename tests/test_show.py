@@ -79,9 +79,8 @@ def catalogue(tmp_path):
 
 def test_show_is_a_tree_from_the_base_to_the_stage(catalogue):
     (catalogue / "other").mkdir()
-    (catalogue / "other" / "stage.json").write_text(
-        "{", encoding="utf-8"
-    )  # damage beside it is not what was asked about
+    # Damage beside it is not what was asked about
+    (catalogue / "other" / "stage.json").write_text("{", encoding="utf-8")
     lines = show(catalogue / "tiny-llava--vqa")
     assert "\n".join(lines).startswith(TREE)
     assert "   │  ├─ loss_last: 0.1004" in lines and "   │  └─ eval_loss_after: –" in lines

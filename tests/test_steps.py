@@ -166,10 +166,11 @@ def test_rows_of_their_own_are_dealt_out_evenly() -> None:
 @pytest.mark.parametrize(
     ("sizes", "rows"),
     [
+        # The shortest row for the process that has the longest
         (
             [100, 90, 60, 50],
             [[[100], [50]], [[90], [60]]],
-        ),  # the shortest row for the process that has the longest
+        ),
         ([60, 60, 50, 40, 40, 30], [[[50, 30], [60]], [[40, 40], [60]]]),
         ([70, 30, 30, 30], [[[30, 30, 30]], [[70]]]),
     ],
@@ -231,9 +232,8 @@ def test_real_questions_fill_packed_rows_well(processes: int, max_row_tokens: in
         useful += row_tokens(tuple(step), lengths, prefixes)
         padded += len(step) * int(lengths[step].max())
         loads = [[row_tokens(batch, lengths, prefixes) for batch in share] for share in steps.shares(step)]
-        laid += sum(
-            max(load, 2) for share in loads for load in share
-        )  # an empty row has two tokens of padding
+        # An empty row has two tokens of padding
+        laid += sum(max(load, 2) for share in loads for load in share)
         longest += processes * max(map(sum, loads))
     assert useful / laid > 0.97
     assert useful / longest > 0.85, "no process waits long for another"

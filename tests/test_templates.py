@@ -122,9 +122,8 @@ def test_stage_processor_yields_with_stock_calls_what_training_saw(
     assert rendered.startswith(trained) and len(rendered) - len(trained) == len(chat_format.tail)
     history = loaded.apply_chat_template(to_messages(TWO[:3], chat_format.plain), add_generation_prompt=True)
     assert trained.startswith(history), "a later answer is asked for as it was trained"
-    if (
-        loaded.chat_template != processors[name].chat_template and name != "trailing space"
-    ):  # there, tokens merge over the edge
+    # There, tokens merge over the edge
+    if loaded.chat_template != processors[name].chat_template and name != "trailing space":
         again = read_template(loaded)
         assert again.template == loaded.chat_template, "a stage's template needs no further wrapping"
         masks = loaded.apply_chat_template(

@@ -180,9 +180,8 @@ def test_an_epoch_can_be_entered_in_its_middle_as_the_trainer_does_it(
     whole = texts(loader)
     loader.set_epoch(7)
     entered = skip_first_batches(loader, 1)
-    entered.batch_sampler.batch_sampler.set_epoch(
-        epoch
-    )  # where the trainer looks for it in a loader that skips
+    # Where the trainer looks for it in a loader that skips
+    entered.batch_sampler.batch_sampler.set_epoch(epoch)
     assert len(whole) == 3 and texts(entered) == whole[1:]
 
 

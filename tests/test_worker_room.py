@@ -87,10 +87,11 @@ PIXELS = "0 workers instead of 2: {} has about {} of pixels, and /dev/shm has 75
     ("feature_cache", "said"),
     [
         (False, [PIXELS.format("a step", "75.3 kB"), PIXELS.format("a held-out step", "37.6 kB")]),
+        # Of its features, 4.4 kB, there is room for the steps of two workers
         (
             True,
             [PIXELS.format("an image", "37.6 kB")],
-        ),  # of its features, 4.4 kB, there is room for the steps of two workers
+        ),
     ],
 )
 def test_what_has_no_room_is_decoded_in_the_training_process_and_a_line_says_so(

@@ -113,9 +113,8 @@ def test_training_names_the_row_that_killed_a_worker(
 
     def deadly(path: str) -> Image.Image:
         if path.endswith("3.png"):
-            os.kill(
-                os.getpid(), signal.SIGSEGV
-            )  # as a decoder with a fault does; workers are forked here, so they have this too
+            # As a decoder with a fault does; workers are forked here, so they have this too
+            os.kill(os.getpid(), signal.SIGSEGV)
         return load_image(path)
 
     monkeypatch.setattr(collator, "load_image", deadly)

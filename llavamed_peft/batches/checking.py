@@ -93,11 +93,8 @@ def build_index(
             longer = f", or give max_length={needed}, which the longest row needs" if needed else ""
             lenient = ", or raise max_rejected" if len(index) else ""
             why += f" Each row is listed in {rejects.path.name}. Fix the data{longer}{lenient}."
-        for file in (
-            path,
-            partial,
-            digest,
-        ):  # what is fixed next may be images, which the fingerprint does not know
+        # What is fixed next may be images, which the fingerprint does not know
+        for file in (path, partial, digest):
             file.unlink(missing_ok=True)
         raise DataError(why)
     if not found:

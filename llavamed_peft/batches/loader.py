@@ -169,9 +169,8 @@ class Workers:
         while self.notes and time.monotonic() < patience:
             if any(note.is_dead for note in self._read_notes()):
                 return
-            with contextlib.suppress(
-                RuntimeError
-            ):  # torch raises what it learns in any call, also in this one
+            # torch raises what it learns in any call, also in this one
+            with contextlib.suppress(RuntimeError):
                 time.sleep(0.1)
 
     def _read_notes(self) -> list[WorkerNote]:

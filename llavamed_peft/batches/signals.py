@@ -33,9 +33,8 @@ class StopSignals:
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self.trains = multiprocessing.RawValue(
-            "b", 0
-        )  # shared with data-loader workers, see `prepare_worker`
+        # Shared with data-loader workers, see `prepare_worker`
+        self.trains = multiprocessing.RawValue("b", 0)
         self._at = 0.0
         self._before: dict[int, Any] = {}
 

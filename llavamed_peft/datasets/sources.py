@@ -115,9 +115,8 @@ def _file(path: Path, image_folder: str | Path | None) -> Source:
     if not path.is_file():
         raise DataError(f"{path}: {_instead(path)}; wanted a LLaVA JSON file.")
     if image_folder is not None:
-        ImageFolder(
-            image_folder
-        )  # known to be missing before the first row is read, perhaps after another stage's 500,000
+        # Known to be missing before the first row is read, perhaps after another stage's 500,000
+        ImageFolder(image_folder)
 
     def conversations(rejects: Any) -> Iterator[Conversation]:
         return llava_json.read(path, image_folder, rejects)

@@ -83,10 +83,8 @@ def read_plans(folder: Path) -> Plans:
     for path in sorted(folder.glob("plan-*.json")):
         try:
             text = path.read_text(encoding="utf-8", errors="replace")
-        except (
-            FileNotFoundError,
-            IsADirectoryError,
-        ):  # another process found it damaged; writing it says that a folder is there
+        # Another process found it damaged; writing it says that a folder is there
+        except (FileNotFoundError, IsADirectoryError):
             continue
         if path.name == _plan_name(text):
             files = {

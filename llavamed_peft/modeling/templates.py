@@ -195,9 +195,8 @@ def _template_text(processor: ProcessorMixin) -> str:
     if isinstance(template, dict):
         template = template.get("default")
     if template and (wrapped := _WRAPPED.fullmatch(template)):
-        template = wrapped[
-            1
-        ]  # an earlier stage's; a wrapper around a wrapper would get slower with each stage
+        # An earlier stage's; a wrapper around a wrapper would get slower with each stage
+        template = wrapped[1]
     if not template:
         raise CheckpointError(
             "The checkpoint has no chat template; wanted one in chat_template.jinja, processor_config.json "

@@ -25,9 +25,8 @@ def stage_model(
         dtype: of the frozen weights; what trains is float32.
         seed: of LoRA's first values.
     """
-    model, _ = load_checkpoint(
-        lineage.base, quantization
-    )  # in the stored dtype: what trains begins unrounded
+    # In the stored dtype: what trains begins unrounded
+    model, _ = load_checkpoint(lineage.base, quantization)
     set_seed(seed)
     if stage.trains == "full":
         model = _full_model(model, lineage)

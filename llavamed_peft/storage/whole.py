@@ -72,9 +72,8 @@ def write_folder(folder: Path, fill: Callable[[Path], None]) -> Path:
         shutil.rmtree(partial, ignore_errors=True)  # of a run that was killed
         partial.mkdir(parents=True)
         fill(partial)
-        readable = (
-            partial.stat().st_mode & 0o666
-        )  # as the umask has it; safetensors writes for the owner alone
+        # As the umask has it; safetensors writes for the owner alone
+        readable = partial.stat().st_mode & 0o666
         for path in partial.rglob("*"):
             if path.is_file():
                 path.chmod(readable)

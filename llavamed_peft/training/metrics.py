@@ -100,9 +100,8 @@ class Watch(TrainerCallback):
         record: dict[str, Any] = {"stage": self.stage, "step": state.global_step, "steps": state.max_steps}
         if "eval_loss" in logs:
             record["eval_loss"] = logs["eval_loss"]
-        elif (
-            "loss" in logs and measured.step_supervised_tokens
-        ):  # without: none of its images could be decoded
+        # Without: none of its images could be decoded
+        elif "loss" in logs and measured.step_supervised_tokens:
             seconds = measured.seconds()
             left = seconds / state.global_step * (state.max_steps - state.global_step)
             record["epoch"] = round(state.epoch, 4)

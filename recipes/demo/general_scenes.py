@@ -115,9 +115,8 @@ def _general_questions(
     shown_names = [name for name in SHAPES if any(shape.name == name for shape in shapes)]
     count = COUNTS[len(shapes) - 1]
 
-    shape = rng.choice(
-        shapes
-    )  # the false question differs from the true one in colour or in shape, not in both
+    # The false question differs from the true one in colour or in shape, not in both
+    shape = rng.choice(shapes)
     near = (
         [(color, shape.name) for color in colors]
         if rng.random() < 0.5
@@ -147,9 +146,8 @@ def _general_questions(
     )
     if dots:
         questions += question_pair("dots", "Are there {} dots?", dots, another(rng, dots, ("few", "many")))
-    if dots or rng.random() < _DOTTED / (
-        1 - _DOTTED
-    ):  # as often asked where there are none as where there are some
+    # As often asked where there are none as where there are some
+    if dots or rng.random() < _DOTTED / (1 - _DOTTED):
         questions += presence("dots", bool(dots), "Are there dots?", "Are dots absent?")
 
     for shape in shapes:
