@@ -176,7 +176,7 @@ def test_a_full_disk_is_an_error_and_resumes_when_there_is_room(
     kills.context()  # sets what such a run is computed with
     done = subprocess.run(
         ["unshare", "-rm", sys.executable, "-c", script, str(place), str(out)],
-        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"},
+        env=os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{ROOT / 'benchmarks'}"},
         capture_output=True,
         text=True,
         timeout=250,

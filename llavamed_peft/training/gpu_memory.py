@@ -47,7 +47,7 @@ def enough_to_store_features(stage: Stage, how_to_resume: Callable[[], str]) -> 
         raise TrainingError(
             f"Stage {stage.name!r}, while features of its images were stored: {_first_words(error)} Make the "
             "same call with feature_cache=False or on an emptier GPU; what is learnt stays the same. "
-            "Complete files of features stay. {how_to_resume()}"
+            f"Complete files of features stay. {how_to_resume()}"
         ) from error
 
 
