@@ -9,6 +9,8 @@ import os
 import pickle
 import resource
 import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -54,6 +56,25 @@ def test_workers_that_are_not_forked_yield_the_same_batches(
         assert batch.inputs.keys() == wanted.inputs.keys()
         assert all(torch.equal(batch.inputs[name], wanted.inputs[name]) for name in wanted.inputs)
     assert batches.notes.read() == []
+
+
+LATER_PROCESSES = """
+import multiprocessing, signal
+from multiprocessing import resource_tracker
+from llavamed_peft.batches.loader import StepLoader
+
+resource_tracker.ensure_running()  # as after the first shared memory
+loader = StepLoader([0], batch_sampler=[[0]], num_workers=1, multiprocessing_context="forkserver")
+assert [step.tolist() for step in loader] == [[0]]
+with multiprocessing.get_context("forkserver").Pool(1) as pool:
+    print(*pool.apply(signal.pthread_sigmask, (signal.SIG_BLOCK, ())))
+"""
+
+
+def test_processes_of_a_fork_server_that_workers_started_receive_signals() -> None:
+    """It outlives the workers, and hands its mask on to all that follow."""
+    done = subprocess.run([sys.executable, "-c", LATER_PROCESSES], capture_output=True, text=True, check=True)
+    assert done.stdout == "\n", "a signal is blocked"
 
 
 class SharesPixelsOnly(DeviceBatches):

@@ -114,7 +114,7 @@ class Workers:
             RuntimeError: torch's: a worker died, or is at one image for longer than `HANGS_AFTER`.
             TrainingError: a worker's.
         """
-        with signals_held():
+        with signals_held(loader):
             items = iter(loader)
         asked_at = time.monotonic()
         while True:
@@ -241,7 +241,7 @@ class StepLoader(DataLoader[list[DeviceInputs]]):
     lacks."""
 
     def __iter__(self) -> Any:
-        with signals_held():
+        with signals_held(self):
             return super().__iter__()
 
     def set_epoch(self, epoch: int) -> None:

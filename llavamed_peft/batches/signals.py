@@ -15,6 +15,7 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from multiprocessing import forkserver, resource_tracker
 from types import FrameType, TracebackType
 from typing import Any
 
@@ -67,9 +68,23 @@ class StopSignals:
 
 
 @contextlib.contextmanager
-def signals_held() -> Iterator[None]:
-    """Let SIGTERM and SIGINT wait while workers are started, in the workers until `prepare_worker` can take
-    them."""
+def signals_held(loader: object) -> Iterator[None]:
+    """Let SIGTERM and SIGINT wait while the workers of a data loader are started, in the workers until
+    `prepare_worker` can take them.
+
+    Workers of a fork server inherit its mask, not this one, so a signal may still end them while they start.
+
+    Args:
+        loader: a torch `DataLoader`; anything else starts no workers.
+    """
+    if getattr(loader, "num_workers", 0):
+        # Both helpers outlive this context and every later process of a fork server inherits its mask, so
+        # neither may start inside. (Starting the tracker also unblocks the signals.)
+        start = (getattr(loader, "multiprocessing_context", None) or multiprocessing).get_start_method()
+        if start != "fork":
+            resource_tracker.ensure_running()
+        if start == "forkserver":
+            forkserver.ensure_running()
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _OBEYED)
     try:
         yield
