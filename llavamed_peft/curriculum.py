@@ -50,7 +50,7 @@ def curriculum_finetune(
 
     To resume an interrupted run, make the same call again. Finished stages are not trained again, and the one
     that was training resumes from its last intact checkpoint. The result is what it would have been without
-    the interruption, to the bit where the machine computes the same twice (CPUs; not measured on GPUs).
+    the interruption, bit for bit where the machine computes the same twice (CPUs; not measured on GPUs).
     SIGTERM and Ctrl-C save first. A finished run is only read. Keywords that only say how it is computed may
     differ between the calls.
 

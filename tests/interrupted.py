@@ -155,7 +155,7 @@ def failed(
     return said(out).rstrip().splitlines()[-1]
 
 
-def goes_on(place: Path, out: Path, **changes: object) -> None:
+def resume_and_compare(place: Path, out: Path, **changes: object) -> None:
     """The same call comes to its end, which is that of the run that was left alone."""
     kills.finish(kills.start(place, out, "lora", **changes), out)
     kills.check_same(place / "lora", out)

@@ -89,7 +89,7 @@ def test_two_checkpoints_are_kept_and_the_newest_intact_one_is_found(tmp_path: P
     state.write_text(state.read_text().replace("11", "12"))
     with pytest.warns(
         UserWarning,
-        match=r"state\.json: has another content than was written\. Removed, since damaged\. The ",
+        match=r"state\.json: its content is not what was written\. Removed, since damaged\. The ",
     ):
         assert newest_checkpoint(tmp_path).step == 10
     (tmp_path / "step-10" / "checkpoint.json").write_text("{")

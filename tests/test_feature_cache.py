@@ -212,9 +212,9 @@ def test_a_damaged_file_is_dropped_and_its_images_come_out_as_before(
     whole = (first.folder / one).read_bytes()
     for name, damaged, why in (
         (one, whole[:-100], r"cannot be read \(.*"),
-        (one, whole[:-1] + bytes([whole[-1] ^ 1]), "has another content than was written"),
+        (one, whole[:-1] + bytes([whole[-1] ^ 1]), "its content is not what was written"),
         (one, b"", r"cannot be read \(.*"),
-        (one, (first.folder / other).read_bytes(), "has another content than was written"),
+        (one, (first.folder / other).read_bytes(), "its content is not what was written"),
     ):
         (first.folder / name).unlink()
         (first.folder / name).write_bytes(damaged)

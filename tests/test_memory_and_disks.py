@@ -17,13 +17,13 @@ from interrupted import (
     STEPS,
     during,
     failed,
-    goes_on,
     kill_myself,
     killed,
     limit_file_size,
     lose_the_images,
     out,
     place,
+    resume_and_compare,
     run_out_of_memory,
     said,
     steps_saved,
@@ -109,7 +109,7 @@ def test_a_file_that_gets_too_large_is_an_error_and_nothing_is_half_written(plac
         "This stage has no checkpoint; make the same call again to start it again after the finished stages."
     )
     assert not (out / "vqa").exists() and (out / "align").exists() and list(out.rglob(".*.partial")) == []
-    goes_on(place, out)
+    resume_and_compare(place, out)
 
 
 def test_a_stage_folder_that_cannot_be_written_leaves_the_last_checkpoint(place: Path, out: Path) -> None:
@@ -117,7 +117,7 @@ def test_a_stage_folder_that_cannot_be_written_leaves_the_last_checkpoint(place:
     assert "errors.TrainingError" in last and f"{out}/vqa: cannot be written" in last
     assert last.endswith("The checkpoint of step 8 is intact; make the same call again to resume from it.")
     assert not (out / "vqa").exists() and list(out.glob(".*.partial")) == []
-    goes_on(place, out)
+    resume_and_compare(place, out)
 
 
 def test_a_stage_whose_images_vanish_ends_and_resumes_once_they_are_back(place: Path, out: Path) -> None:
@@ -198,7 +198,7 @@ def test_a_truncated_checkpoint_is_named_and_the_one_before_it_taken(place: Path
     file = out / "checkpoints" / "vqa" / "step-4" / "optimizer.safetensors"
     size = file.stat().st_size
     file.write_bytes(file.read_bytes()[:-100])
-    goes_on(place, out)
+    resume_and_compare(place, out)
     told = (
         f"{file}: has {size - 100:,} bytes, was written with {size:,}. Removed, since damaged. The "
         "checkpoint of step 2 is intact"

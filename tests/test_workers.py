@@ -13,7 +13,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing import forkserver
 from pathlib import Path
 
 import pytest
@@ -42,6 +43,14 @@ class StuckAt5(PackedCollator):
                 time.sleep(3600)
 
         return super().inputs(conversations, None if on_image is None else stick)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_fork_server() -> Iterator[None]:
+    """`benchmarks/kills.py` starts one with an environment of its own, in the same process of pytest."""
+    forkserver._forkserver._stop()
+    yield
+    forkserver._forkserver._stop()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -184,15 +193,15 @@ def test_training_names_the_row_at_which_a_worker_hangs(
     )
 
 
-@pytest.mark.parametrize("goes_on", [False, True])
+@pytest.mark.parametrize("resumes", [False, True])
 def test_a_step_slower_than_the_limit_of_one_image_is_waited_for(
-    goes_on: bool,
+    resumes: bool,
     bases: dict[str, Path],
     rows: list[Conversation],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """Behind a checkpoint too, where the trainer passes over steps with a data loader of its own."""
+    """After a checkpoint too, where the trainer skips steps with a data loader of its own."""
     two_steps = Curriculum(
         (Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=4)),)
     )
@@ -210,7 +219,7 @@ def test_a_step_slower_than_the_limit_of_one_image_is_waited_for(
         time.sleep(1.6)
         return load_image(path)
 
-    if goes_on:
+    if resumes:
         with monkeypatch.context() as patch, pytest.raises(RuntimeError, match=r"^the node was lost$"):
             patch.setattr(trainer.StageTrainer, "training_step", one_step)
             call(save_steps=1)

@@ -25,8 +25,7 @@ class _Node:
 
 
 def show(adapter: str | Path, width: int = 100) -> list[str]:
-    """A finished stage as a tree of lines: base, the stages before it, and of each schedule, data and
-    metrics.
+    """A finished stage as a tree of lines: base, earlier stages, and the schedule, data and metrics of each.
 
     A stage before it is described if its folder is next to that of its child, found by the content hash.
 

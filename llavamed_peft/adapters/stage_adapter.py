@@ -234,8 +234,8 @@ def check_arrived(model: PeftModel, adapter: StageAdapter, name: str = "default"
     if lost:
         raise AdapterError(
             f"{adapter.path}: {len(lost)} of {len(tensors)} tensors did not arrive in the model "
-            f"({', '.join(sorted(lost)[:3])}). The installed peft names modules otherwise; use the versions "
-            "that stage.json lists."
+            f"({', '.join(sorted(lost)[:3])}). The installed peft names modules differently; use the "
+            "versions that stage.json lists."
         )
 
 

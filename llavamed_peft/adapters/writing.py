@@ -76,8 +76,7 @@ def write_checkpoint(
     unfinished: Unfinished,
     card: Callable[[StageRecord], str],
 ) -> StageAdapter:
-    """Write a full stage's folder: the base with the trained tensors in it, in the dtype the base is stored
-    in.
+    """Write a full stage's folder: the base with the trained tensors in it, in the base's stored dtype.
 
     Args:
         folder: must not be there yet.

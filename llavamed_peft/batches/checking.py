@@ -6,9 +6,8 @@ images.
 
 An index knows what it was made from (a fingerprint of the data files, the processor and the limits), so the
 next call with the same data takes it, as long as its SHA-256 is the one in the file next to it. Image files
-are not part of
-the fingerprint: one that changed, vanished or came back is not noticed before it is decoded. After fixing
-images, delete the index.
+are not part of the fingerprint: one that changed, vanished or came back is not noticed before it is decoded.
+After fixing images, delete the index.
 
 Conversations are grouped for shuffling by the paths of their images, links resolved. What they begin with, by
 which steps are packed, is the same for images of equal content.

@@ -29,11 +29,11 @@ def share_of_step(
 ) -> list[list[DeviceBatch]]:
     """Deal a step's conversations to the processes and cut each share into device batches.
 
-    Sorted by length and dealt to and fro, every process gets about the same number of tokens; neighbours in
-    length share a device batch, so that little is padded.
+    Sorted by length and dealt back and forth, every process gets about the same number of tokens; neighbours
+    in length share a device batch, so that little is padded.
     """
     ordered = sorted(step, key=lambda row: (-int(lengths[row]), int(row)))  # the longest first
-    hands: list[list[int]] = [[] for _ in range(world_size)]  # to and fro: 0 1 2 2 1 0 0 1 2 …
+    hands: list[list[int]] = [[] for _ in range(world_size)]  # back and forth: 0 1 2 2 1 0 0 1 2 …
     for position, row in enumerate(ordered):
         turn, place = divmod(position, world_size)
         hands[place if turn % 2 == 0 else world_size - 1 - place].append(int(row))

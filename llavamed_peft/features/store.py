@@ -155,7 +155,7 @@ def is_whole(path: Path) -> bool:
                 path.name, ((name, file.get_tensor(name)) for name in sorted(file.keys()))
             ):
                 return True
-        damage = "has another content than was written"
+        damage = "its content is not what was written"
     except FileNotFoundError:
         return False
     except (OSError, SafetensorError) as error:
@@ -223,9 +223,8 @@ class Pictures(Dataset[torch.Tensor | None]):
     """Planned images → their pixels, [tiles, 3, height, width]; `None` for what cannot be decoded or is
     another image by now.
 
-    What is `None` is missing in its file of features for good. So an image of this stage whose file cannot be
-    read any more is
-    an error: its disk may come back.
+    What is `None` is missing in its file of features for good. So an image of this stage whose file can no
+    longer be read is an error: its disk may come back.
 
     Args:
         images: in the order of their files.

@@ -3,8 +3,7 @@
 `run.json` holds what decides a run's result. It is written when the first stage is about to train: until then
 the data can be fixed and the call repeated. Afterwards a call that would give another result is refused with
 the difference, field by field. `run.lock` is locked while a process is at work. Which stages are finished,
-and the step
-that a stage resumes from, is not written here: the stages' folders and their checkpoints say it.
+and the step that a stage resumes from, is not written here: the stages' folders and their checkpoints say it.
 """
 
 from __future__ import annotations

@@ -87,8 +87,8 @@ def check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantizat
     if parent is not None and parent.record.image_aspect_ratio != curriculum.image_aspect_ratio:
         raise ConfigError(
             f"Curriculum.image_aspect_ratio is {curriculum.image_aspect_ratio!r}, start_from was trained "
-            f"with {parent.record.image_aspect_ratio!r}; wanted the same, since its processor is carried "
-            "on."
+            f"with {parent.record.image_aspect_ratio!r}; wanted the same, since its processor is "
+            "reused."
         )
     carried = None if parent is None or parent.is_checkpoint else carried_lora(parent)
     for stage in curriculum.stages:

@@ -116,7 +116,7 @@ class Run:
 
         Raises:
             ConfigError: it holds another run, or a stage has the name of one of the run's own files.
-            TrainingError: it holds a stage of nobody knows which run.
+            TrainingError: it holds a stage, and nothing says of which run.
         """
         taken = [stage.name for stage in self.curriculum.stages if stage.name in OWN_NAMES]
         if taken:
@@ -124,15 +124,15 @@ class Run:
                 f"Stage.name is {taken[0]!r}, which the run needs for itself (as {', '.join(OWN_NAMES)}); "
                 "wanted another name."
             )
-        goes_on = check_same_run(self.folder, identity)
+        resumes = check_same_run(self.folder, identity)
         there = [stage.name for stage in self.curriculum.stages if os.path.lexists(self.folder / stage.name)]
-        if there and not goes_on:
+        if there and not resumes:
             raise TrainingError(
                 f"{self.folder}: holds {', '.join(there)} already, but no {RUN} that says of which run; "
                 "wanted a folder without these stages. Choose another output_dir; there, start_from= builds "
                 "on a finished stage."
             )
-        finished = goes_on and all(self.has(stage) for stage in self.curriculum.stages)
+        finished = resumes and all(self.has(stage) for stage in self.curriculum.stages)
         finished = finished and not any((self.folder / name).exists() for name in (CHECKPOINTS, FEATURES))
         self.processes.wait_for_everyone()  # nothing changes before all have seen it
         return finished
@@ -149,13 +149,13 @@ class Run:
             yield RejectLog(os.devnull, keep=True)
             return
         with disk_faults(self.folder), locked(self.folder):
-            goes_on = check_same_run(self.folder, identity)  # as it is now that nobody else writes
+            resumes = check_same_run(self.folder, identity)  # as it is now that nobody else writes
             for name in (*(stage.name for stage in self.curriculum.stages), METRICS, REJECTED, RUN):
                 remove_partial(self.folder, glob.escape(name))
             for folder in (self.folder / name for name in (CHECKPOINTS, FEATURES)):
                 for inner in (folder, *folder.glob("*")):
                     remove_partial(inner)
-            with RejectLog(self.folder / REJECTED, keep=goes_on) as rejects:
+            with RejectLog(self.folder / REJECTED, keep=resumes) as rejects:
                 # An image that could not be decoded before the interruption may be back now. The rows that a
                 # checkpoint counts as failed are listed again.
                 rejects.forget(

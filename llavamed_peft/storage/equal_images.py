@@ -19,8 +19,7 @@ _FOLDERS_KNOWN = 10_000  # whose links need not be followed again
 
 
 def content_key(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of the file's bytes as 64 hexadecimal digits: equal keys mean equal files, under whatever
-    names.
+    """SHA-256 of the file's bytes, as 64 hexadecimal digits: equal for equal files, whatever their names.
 
     Raises:
         DataError: the file is missing or cannot be read.

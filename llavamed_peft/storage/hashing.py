@@ -16,8 +16,7 @@ def file_sha256(path: str | Path, trust_cache: bool = False) -> str:
 
     Args:
         path: of the file.
-        trust_cache: take a file of the Hugging Face cache at its name, which is this hash, instead of reading
-            it.
+        trust_cache: do not read a file of the Hugging Face cache, whose name there is this hash.
     """
     if trust_cache:
         stored = Path(path).resolve()

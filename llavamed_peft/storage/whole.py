@@ -1,5 +1,4 @@
-"""Files and folders that are there completely or not at all: the one way to write what a later call relies
-on.
+"""Writing files and folders that are there completely or not at all: all that a later call relies on.
 
 What is written gets another name first, is flushed to the disk, and is renamed. A process that is killed
 meanwhile leaves what was there before, and `.<name>.partial` next to it.

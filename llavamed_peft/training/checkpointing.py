@@ -88,7 +88,7 @@ class Checkpointing:
         state = checkpoint.state
         if state["order"] != self.order:
             raise TrainingError(
-                f"{checkpoint.path}: was trained on other rows than can be used now. Have images changed? "
+                f"{checkpoint.path}: was trained on rows other than those usable now. Have images changed? "
                 "Put them back and make the same call again, or choose another output_dir."
             )
         # The trainer's own counting starts at 0 in every call; ours continues.
@@ -214,9 +214,9 @@ class Checkpointing:
     def would_recur(self) -> str:
         """What to do about a fault that the same call would meet again."""
         return (
-            f"Lower learning_rate, or look for odd data, in another output_dir. {how_to_resume(self.folder)} "
-            "It would meet this again. Nothing of this stage was written under its name, the stages before "
-            "it are untouched."
+            "The same call would meet this again: lower learning_rate or look for odd data, in another "
+            "output_dir. Nothing of this stage was written under its name; its checkpoints and the stages "
+            "before it are intact."
         )
 
     def _refuse_broken(self, step: int, tensors: Tensors) -> None:
@@ -228,7 +228,7 @@ class Checkpointing:
 
 
 def not_finite(tensors: Tensors) -> list[str]:
-    """The names of the tensors that hold an infinite number or none."""
+    """The names of the tensors that hold infinity or NaN."""
     return [name for name, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 

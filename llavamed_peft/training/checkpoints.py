@@ -58,7 +58,7 @@ class Checkpoint:
     state: dict[str, Any] = field(repr=False)
 
     def tensors(self) -> Tensors:
-        """What trains, as `parts.trainable_tensors` gave it."""
+        """What trains, as `trainable_tensors` gave it."""
         return load_file(self.path / _TENSORS)
 
     def optimizer(self) -> Tensors:
@@ -157,7 +157,7 @@ def fault(path: Path) -> str | None:
         if file.stat().st_size != size:
             return f"{file}: has {file.stat().st_size:,} bytes, was written with {size:,}."
         if file_sha256(file) != sha256:
-            return f"{file}: has another content than was written."
+            return f"{file}: its content is not what was written."
     return None
 
 
@@ -200,8 +200,8 @@ def load_optimizer_tensors(
     if homeless:
         raise TrainingError(
             f"The checkpoint holds optimizer state of {len(homeless)} parameter(s) that do not train "
-            f"({homeless[0]}). The installed peft or transformers names modules otherwise; use the versions "
-            "it was saved with."
+            f"({homeless[0]}). The installed peft or transformers names modules differently; use the "
+            "versions it was saved with."
         )
     parameters = dict(model.named_parameters())
     state = {

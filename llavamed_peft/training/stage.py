@@ -43,9 +43,8 @@ from .gpu_memory import enough_to_store_features, enough_to_train
 from .metrics import Measured, Watch
 from .trainer import StageTrainer
 
-_PER_STAGE = (
-    10  # checkpoints, and held-out losses, where the call does not say how many steps are between two
-)
+# Checkpoints, and held-out losses, where the call does not say how many steps are between two
+_PER_STAGE = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,7 +270,7 @@ def spread_model(trainer: StageTrainer, computing: Computing) -> Tensors:
         return {}
     if sharding.deepspeed is None:
         shard(model, sharding_units(model), sharding, computing.dtype)
-        # the trainer's word for a model that places itself and reduces its own gradients
+        # how the trainer is told of a model that places itself and reduces its own gradients
         trainer.is_distributed_loading_by_transformers = True
         return {}
     trainer.add_callback(_Masters(unrounded(model, computing.dtype)))

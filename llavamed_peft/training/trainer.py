@@ -329,8 +329,8 @@ class StageTrainer(SFTTrainer):
         return prepared
 
     def _run_epoch(self, **settings: Any) -> None:
-        """`Trainer._run_epoch`: told that it resumes, it passes over the steps of an epoch that are done (so
-        no image is decoded for them), fetches the next step, and only then asks for the random numbers."""
+        """`Trainer._run_epoch`: told that it resumes, it skips the steps of an epoch that are done (so no
+        image is decoded for them), fetches the next step, and only then asks for the random numbers."""
         super()._run_epoch(**settings | {"resume_from_checkpoint": self.checkpointing.resumed})
 
     def _load_rng_state(self, checkpoint: Any) -> None:
