@@ -222,7 +222,7 @@ def trl_loading(run: Run) -> dict[str, Any]:
     import torch
     from transformers import BitsAndBytesConfig
 
-    from llavamed_peft.modeling.load import NOT_QUANTIZED
+    from llavamed_peft.modeling.quantization import NOT_QUANTIZED
 
     loading: dict[str, Any] = {"dtype": "auto", "attn_implementation": "sdpa"}
     if run["how"].get("quantization"):

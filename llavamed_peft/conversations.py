@@ -30,6 +30,7 @@ class Turn:
         role: `"user"` or `"assistant"`.
         text: the words; whitespace around them is removed. A user's text may hold `<image>` markers, an
             assistant's may not.
+        supervised: of an assistant's: whether it is learnt. One that is not is still shown before later ones.
 
     Raises:
         DataError: an unknown role, a text that is not a string, an empty answer, a marker inside an answer.
@@ -37,6 +38,7 @@ class Turn:
 
     role: Role
     text: str
+    supervised: bool = True
 
     def __post_init__(self) -> None:
         if self.role not in ROLES:
@@ -48,6 +50,8 @@ class Turn:
             raise DataError(
                 f"Turn.text of the {self.role} is empty; wanted words. Leave the conversation out."
             )
+        if not isinstance(self.supervised, bool):
+            raise DataError(f"Turn.supervised is {self.supervised!r}; wanted True or False.")
         if self.role == "assistant" and IMAGE_MARKER in self.text:
             raise DataError(
                 f"Turn.text of the assistant holds {IMAGE_MARKER}; images belong to the user's turns."
@@ -68,15 +72,19 @@ class Conversation:
         turns: user first, then alternating, the assistant last.
         images: paths of the image files, one for each `<image>` marker, in the order of the markers.
         source: `"file.json:17"`: file and row (counted from 1) it came from, for error messages.
+        system: a system message before the turns, without images; `""`: what the checkpoint's template writes
+            without one.
 
     Raises:
-        DataError: turns that do not alternate, or markers and images that differ in number.
+        DataError: turns that do not alternate, markers and images that differ in number, or a system message
+            that is no text or holds a marker.
     """
 
     id: str
     turns: tuple[Turn, ...]
     images: tuple[str, ...] = ()
     source: str = ""
+    system: str = ""
 
     def __post_init__(self) -> None:
         turns = tuple(self.turns) if isinstance(self.turns, Iterable) else (None,)
@@ -86,6 +94,9 @@ class Conversation:
         if isinstance(self.images, str):
             raise DataError(f"Conversation.images is the string {self.images!r}; wanted a tuple of paths.")
         object.__setattr__(self, "images", tuple(str(image) for image in self.images))
+        if not isinstance(self.system, str) or IMAGE_MARKER in self.system:
+            raise DataError(f"Conversation.system is {self.system!r}; wanted words without {IMAGE_MARKER}.")
+        object.__setattr__(self, "system", self.system.strip())
         if not self.turns:
             raise DataError("Conversation.turns is empty; wanted a user's turn and the assistant's answer.")
         for position, turn in enumerate(self.turns):

@@ -13,12 +13,22 @@ from .adapters.record import Base
 from .adapters.stage_adapter import StageAdapter
 from .datasets.sources import Data, Source, open_sources
 from .llava_med import LLAVA_MED
-from .modeling.load import Quantization, read_config
+from .modeling.fit import embedding_rows
+from .modeling.load import read_config
 from .modeling.processor import load_processor, make_stage_processor
+from .modeling.quantization import Quantization, check_quantization, stored_quantization
 from .modeling.sharding import launcher_aside
 from .packing.masks import check_window
 from .running.lineage import Lineage
-from .running.preflight import check_architecture, check_files, check_lineage, check_names, check_share
+from .running.preflight import (
+    check_base,
+    check_files,
+    check_lineage,
+    check_names,
+    check_scopes,
+    check_share,
+    parent_processor,
+)
 from .running.run import LONGEST_WAIT, OWN_NAMES, Run
 from .stages import Curriculum
 from .training.computing import choose_computing
@@ -66,7 +76,8 @@ def curriculum_finetune(
             of each data file.
         curriculum: what to train, and how. Default: the paper's stages, the later two as LoRA.
         eval_data: as `data`; stages with an entry report the held-out loss before, during and after training.
-        quantization: `"nf4"` trains over a 4-bit language model; not for `full` stages.
+        quantization: `"nf4"` trains over a 4-bit language model; not for `full` stages. A base that is stored
+            in NF4 is trained over as it is, with the keyword or without it.
         start_from: a finished stage to continue: a folder, a `StageAdapter`, or a Hub repository.
         dtype: of frozen weights and autocast; `None`: bfloat16 on CUDA, float32 on a CPU. Trainable tensors
             are float32.
@@ -129,7 +140,13 @@ def curriculum_finetune(
     check_share("max_rejected", max_rejected)
     in_memory = start_from is None or isinstance(start_from, StageAdapter)
     parent = start_from if in_memory else StageAdapter.load(start_from)
-    check_lineage(curriculum, parent, quantization)
+    check_lineage(curriculum, parent)
+    check_quantization(quantization)
+    begins_with = parent.path if parent is not None and parent.is_checkpoint else model
+    config = read_config(begins_with)
+    stored = stored_quantization(begins_with, config)
+    check_scopes(curriculum, quantization, stored)
+    quantization = quantization or stored
     computing = choose_computing(
         dtype=dtype,
         layout=layout,
@@ -142,12 +159,11 @@ def curriculum_finetune(
         quantization=quantization,
         feature_cache=feature_cache,
     )
-    config = read_config(model)
-    base = Base.of(model, config)
+    base = Base.of(model, read_config(model))
     if parent is not None:
-        check_architecture(base, parent)
+        check_base(base, config, parent, quantization)
     lineage = Lineage(str(model), base, root=base).after(parent)
-    processor = load_processor(model if parent is None else parent.path, config)
+    processor = load_processor(model, config) if parent is None else parent_processor(parent, config)
     processor = make_stage_processor(processor, curriculum.image_aspect_ratio)
     # The others wait while one checks data or writes a checkpoint.
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
@@ -155,7 +171,16 @@ def curriculum_finetune(
         "data": _sources(curriculum, "data", data, image_folder),
         "eval_data": _sources(curriculum, "eval_data", eval_data, image_folder),
     }
-    run = Run(Path(output_dir), curriculum, quantization, computing, processor, processes, max_rejected)
+    run = Run(
+        Path(output_dir),
+        curriculum,
+        quantization,
+        computing,
+        processor,
+        processes,
+        max_rejected,
+        embedding_rows(config),
+    )
     identity = run.identity(base, parent, sources)
     if run.is_finished(identity):
         return {stage.name: StageAdapter.load(run.folder / stage.name) for stage in curriculum.stages}

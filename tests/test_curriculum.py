@@ -360,7 +360,7 @@ def test_adapter_on_another_base_of_its_shape_is_a_named_warning(
     runs: dict[str, dict[str, StageAdapter]], tmp_path: Path
 ) -> None:
     other = tiny.build(tmp_path / "other", seed=1)
-    with pytest.warns(UserWarning, match=r"vqa was trained on tiny-llava .* this base is other"):
+    with pytest.warns(UserWarning, match=r"vqa was trained on another base: other .* is not tiny-llava"):
         load_stage(other, runs["llava"]["vqa"])
 
 

@@ -19,8 +19,9 @@ from llavamed_peft import (
     load_stage,
 )
 from llavamed_peft.errors import DataError
-from llavamed_peft.evaluation.answer import answer_questions, stop_token_ids
+from llavamed_peft.evaluation.answer import answer_questions
 from llavamed_peft.evaluation.exact_match import Score, majority_answers, normalise, score, score_table
+from llavamed_peft.modeling.generation import stop_token_ids
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.processor import make_stage_processor
 from llavamed_peft.packing import Encoder, PackedCollator
@@ -197,7 +198,7 @@ def test_answers_are_greedy_whatever_the_checkpoint_says(checkpoint, images, mon
             pixels, counts = encoder.process_images([[image.convert("RGB")]])
         ids = encoder.encode_prompt(conversation.turns[:1], counts[0])
         length = len(ids)
-        while len(ids) < length + 5 and ids[-1] not in stop_token_ids(model, encoder):
+        while len(ids) < length + 5 and ids[-1] not in stop_token_ids(model, encoder.processor):
             with torch.no_grad():
                 ids.append(int(model(input_ids=torch.tensor([ids]), **pixels).logits[0, -1].argmax()))
         wanted.append(processor.tokenizer.decode(ids[length:], skip_special_tokens=True).strip())
@@ -217,7 +218,7 @@ def test_answers_are_greedy_whatever_the_checkpoint_says(checkpoint, images, mon
 )
 def test_answers_end_at_the_models_or_the_templates_stop(checkpoint, model_type, stops):
     model, processor = checkpoint(model_type)
-    ids = stop_token_ids(model, Encoder(processor))
+    ids = stop_token_ids(model, processor)
     assert sorted(processor.tokenizer.convert_ids_to_tokens(ids)) == sorted(stops)
 
 

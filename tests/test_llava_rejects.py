@@ -56,9 +56,9 @@ BAD = {
         "the value of turn 1 is a list; wanted text.",
     ),
     "speaker": (
-        row(conversations=[{"from": "system", "value": "Be kind."}, human("<image>"), gpt("a")]),
+        row(conversations=[{"from": "function", "value": "{}"}, human("<image>"), gpt("a")]),
         "unknown speaker",
-        "turn 1 is from 'system'; wanted one of human, user, gpt, assistant.",
+        "turn 1 is from 'function'; wanted one of human, user, gpt, assistant.",
     ),
     "speaker a list": (
         row(conversations=[{"from": [], "value": "x"}]),
@@ -271,7 +271,7 @@ BROKEN_FILES = {
     "table": (b"id,image\n1,a.jpg\n", "not JSON, it begins with b'id,image\\n1,a.jpg'"),
     "a string": (b'"hello"', "not JSON, it begins with b'\"hello\"'"),
     "object": (b'{"data": []}', "one JSON object"),
-    "object over lines": (json.dumps(row(), indent=1).encode(), "one JSON object"),
+    "object over lines": (json.dumps({"data": [row()]}, indent=1).encode(), "one JSON object"),
     "empty object": (b"{}", "one JSON object"),
     "captions": (
         json.dumps({"mri": [{"pair_id": "x", "fig_caption": "y"}], "ct_scan": []}).encode(),

@@ -242,7 +242,7 @@ def test_a_template_that_refuses_a_row_rejects_the_row(tmp_path: Path) -> None:
         "{% endif %}{% endfor %}"
     )
     _, processor = load_checkpoint(tiny.build(tmp_path / "picky", template=picky + tiny.VICUNA))
-    with pytest.raises(DataError, match="The chat template refuses the conversation: no such word"):
+    with pytest.raises(DataError, match=r"The chat template refuses the conversation \(no such word\)"):
         Encoder(processor).encode(
             Conversation("1", (Turn("user", "forbidden?"), Turn("assistant", "no"))), []
         )

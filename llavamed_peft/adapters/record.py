@@ -72,6 +72,16 @@ class Base:
             **architecture,
         )
 
+    def difference(self, other: Base) -> str | None:
+        """In what two bases differ, as far as both know it, in words: by the content of their weights, else
+        by id and revision; `None` where they are the same or nothing is known of both."""
+        known = [key for key in ("sha256", "id", "revision") if getattr(self, key) and getattr(other, key)]
+        for key in known[:1] if "sha256" in known else known:
+            here, there = getattr(self, key), getattr(other, key)
+            if here != there:
+                return f"{self.public_name} ({key} {here}) is not {other.public_name} ({key} {there})"
+        return None
+
     @property
     def public_name(self) -> str:
         """How it is named where others read it: its Hub id, or its folder's last name; never a path."""

@@ -24,9 +24,10 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..errors import AdapterError
-from ..modeling.load import Quantization, load_checkpoint
+from ..modeling.load import load_checkpoint
 from ..modeling.parts import IN_PEFT, LANGUAGE, PROJECTOR
 from ..modeling.processor import load_processor, save_processor
+from ..modeling.quantization import Quantization
 from ..modeling.tensors import Tensors, check_places
 from ..stages import Stage
 from ..storage.hashing import file_sha256, weights_sha256
@@ -171,17 +172,23 @@ def load_stage(
 
 def warn_of_another_base(base: Base, adapter: StageAdapter) -> None:
     """Warn where the bases differ: by the content of their weights, else by id and revision."""
-    trained_on = adapter.record.base
-    known = [key for key in ("sha256", "id", "revision") if getattr(base, key) and getattr(trained_on, key)]
-    for key in known[:1] if "sha256" in known else known:
-        if getattr(base, key) != getattr(trained_on, key):
-            warnings.warn(
-                f"{adapter.path.name} was trained on {trained_on.public_name} ({key} "
-                f"{getattr(trained_on, key)}), this base is {base.public_name} ({key} {getattr(base, key)}). "
-                "It fits and loads, but the numbers of its card do not hold.",
-                stacklevel=3,
-            )
-            return
+    if difference := base.difference(adapter.record.base):
+        warnings.warn(
+            f"{adapter.path.name} was trained on another base: {difference}. It fits and loads, but the "
+            "numbers of its card do not hold.",
+            stacklevel=3,
+        )
+
+
+def warn_of_unquantized(adapter: StageAdapter, quantization: Quantization) -> None:
+    """Warn where a stage that was trained over NF4 weights is put on others."""
+    if adapter.record.computing.get("quantization") == "nf4" and quantization is None:
+        warnings.warn(
+            f"{adapter.path.name} was trained over NF4 weights, these are not: its answers and losses are "
+            "not those of its card. Pass quantization='nf4', or merge it with onto='dequantised', which is "
+            "exact.",
+            stacklevel=3,
+        )
 
 
 def check_fits(model: PreTrainedModel, adapter: StageAdapter) -> None:

@@ -41,7 +41,7 @@ from ..storage.whole import keep, write_file
 from .index import FILES, FINGERPRINT, REJECTED, SCHEMA, FileCount, Index, notes, row_number
 from .ledger import fault
 
-FORMAT = 3  # goes up with every change of what is checked, how it is encoded, or what the file holds
+FORMAT = 4  # goes up with every change of what is checked, how it is encoded, or what the file holds
 _TOO_LONG = "longer than max_length"  # a reason, whose detail ends in what it would need (`check_length`)
 _ROWS_PER_BATCH = 1000
 _FILES_KNOWN = 10_000  # images that need not be looked at again
@@ -231,7 +231,8 @@ def _check(
         "id": conversation.id,
         "source": conversation.source,
         "images": list(conversation.images),
-        "turns": json.dumps([[turn.role, turn.text] for turn in conversation.turns]),
+        "turns": json.dumps([[turn.role, turn.text, turn.supervised] for turn in conversation.turns]),
+        "system": conversation.system,
         "token_ids": tokens.ids,
         "supervised": tokens.supervised,
         "length": len(encoded.input_ids),

@@ -32,7 +32,8 @@ SCHEMA = pa.schema(
         ("id", pa.string()),
         ("source", pa.string()),  # "file.json:17"
         ("images", pa.list_(pa.string())),  # paths
-        ("turns", pa.string()),  # JSON: [[role, text], …]
+        ("turns", pa.string()),  # JSON: [[role, text, supervised], …]
+        ("system", pa.string()),
         # As it is encoded, each image one placeholder.
         ("token_ids", pa.list_(pa.int32())),
         ("supervised", pa.list_(pa.bool_())),
@@ -144,8 +145,8 @@ class Index:
     def conversation(self, row: int) -> Conversation:
         """One conversation, as it was read."""
         values = self.rows[int(row)]
-        turns = tuple(Turn(role, text) for role, text in json.loads(values["turns"]))
-        return Conversation(values["id"], turns, tuple(values["images"]), values["source"])
+        turns = tuple(Turn(*turn) for turn in json.loads(values["turns"]))
+        return Conversation(values["id"], turns, tuple(values["images"]), values["source"], values["system"])
 
     def tokenized(self, row: int) -> Tokenized:
         """One conversation, its words as tokens."""

@@ -1,7 +1,8 @@
-"""The rows of a JSON file, one at a time: an array of rows, or JSON lines, told apart by the first character.
+"""The rows of a JSON file, one at a time: an array of rows, JSON lines, or objects one after another that are
+spread over several lines each.
 
-An array is parsed as a stream (ijson), so a file of 500,000 rows needs the memory of one. What a row must
-look like is its reader's matter; here are the faults of the file: missing, empty, not UTF-8, broken JSON
+What is parsed as a stream (ijson) needs the memory of one row, whatever the file's size. What a row must look
+like is its reader's matter; here are the faults of the file: missing, empty, not UTF-8, broken JSON
 (placed to the byte), an object in the place of rows. `row_id` and `text_of` read the two kinds of cell every
 format has.
 
@@ -16,7 +17,9 @@ from __future__ import annotations
 import codecs
 import json
 import os
+import sys
 from collections.abc import Collection, Iterator
+from decimal import Decimal
 from functools import partial
 from itertools import islice, takewhile
 from typing import Any, BinaryIO, NoReturn
@@ -27,14 +30,16 @@ from ..errors import DataError
 from .rejects import BadRow, Rejects, refuse
 
 _CAPTION_KEYS = {"pair_id", "fig_caption"}
+_MOST_BITS = 14_000  # about 4,200 digits; Python writes 4,300
+_END = object()
 _LONGEST_LINE = 1 << 26  # bytes; a longer line is no row
 
 
 def json_rows(
     path: str | os.PathLike[str], row_keys: Collection[str], wanted: str, rejects: Rejects | None = None
 ) -> Iterator[tuple[int, Any]]:
-    """Yield (row, value) for each row of a JSON array or of a JSON-lines file; a byte order mark and empty
-    lines are skipped.
+    """Yield (row, value) for each row of a JSON array, of JSON lines, or of objects one after another; a byte
+    order mark and empty lines are skipped.
 
     Args:
         path: the file.
@@ -44,7 +49,8 @@ def json_rows(
         rejects: takes the lines that are not JSON (only JSON lines have such); with `None` they raise.
 
     Returns:
-        A generator. `row` counts from 1; in JSON lines it is the line's number. `value` is any JSON value.
+        A generator. `row` counts from 1; in JSON lines it is the line's number. `value` is any JSON value,
+            its whole numbers of any size.
 
     Raises:
         DataError: the file is missing, a folder, empty, not UTF-8, not JSON, or one JSON object instead of
@@ -59,16 +65,21 @@ def json_rows(
             raise DataError(f"{path}: the file is empty; wanted {wanted}.")
         file.seek(start)
         if first == b"[":
-            yield from _array_rows(file, path, wanted)
+            yield from _streamed_rows(file, path, wanted, "item", rejects)
         else:
-            _require_lines(file, path, first, row_keys, wanted)
+            spread = _is_spread(file, path, first, row_keys, wanted)
             file.seek(start)
-            yield from _line_rows(file, path, wanted, rejects)
+            if spread:
+                yield from _streamed_rows(file, path, wanted, "", rejects)
+            else:
+                yield from _line_rows(file, path, wanted, rejects)
 
 
 def row_id(row: Any, key: str, number: int) -> str:
     """The row's own id as a string; `"row 17"` if it is missing, null or empty, or the row is no object."""
     value = row.get(key) if isinstance(row, dict) else None
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        return f"row {number}"
     if isinstance(value, (str, int, float)) and not isinstance(value, bool):
         return str(value).strip() or f"row {number}"
     return f"row {number}"
@@ -137,35 +148,92 @@ class _Pieces:
         return piece
 
 
-def _array_rows(file: BinaryIO, path: str | os.PathLike[str], wanted: str) -> Iterator[tuple[int, Any]]:
-    start = file.tell()
+def _streamed_rows(
+    file: BinaryIO, path: str | os.PathLike[str], wanted: str, place: str, rejects: Rejects | None
+) -> Iterator[tuple[int, Any]]:
+    """Rows that the parser finds at a place of the file: `"item"` of an array, `""` one after another."""
+    start, row = file.tell(), 0
     pieces = _Pieces(file)
     try:
-        yield from enumerate(ijson.items(pieces, "item", use_float=True), 1)
-    except (ijson.JSONError, UnicodeDecodeError):
-        # The parser does not tell where; a second pass, byte by byte in the last piece, does.
+        for row, value in enumerate(_items(pieces, place), 1):
+            yield row, value
+        return
+    except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
+        overflows = "overflow" in str(error)
+    # The parser does not tell where it failed; a second pass, byte by byte in the last piece, does.
+    file.seek(start)
+    if not overflows:
+        _raise_broken(_Pieces(file, fine_from=pieces.before), path, wanted, place)
+    # A whole number of more than 64 bits (DICOM's UIDs are): read again from there, more slowly.
+    pieces = _Pieces(file)
+    try:
+        for number, value in enumerate(_items(pieces, place, any_size=True), 1):
+            if number > row:
+                try:
+                    value = _plain(value)
+                except BadRow as fault:
+                    refuse(rejects, path, number, row_id(value, "id", number), fault)
+                else:
+                    yield number, value
+        return
+    except (ijson.JSONError, UnicodeDecodeError, ValueError):
         file.seek(start)
-        _raise_broken(_Pieces(file, fine_from=pieces.before), path, wanted)
+    _raise_broken(_Pieces(file, fine_from=pieces.before), path, wanted, place, any_size=True)
 
 
-def _raise_broken(pieces: _Pieces, path: str | os.PathLike[str], wanted: str) -> NoReturn:
+def _items(pieces: _Pieces, place: str, any_size: bool = False) -> Iterator[Any]:
+    """ijson's values; with numbers of any size, those with a decimal point are `Decimal`."""
+    items = ijson.items(pieces, place, use_float=not any_size, multiple_values=not place)
+    if not any_size:
+        yield from items
+        return
+    limit = sys.get_int_max_str_digits()
+    while True:
+        sys.set_int_max_str_digits(0)  # ijson 3.6 crashes where Python refuses a number's digits
+        try:
+            value = next(items, _END)
+        finally:
+            sys.set_int_max_str_digits(limit)
+        if value is _END:
+            return
+        yield value
+
+
+def _plain(value: Any) -> Any:
+    """The value with each `Decimal` as a float.
+
+    Raises:
+        BadRow: a whole number that Python would not write out.
+    """
+    if isinstance(value, Decimal):
+        return float(value)
+    if isinstance(value, int) and value.bit_length() > _MOST_BITS:
+        raise BadRow("malformed row", f"a whole number has {value.bit_length():,} bits; wanted text.")
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
+    return {key: _plain(item) for key, item in value.items()} if isinstance(value, dict) else value
+
+
+def _raise_broken(
+    pieces: _Pieces, path: str | os.PathLike[str], wanted: str, place: str, any_size: bool = False
+) -> NoReturn:
     row = 0
     try:
-        for _ in ijson.items(pieces, "item", use_float=True):
+        for _ in _items(pieces, place, any_size):
             row += 1
-    except (ijson.JSONError, UnicodeDecodeError) as error:
-        place = f"byte {pieces.after} (line {pieces.line}, after row {row})"
+    except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
+        where = f"byte {pieces.after} (line {pieces.line}, after row {row})"
         fault = str(error).splitlines()[0].strip()
         if isinstance(error, UnicodeDecodeError) or "UTF8" in fault:
-            raise DataError(f"{path}: not UTF-8 at {place}; wanted {wanted}.") from error
+            raise DataError(f"{path}: not UTF-8 at {where}; wanted {wanted}.") from error
         if "EOF" in fault:
             raise DataError(
-                f"{path}: broken JSON: the file ends too early, at {place}; wanted {wanted}."
+                f"{path}: broken JSON: the file ends too early, at {where}; wanted {wanted}."
             ) from error
         pieces.file.seek(pieces.before)
         if pieces.file.read(8).startswith((b"NaN", b"Infinity")):
             fault = "NaN and Infinity are not JSON, write null"
-        raise DataError(f"{path}: broken JSON at {place}: {fault}; wanted {wanted}.") from error
+        raise DataError(f"{path}: broken JSON at {where}: {fault}; wanted {wanted}.") from error
     raise DataError(f"{path}: changed while it was read; wanted {wanted}.")
 
 
@@ -191,18 +259,22 @@ def _refuse_constant(name: str) -> NoReturn:
     raise ValueError(f"{name} is not JSON, write null")
 
 
-def _require_lines(
+def _is_spread(
     file: BinaryIO, path: str | os.PathLike[str], first: bytes, row_keys: Collection[str], wanted: str
-) -> None:
-    """Raise where a file that does not begin with `[` is not JSON lines either; faults of single lines are
-    let through."""
+) -> bool:
+    """Whether a file that does not begin with `[` holds objects over several lines each; otherwise it is JSON
+    lines, whose single lines may be broken.
+
+    Raises:
+        DataError: it is neither.
+    """
     start = file.tell()
     if first != b"{":
         head = file.read(16)
         file.seek(start)
         if not any(line.lstrip().startswith(b"{") for line in file):
             raise DataError(f"{path}: not JSON, it begins with {head!r}; wanted {wanted}.")
-        return
+        return False
     domain = _caption_domain(file)
     if domain is not None:
         raise DataError(
@@ -214,12 +286,36 @@ def _require_lines(
     head, second = next(lines), next(lines, b"").lstrip()[:1]
     try:
         keys = json.loads(head.decode("utf-8")).keys()
-        is_lines = bool(second) or any(key in row_keys for key in keys)
+        is_one_object = not second and not any(key in row_keys for key in keys)
     except (ValueError, RecursionError):
-        # Either the first of many rows is damaged, or one object is spread over several lines.
-        is_lines = second in (b"", b"{")
-    if not is_lines:
+        if second in (b"", b"{"):  # the first of many rows is damaged
+            return False
+        file.seek(start)
+        keys, follows = _first_object(file)
+        is_one_object = not follows and not any(key in row_keys for key in keys)
+        if not is_one_object:
+            return True
+    if is_one_object:
         raise DataError(f"{path}: one JSON object; wanted {wanted}.")
+    return False
+
+
+def _first_object(file: BinaryIO) -> tuple[list[str], bool]:
+    """The keys of the file's first object, and whether something follows it; none of its values is kept. Of
+    broken JSON as far as it goes."""
+    keys: list[str] = []
+    depth = 0
+    try:
+        for event, value in ijson.basic_parse(file, multiple_values=True, use_float=True):
+            if depth == 0 and keys and event == "start_map":
+                return keys, True
+            depth += event in ("start_map", "start_array")
+            depth -= event in ("end_map", "end_array")
+            if event == "map_key" and depth == 1:
+                keys.append(value)
+    except (ijson.JSONError, UnicodeDecodeError, ValueError):
+        return keys, True  # reading it will say where it breaks
+    return keys, False
 
 
 def _caption_domain(file: BinaryIO) -> str | None:
@@ -228,7 +324,8 @@ def _caption_domain(file: BinaryIO) -> str | None:
     try:
         events = list(
             takewhile(
-                lambda item: item[0] != "end_map", islice(ijson.basic_parse(file, multiple_values=True), 40)
+                lambda item: item[0] != "end_map",
+                islice(ijson.basic_parse(file, multiple_values=True, use_float=True), 40),
             )
         )
     except (ijson.JSONError, UnicodeDecodeError):

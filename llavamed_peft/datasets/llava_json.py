@@ -4,17 +4,22 @@ becomes `Conversation`s.
 Reads an array or JSON lines, as a stream. What published files are known to do is allowed: the key
 `"conversatons"`, values that are numbers, rows without an image, `<image>` before or after the question or in
 a later turn, several images (a list under `image` or `images`), ids that are numbers, missing, or occur
-twice. What would have to be guessed is rejected with a
-reason: above all, an image whose row has no `<image>` for it is not put anywhere, since which turn shows it
-is what is learnt.
+twice. What would have to be guessed is rejected with a reason: above all, an image whose row has no `<image>`
+for it is not put anywhere, since which turn shows it is what is learnt.
 
-Left out: other keys of a row (`domain`, …), and decoding the images; that a row's image files exist is
-checked.
+What changes what is learnt is read or refused, never passed over: a system message (the row's `system` or
+`system_prompt`, or a first turn `"from": "system"`), an answer that is not to be learnt (`weight` or `loss`
+of its turn is 0), videos and audio. Keys that change nothing (`domain`, …) are named once a file, in a
+warning.
+
+Left out: decoding the images; that a row's image files exist is checked.
 """
 
 from __future__ import annotations
 
 import os
+import re
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,7 +32,11 @@ WANTED = "LLaVA JSON: an array of rows, or one row a line, in UTF-8"
 
 _TURN_KEYS = ("conversations", "conversatons")  # the second is a misspelling in released files of LLaVA-Med
 _IMAGE_KEYS = ("image", "images")
-_ROW_KEYS = ("id", *_IMAGE_KEYS, *_TURN_KEYS)
+_SYSTEM_KEYS = ("system", "system_prompt")
+_ROW_KEYS = ("id", *_IMAGE_KEYS, *_TURN_KEYS, *_SYSTEM_KEYS)
+_LEARNT_KEYS = ("weight", "loss")  # of a turn: 0 or false, and the answer is shown but not learnt
+_OTHER_MEDIA = ("video", "videos", "audio", "audios")
+_MEDIA_MARKER = re.compile(r"<(video|audio)>")
 _SPEAKERS: dict[str, Role] = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 
 
@@ -50,25 +59,52 @@ def read(
 
     Raises:
         DataError: the file cannot be used, or a row cannot and `rejects` is `None`.
+
+    Warns:
+        UserWarning: at the end of the file: rows or turns have keys that are not read; each is named.
     """
+    not_read: dict[str, int] = {}  # key → the first row that has it
     folder: ImageFolder | None = None if image_folder is None else ImageFolder(image_folder)
     basename = os.path.basename(os.fspath(path))
     for number, row in json_rows(path, _ROW_KEYS, WANTED, rejects):
         folder = folder or ImageFolder.of_file(path)
         id = row_id(row, "id", number)
         try:
-            turns = _turns(row)
+            system, turns = _turns(row)
             images = _images(row, sum(turn.image_count for turn in turns), folder)
         except BadRow as fault:
             refuse(rejects, path, number, id, fault)
         else:
-            yield Conversation(id, turns, images, f"{basename}:{number}")
+            for key in _keys_not_read(row):
+                not_read.setdefault(key, number)
+            yield Conversation(id, turns, images, f"{basename}:{number}", system)
+    if not_read:
+        found = ", ".join(f"{key!r} (first in row {number})" for key, number in not_read.items())
+        warnings.warn(f"{path}: keys that are not read: {found}.", stacklevel=2)
 
 
-def _turns(row: Any) -> tuple[Turn, ...]:
+def _keys_not_read(row: dict[str, Any]) -> Iterator[str]:
+    for key, value in row.items():
+        if key in _TURN_KEYS:
+            for turn in value:
+                yield from (f"{key}.{name}" for name in turn if name not in ("from", "value", *_LEARNT_KEYS))
+        elif key not in (*_ROW_KEYS, *_OTHER_MEDIA):
+            yield key
+
+
+def _turns(row: Any) -> tuple[str, tuple[Turn, ...]]:
+    """The row's system message, empty where it has none, and its turns."""
     if not isinstance(row, dict):
         raise BadRow("malformed row", f"the row is {json_kind(row)}; wanted an object with 'conversations'.")
+    if media := next((key for key in _OTHER_MEDIA if row.get(key) not in (None, "", [])), None):
+        raise BadRow("video or audio", f"the row has {media!r}; wanted images only.")
     key = next((key for key in _TURN_KEYS if key in row), None)
+    if key is None and "messages" in row:
+        raise BadRow(
+            "malformed row",
+            "the row has 'messages', a form that is not read; wanted 'conversations', a list of "
+            '{"from": "human" or "gpt", "value": …}, and images under \'image\'.',
+        )
     if key is None:
         a_question = {"question", "answer"} <= row.keys()
         hint = (
@@ -81,12 +117,27 @@ def _turns(row: Any) -> tuple[Turn, ...]:
     if not isinstance(said, list) or not said:
         came = "an empty list" if said == [] else json_kind(said)
         raise BadRow("malformed row", f"{key!r} is {came}; wanted a list of turns.")
+    messages = [(name, row[name]) for name in _SYSTEM_KEYS if row.get(name) not in (None, "")]
+    if isinstance(said[0], dict) and said[0].get("from") == "system":
+        messages.append(("turn 1", said[0].get("value")))
+        said = said[1:]
+    if len(messages) > 1:
+        names = " and ".join(name for name, _ in messages)
+        raise BadRow("malformed row", f"the row has several system messages ({names}); wanted one of them.")
+    system = _system_message(*messages[0]) if messages else ""
     turns = tuple(_turn(turn, position) for position, turn in enumerate(said, 1))
-    if len(turns) % 2:
+    if not turns or len(turns) % 2:
         raise BadRow(
             "last turn is a question", f"turn {len(turns)}, the last, is the human's; wanted an answer to it."
         )
-    return turns
+    return system, turns
+
+
+def _system_message(name: str, value: Any) -> str:
+    text = text_of(value, f"the system message ({name})").strip()
+    if IMAGE_MARKER in text or _MEDIA_MARKER.search(text):
+        raise BadRow("malformed row", f"the system message ({name}) shows an image; wanted words.")
+    return text
 
 
 def _turn(turn: Any, position: int) -> Turn:
@@ -110,6 +161,8 @@ def _turn(turn: Any, position: int) -> Turn:
             f"turn {position} is from {speaker!r}; wanted {wanted!r} (human first, then in turn).",
         )
     text = text_of(turn["value"], f"the value of turn {position}")
+    if marker := _MEDIA_MARKER.search(text):
+        raise BadRow("video or audio", f"turn {position} holds {marker[0]}; wanted images only.")
     if not text.strip():
         if role == "user":
             raise BadRow(
@@ -122,7 +175,26 @@ def _turn(turn: Any, position: int) -> Turn:
             "marker in an answer",
             f"turn {position} is an answer with {IMAGE_MARKER}; wanted images in questions only.",
         )
-    return Turn(role, text)
+    return Turn(role, text, _is_learnt(turn, role, position))
+
+
+def _is_learnt(turn: dict[str, Any], role: Role, position: int) -> bool:
+    """Whether an answer counts in the loss; it does unless its turn says otherwise."""
+    given = {key: turn[key] for key in _LEARNT_KEYS if turn.get(key) is not None}
+    for key, value in given.items():
+        if not isinstance(value, (bool, int, float)) or value not in (0, 1):
+            raise BadRow(
+                "malformed row",
+                f"turn {position} has {key!r}: {value!r}; wanted 1 (the answer is learnt) or 0 (it is not).",
+            )
+        if role == "user" and value:
+            raise BadRow(
+                "malformed row",
+                f"turn {position} is a question with {key!r}: {value!r}; only answers are learnt.",
+            )
+    if len(set(map(bool, given.values()))) > 1:
+        raise BadRow("malformed row", f"turn {position} has {given}; wanted one of them, or the same.")
+    return all(given.values())
 
 
 def _images(row: dict[str, Any], markers: int, folder: ImageFolder) -> tuple[str, ...]:

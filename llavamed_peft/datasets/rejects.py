@@ -35,6 +35,7 @@ Reason = Literal[
     "marker in an answer",
     "marker in a question",
     "image count differs from marker count",
+    "video or audio",
     "malformed image path",
     "absolute image path",
     "image outside image folder",

@@ -1,7 +1,7 @@
 """What may be given as a stage's data, and where it comes from: files, or values in memory.
 
-A source knows its name and content hash and reads its conversations one by one; `packing/indexing.py` decides
-which of them fit.
+A source knows its name and content hash and reads its conversations one by one; `batches/checking.py`
+decides which of them fit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -145,6 +145,6 @@ def _in_memory(values: Sequence[Conversation | Question]) -> Source:
     def read(rejects: Any) -> Iterator[Conversation]:
         for row, value in enumerate(values, start=1):
             conversation = value.conversation() if isinstance(value, Question) else value
-            yield Conversation(conversation.id, conversation.turns, conversation.images, f"in memory:{row}")
+            yield replace(conversation, source=f"in memory:{row}")
 
     return Source("in memory", "in memory", digest.hexdigest(), read, settings="")

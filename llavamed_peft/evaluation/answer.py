@@ -15,6 +15,7 @@ from transformers import GenerationConfig, ProcessorMixin
 
 from ..conversations import Conversation, Question
 from ..errors import DataError
+from ..modeling.generation import stop_token_ids
 from ..modeling.parts import bare
 from ..packing import Encoder
 from ..storage.images import load_image
@@ -62,22 +63,12 @@ def answer_questions(
     return answers
 
 
-def stop_token_ids(model: torch.nn.Module, encoder: Encoder) -> list[int]:
-    """Tokens that end an answer: the model's own EOS, and what the chat template puts after one (ChatML:
-    `<|im_end|>`)."""
-    tokenizer = encoder.processor.tokenizer
-    special = {token for token, content in tokenizer.added_tokens_decoder.items() if content.special}
-    own = bare(model).generation_config.eos_token_id
-    learnt = tokenizer(encoder.format.stop, add_special_tokens=False)["input_ids"]
-    return sorted({*([own] if isinstance(own, int) else own or []), *special.intersection(learnt)})
-
-
 def _greedy(model: torch.nn.Module, encoder: Encoder, max_new_tokens: int) -> GenerationConfig:
     """Plain greedy decoding; a checkpoint's own settings (Qwen2's repetition penalty, Vicuna's temperature)
     would fill gaps."""
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
-        eos_token_id=stop_token_ids(model, encoder),
+        eos_token_id=stop_token_ids(model, encoder.processor),
         pad_token_id=encoder.pads_with,
         do_sample=False,
         num_beams=1,
@@ -102,7 +93,7 @@ def _answer_batch(
     pixels, counts = encoder.process_images(shown) if shown else ({}, [])
     remaining = iter(counts)
     prompts = [
-        encoder.encode_prompt(conversation.turns[:-1], next(remaining) if group else [])
+        encoder.encode_prompt(conversation.turns[:-1], next(remaining) if group else [], conversation.system)
         for conversation, group in zip(conversations, images, strict=True)
     ]
     longest = max(len(prompt) for prompt in prompts)

@@ -2,22 +2,21 @@
 
 Four classes of `transformers` are known: LLaVA, LLaVA-NeXT, ViP-LLaVA and LLaVA-OneVision, over any language
 model they can be built from and a CLIP or SigLIP tower. Weights that are missing, left over or of another
-shape are errors here; the library only warns. NF4 loading keeps vision tower, projector and `lm_head` in
-16/32 bit and checks that it did. Checkpoints in the original LLaVA format (such as LLaVA-Med v1.5's
-`llava_mistral`) are not converted.
+shape, or that are not finite, are errors here; the library only warns. Quantised weights are the matter of
+`quantization.py`. Checkpoints in the original LLaVA format (such as LLaVA-Med v1.5's `llava_mistral`) are not
+converted.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     ProcessorMixin,
@@ -25,17 +24,23 @@ from transformers import (
 
 from ..errors import CheckpointError, ConfigError
 from .processor import load_processor
+from .quantization import (
+    Quantization,
+    check_quantization,
+    guard_nf4,
+    linear4bits,
+    loading_settings,
+    refuse_bare_fp8,
+    set_nf4_dtype,
+    stored_quantization,
+)
 
 MODEL_TYPES = ("llava", "llava_next", "vipllava", "llava_onevision")
 TOWERS = ("clip_vision_model", "siglip_vision_model")
-NF4_BLOCK = 64  # weights that share one scale; see bitsandbytes.functional.quantize_4bit
-# Kept in 16/32 bit. transformers matches these from the start of a module's name, so a bare
-# "multi_modal_projector" would miss.
-NOT_QUANTIZED = ("model.vision_tower", "model.multi_modal_projector", "lm_head")
+# Classes that cut an image into tiles and put their features back together on a grid
+TILED = ("llava_next", "llava_onevision")
 # Buffers that older checkpoints stored and today's classes compute themselves.
 _COMPUTED_BUFFERS = (".position_ids", ".inv_freq")
-
-Quantization = Literal["nf4"] | None
 
 
 def load_checkpoint(
@@ -46,9 +51,10 @@ def load_checkpoint(
     Args:
         model: Hub id, or folder of a checkpoint in Hugging Face format.
         quantization: `None`, or `"nf4"`: the language model's linears in 4-bit NormalFloat with double
-            quantisation (QLoRA, arXiv:2305.14314) and everything else in `dtype`.
+            quantisation (QLoRA, arXiv:2305.14314) and everything else in `dtype`. A checkpoint that is stored
+            in NF4 is loaded so either way.
         dtype: of the floating-point weights, such as `torch.bfloat16` or `"bfloat16"`; `None` takes the one
-            in which the checkpoint is stored.
+            in which the checkpoint is stored. 4-bit weights are made of the stored ones in any case.
 
     Returns:
         The model in eval mode (on the CPU; under `nf4` with a GPU, on the GPU), and its processor, with what
@@ -56,47 +62,46 @@ def load_checkpoint(
         model's configuration.
 
     Raises:
-        CheckpointError: it is no LLaVA checkpoint or not complete, or its processor does not fit it.
+        CheckpointError: it is no LLaVA checkpoint or not complete, its weights are not finite or quantised in
+            another way, or its processor does not fit it.
         ConfigError: an unknown `quantization` or `dtype`.
     """
     check_quantization(quantization)
     config = read_config(model)
+    stored = stored_quantization(model, config)
+    quantization = quantization or stored
     wanted = resolve_dtype(dtype)
-    extra: dict[str, Any] = {}
-    if quantization == "nf4":
-        if not torch.cuda.is_available():
-            _check_blocks(config)
-        extra["quantization_config"] = _nf4_config(wanted)
     try:
         loaded, info = AutoModelForImageTextToText.from_pretrained(
             str(model),
-            dtype="auto" if wanted is None else wanted,
+            dtype="auto" if wanted is None or quantization else wanted,
             attn_implementation="sdpa",
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, all at once
-            **extra,
+            **loading_settings(quantization, config),
         )
-    except (OSError, SafetensorError, ImportError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, SafetensorError, ImportError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{model}: the weights cannot be loaded: {error}") from error
     _check_complete(str(model), info)
+    refuse_bare_fp8(model)  # of a Hub id, now that its files are here
+    _check_finite(str(model), loaded)
     if quantization == "nf4":
-        _make_nf4_safe_on_cpu(loaded)
-        _check_quantized(loaded)
+        guard_nf4(model, loaded, is_stored=stored is not None)
+        set_nf4_dtype(loaded, wanted or torch.bfloat16)
+        if wanted is not None:
+            _cast(loaded, wanted)
     return loaded, load_processor(model, config)
-
-
-def check_quantization(quantization: object) -> None:
-    """Raise `ConfigError` for anything but `None` and `"nf4"`."""
-    if quantization not in (None, "nf4"):
-        raise ConfigError(f"quantization is {quantization!r}; wanted None or 'nf4'.")
 
 
 def read_config(model: str | Path) -> PreTrainedConfig:
     """The configuration of a LLaVA checkpoint, without its weights.
 
     Raises:
-        CheckpointError: nothing is there, it is not one of the four LLaVA classes, or its tower is neither
-            CLIP nor SigLIP.
+        CheckpointError: nothing is there, it is not one of the four LLaVA classes, its tower is neither CLIP
+            nor SigLIP, its weights are quantised in a way that cannot be trained over, or its
+            `vision_feature_select_strategy` does not fit its tower.
     """
     try:
         plain, _ = PreTrainedConfig.get_config_dict(str(model))
@@ -121,6 +126,9 @@ def read_config(model: str | Path) -> PreTrainedConfig:
             f"{', '.join(TOWERS)}. Others make another number of tokens of an image, which the stages would "
             "count wrongly."
         )
+    _check_features(str(model), config)
+    stored_quantization(model, config)
+    refuse_bare_fp8(model)
     return config
 
 
@@ -162,56 +170,45 @@ def _check_complete(name: str, info: dict[str, Any]) -> None:
         )
 
 
-def _nf4_config(dtype: torch.dtype | None) -> BitsAndBytesConfig:
-    on_gpu = torch.cuda.is_available()
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type="nf4",
-        bnb_4bit_use_double_quant=True,
-        # On a CPU fp32 is the fastest.
-        bnb_4bit_compute_dtype=(dtype or torch.bfloat16) if on_gpu else torch.float32,
-        llm_int8_skip_modules=list(NOT_QUANTIZED),
-    )
-
-
-def _check_blocks(config: PreTrainedConfig) -> None:
-    """On a CPU, bitsandbytes 0.50 dequantises rows wrongly and silently if they end inside a block."""
-    text = config.get_text_config()
-    widths = {name: getattr(text, name, NF4_BLOCK) for name in ("hidden_size", "intermediate_size")}
-    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-    widths["num_attention_heads × head_dim"] = text.num_attention_heads * head
-    for name, width in widths.items():
-        if width % NF4_BLOCK:
-            raise CheckpointError(
-                f"The language model's {name} is {width}; NF4 on a CPU needs a multiple of {NF4_BLOCK} "
-                "(bitsandbytes reads other widths wrongly without saying so). Use quantization=None."
-            )
-
-
-def _make_nf4_safe_on_cpu(model: PreTrainedModel) -> None:
-    """Switch off a fast path of avx512_bf16: after a forward in eval mode, it trains without gradients."""
-    for module in _linear4bits(model).values():
-        module.support_avx512bf16_for_cpu = False
-
-
-def _check_quantized(model: PreTrainedModel) -> None:
-    quantized = _linear4bits(model)
-    wrongly = [name for name in quantized if name.startswith(NOT_QUANTIZED)]
-    left_out = [
-        name
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear)
-        and name.startswith("model.language_model.")
-        and name not in quantized
-    ]
-    if wrongly or left_out:
+def _check_features(name: str, config: PreTrainedConfig) -> None:
+    """Classes that put tiles together need one feature a patch: CLIP's CLS token must be dropped, and SigLIP
+    has none to drop."""
+    has_cls, drops = config.vision_config.model_type == "clip_vision_model", _strategy(config) == "default"
+    if config.model_type in TILED and has_cls != drops:
         raise CheckpointError(
-            f"NF4 loading quantised {wrongly[:3] or 'nothing wrongly'} and left out "
-            f"{left_out[:3] or 'nothing'}; wanted exactly the linears of model.language_model in 4 bit."
+            f"{name}: vision_feature_select_strategy is {_strategy(config)!r} with a "
+            f"{config.vision_config.model_type}; wanted {('default' if has_cls else 'full')!r}, since "
+            f"{config.model_type} puts the patches of its tiles back on their grid. Correct config.json."
         )
 
 
-def _linear4bits(model: PreTrainedModel) -> dict[str, Any]:
-    from bitsandbytes.nn import Linear4bit
+def _strategy(config: PreTrainedConfig) -> str:
+    return str(getattr(config, "vision_feature_select_strategy", "default"))
 
-    return {name: module for name, module in model.named_modules() if isinstance(module, Linear4bit)}
+
+def _check_finite(name: str, model: PreTrainedModel) -> None:
+    """Weights that hold infinity or NaN, which the first step's loss would only be `nan` of."""
+    broken = [
+        key
+        for key, parameter in model.named_parameters()
+        if parameter.is_floating_point() and not torch.isfinite(parameter).all()
+    ]
+    for key, module in linear4bits(model).items():
+        state = module.weight.quant_state
+        scales = state.absmax if state.offset is None else state.offset  # doubly quantised: their mean
+        if not torch.isfinite(scales.float()).all():
+            broken.append(f"{key}.weight")
+    if broken:
+        raise CheckpointError(
+            f"{name}: {len(broken)} of its weights hold infinity or NaN ({', '.join(broken[:3])}"
+            f"{', …' if len(broken) > 3 else ''}); wanted finite ones. Was it saved by a run that diverged, "
+            "or in a dtype too small for it? Take another copy."
+        )
+
+
+def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Weights that are not quantised, in another dtype; buffers keep theirs, as when a model is loaded."""
+    for parameter in model.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype

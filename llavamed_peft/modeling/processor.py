@@ -1,9 +1,9 @@
 """The processor of a checkpoint: loaded, completed from the model's configuration, prepared for a stage.
 
 Hub folders often lack what the processor needs to count image tokens; `load_processor` fills it in.
-`make_stage_processor` adds what training needs: a chat template that can be trained on, and square padding
-where the checkpoint would crop. Both are saved with the stage, so whoever loads it with stock `AutoProcessor`
-shows the model what it was trained on.
+`make_stage_processor` adds what training needs: a chat template that can be trained on, padding on the left,
+and square images where the checkpoint would crop. All are saved with the stage, so whoever loads it with
+stock `AutoProcessor` shows the model what it was trained on.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from transformers.utils import is_torchvision_available
 
 from ..errors import CheckpointError
 from ..stages import AspectRatio
+from .fit import check_fit
 from .templates import read_template
 from .tower import tower_positions
 
@@ -46,14 +47,14 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
     """The processor of a checkpoint or stage folder, completed from the model's configuration.
 
     Raises:
-        CheckpointError: there is none, it has no image processor, or its image token is not the model's.
+        CheckpointError: there is none, it has no image processor, or it is not the model's (`fit.py`).
     """
     try:
         if config.model_type == "llava_onevision" and not is_torchvision_available():
             processor = _images_only_processor(str(folder))
         else:
             processor = AutoProcessor.from_pretrained(str(folder))
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
         raise CheckpointError(
             f"{folder}: no processor could be loaded; wanted tokenizer files and preprocessor_config.json. "
             f"({error})"
@@ -69,15 +70,10 @@ def load_processor(folder: str | Path, config: PreTrainedConfig) -> ProcessorMix
         raise CheckpointError(
             f"{folder}: the tokenizer is slow; wanted a fast one (tokenizer.json), which knows its offsets."
         )
-    if processor.image_token_id != config.image_token_id:
-        raise CheckpointError(
-            f"{folder}: the processor's image token {processor.image_token!r} has id "
-            f"{processor.image_token_id}, the model's image_token_id is {config.image_token_id}; wanted "
-            "equal ids."
-        )
-    _complete_processor(processor, config)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.unk_token or tokenizer.eos_token
+    check_fit(processor, config, str(folder))
+    _complete_processor(processor, config)
     return processor
 
 
@@ -167,6 +163,8 @@ def make_stage_processor(processor: ProcessorMixin, image_aspect_ratio: AspectRa
     """
     processor = copy.deepcopy(processor)
     processor.chat_template = read_template(processor).template
+    # Stock generation in batches answers wrongly behind padding on the right.
+    processor.tokenizer.padding_side = "left"
     if image_aspect_ratio == "pad" and isinstance(processor, LlavaProcessor):
         old = processor.image_processor
         if not isinstance(old, LlavaImageProcessor):

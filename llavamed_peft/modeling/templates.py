@@ -6,8 +6,9 @@ since the model will see that when it is asked; LLaVA-OneVision's own template w
 differently. And an answer must end in a stop token; LLaVA-1.5's template ends it with a space.
 `read_template` finds out both. `ChatFormat.pieces` writes a conversation so that both hold, and
 `ChatFormat.template` is a template that gives the same text with the stock `apply_chat_template`: the
-checkpoint's own if that does it already, else the checkpoint's own inside a few more lines. `packing/` makes
-the tokens.
+checkpoint's own if that does it already, else the checkpoint's own inside a few more lines. A template that
+writes today's date gets a fixed one, or a run that is resumed tomorrow would go on with another prompt.
+`packing/` makes the tokens.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from jinja2.exceptions import TemplateError
@@ -26,6 +28,9 @@ from ..errors import CheckpointError, DataError
 Message = dict[str, Any]
 
 _QUESTION, _ANSWER = "Qz1 what is seen?", "Az1 a probe"
+_DAY = datetime(2026, 1, 1)  # what a template that asks for today's date gets
+_DATE_CALL = re.compile(r"""strftime_now\(\s*(['"])(.*?)\1""")
+_FROZEN = "{# the date of training: #}{% macro strftime_now(format) %}"
 _GENERATION_TAG = re.compile(r"\{%([-+]?)\s*(?:end)?generation\s*([-+]?)%\}")
 
 # Runs the checkpoint's own template on the messages up to each answer, as generation prompt, and writes the
@@ -83,43 +88,74 @@ class ChatFormat:
     plain: bool
     template: str
 
-    def pieces(self, processor: ProcessorMixin, turns: Sequence[Turn]) -> list[Piece]:
+    def pieces(self, processor: ProcessorMixin, turns: Sequence[Turn], system: str = "") -> list[Piece]:
         """A conversation's turns as alternating prompts and answers, up to the last stop.
 
         The prompt before the first answer is byte for byte the template's generation prompt.
 
+        Args:
+            system: the conversation's own system message; `""`: what the template writes without one.
+
         Raises:
-            CheckpointError: the template changes how it shows earlier turns once there are later ones.
-            DataError: the template refuses these turns.
+            DataError: the template refuses these turns, shows no system message, or rewrites an earlier turn
+                once there is a later one.
         """
-        messages = to_messages(turns, self.plain)
+        messages = to_messages(turns, self.plain, system)
+        offset = len(messages) - len(turns)  # 1 for a system message
         pieces: list[Piece] = []
         written = ""  # by the checkpoint's template, up to here
-        for position in range(1, len(messages), 2):
+        for position in range(1, len(turns), 2):
             try:
-                prompt = _render(processor, self.original, messages[:position], add_generation_prompt=True)
+                prompt = _render(
+                    processor, self.original, messages[: position + offset], add_generation_prompt=True
+                )
+                if pieces:
+                    written = _render(processor, self.original, messages[: position - 1 + offset])
             except TemplateError as error:
-                raise DataError(f"The chat template refuses the conversation: {error}") from error
+                raise RefusedTurns(
+                    f"The chat template refuses {'turn ' + str(position) if pieces else 'the conversation'} "
+                    f"({error}); wanted turns that it takes. Leave the row out, or split it into "
+                    "conversations of one question each."
+                ) from error
             if not prompt.startswith(written):
-                raise CheckpointError(
-                    f"The chat template renders earlier turns as {written!r}, and with a later one as "
-                    f"{prompt!r}; wanted the same beginning. It rewrites earlier turns, so later answers "
-                    "cannot be trained on; give it another."
+                raise DataError(
+                    f"The chat template renders the turns before turn {position} as "
+                    f"{_ending(written, prompt)!r}, and with that turn as {_ending(prompt, written)!r}; "
+                    "wanted the same. It rewrites earlier turns, so later answers cannot be trained on. "
+                    "Leave the row out, or split it into conversations of one question each."
+                )
+            if system and not pieces and system not in prompt:
+                raise DataError(
+                    f"The chat template shows nothing of the system message {system!r}; wanted a template "
+                    "with a place for it. Leave the message out, or put it before the question."
                 )
             pieces.append(Piece((self.tail if pieces else "") + prompt[len(written) :], supervised=False))
-            pieces.append(Piece(self.lead + turns[position].text + self.stop, supervised=True))
-            if position + 1 < len(messages):
-                written = _render(processor, self.original, messages[: position + 1])
+            answer = turns[position]
+            pieces.append(Piece(self.lead + answer.text + self.stop, answer.supervised))
         return pieces
 
+    def stop_tokens(self, processor: ProcessorMixin) -> dict[str, int]:
+        """The special tokens that end an answer, which the model learns to write: token → id."""
+        tokenizer = processor.tokenizer
+        special = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        ids = tokenizer(self.stop, add_special_tokens=False)["input_ids"]
+        return {tokenizer.convert_ids_to_tokens(number): number for number in ids if number in special}
 
-def to_messages(turns: Sequence[Turn], plain: bool = False) -> list[Message]:
+
+class RefusedTurns(DataError):
+    """The template itself raises an error for a conversation."""
+
+
+def to_messages(turns: Sequence[Turn], plain: bool = False, system: str = "") -> list[Message]:
     """Turns as the messages that a chat template takes.
 
     Markers before or after a turn's words become images before them, and the template decides where it shows
-    them; markers between words keep their place.
+    them; markers between words keep their place. A system message comes first.
     """
     messages: list[Message] = []
+    if system:
+        content = system if plain else [{"type": "text", "text": system}]
+        messages.append({"role": "system", "content": content})
     for turn in turns:
         words = [part.strip() for part in turn.text.split(IMAGE_MARKER)]
         images: list[dict[str, str]] = [{"type": "image"}] * turn.image_count
@@ -144,7 +180,7 @@ def read_template(processor: ProcessorMixin) -> ChatFormat:
         CheckpointError: there is no template, it does not show the image or the words, or there is no EOS
             token.
     """
-    original = _template_text(processor)
+    original = _with_fixed_date(_template_text(processor))
     special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
     special -= {processor.image_token}
     question, answer = (Turn("user", f"{IMAGE_MARKER}\n{_QUESTION}"), Turn("assistant", _ANSWER))
@@ -206,6 +242,36 @@ def _template_text(processor: ProcessorMixin) -> str:
     return str(template)
 
 
+def _with_fixed_date(template: str) -> str:
+    """The template, with a macro of the library's name in front of it where it asks for today's date.
+
+    Raises:
+        CheckpointError: it asks for the date in a format that is not written out.
+    """
+    formats = dict.fromkeys(found[1] for found in _DATE_CALL.findall(template))
+    if "strftime_now(" not in template or _FROZEN in template:
+        return template
+    if template.count("strftime_now(") > len(_DATE_CALL.findall(template)):
+        raise CheckpointError(
+            "The chat template asks for today's date in a format that it computes, so it cannot be fixed; "
+            "wanted strftime_now('…') with the format written out, or no date. A run that is resumed "
+            "tomorrow would go on with another prompt."
+        )
+    dates = "".join(
+        f"{{% {'elif' if number else 'if'} format == {written!r} %}}{_DAY.strftime(written)}"
+        for number, written in enumerate(formats)
+    )
+    # The library drops the line break after a block, so the template begins as it did.
+    return f"{_FROZEN}{dates}{{% endif %}}{{% endmacro %}}\n{template}"
+
+
+def _ending(text: str, other: str) -> str:
+    """What a text says from a little before the place where it differs from another."""
+    pairs = zip(text, other, strict=False)
+    same = next((place for place, (one, another) in enumerate(pairs) if one != another), 0)
+    return text[max(0, same - 20) : same + 60]
+
+
 def _render(
     processor: ProcessorMixin, template: str, messages: list[Message], add_generation_prompt: bool = False
 ) -> str:
@@ -225,10 +291,21 @@ def _wrap(original: str, lead: str, stop: str, tail: str) -> str:
 
 
 def _check_template(processor: ProcessorMixin, chat_format: ChatFormat, exchange: list[Turn]) -> None:
-    """Check that the stage's template gives what training sees: two turns, four, and two without an image."""
+    """Check that the stage's template gives what training sees: two turns, four, and two without an image.
+
+    A template may refuse the latter two: then rows like them will be rejected.
+    """
     again = [Turn("user", f"And {_QUESTION}"), Turn("assistant", f"{_ANSWER}, twice")]
     for turns in (exchange, [*exchange, *again], again):
-        trained = "".join(piece.text for piece in chat_format.pieces(processor, turns)) + chat_format.tail
+        try:
+            pieces = chat_format.pieces(processor, turns)
+        except RefusedTurns as error:
+            if turns is exchange:
+                raise CheckpointError(str(error)) from error
+            continue
+        except DataError as error:
+            raise CheckpointError(str(error)) from error
+        trained = "".join(piece.text for piece in pieces) + chat_format.tail
         messages = to_messages(turns, chat_format.plain)
         if _render(processor, chat_format.template, messages) != trained:
             raise CheckpointError(

@@ -57,6 +57,8 @@ class PackedCollator:
     `curriculum_finetune` calls both. TRL's own trainer logs a wrong `num_tokens`: it counts the pairs in the
     mask.
 
+    A word that the model has no row of its embedding for (`embedding_rows`) makes its conversation unusable.
+
     Raises:
         ConfigError: an unknown layout, or a bound that is not a whole number of at least 1.
         CheckpointError: the processor's chat template cannot be trained on, or it cannot count image tokens.
@@ -69,6 +71,7 @@ class PackedCollator:
         max_row_tokens: int | None = None,
         layout: str = "packed",
         fill_tokens: int | None = None,
+        embedding_rows: int | None = None,
     ):
         if layout not in LAYOUTS:
             raise ConfigError(f"layout is {layout!r}; wanted one of {', '.join(LAYOUTS)}.")
@@ -82,7 +85,7 @@ class PackedCollator:
                 not isinstance(number, Integral) or isinstance(number, bool) or number < 1
             ):
                 raise ConfigError(f"{name} is {number!r}; wanted {wanted}a whole number of at least 1.")
-        self.encoder = Encoder(processor)
+        self.encoder = Encoder(processor, embedding_rows)
         self.max_length = max_length
         self.max_row_tokens = max_row_tokens
         self.layout = layout

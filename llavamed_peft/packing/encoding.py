@@ -91,13 +91,14 @@ class Encoder:
 
     Args:
         processor: of a LLaVA checkpoint or a stage folder.
+        embedding_rows: tokens that the model knows, from `modeling.fit`; `None`: not checked.
 
     Raises:
         CheckpointError: the chat template cannot be trained on, or the processor lacks what it needs to count
             image tokens.
     """
 
-    def __init__(self, processor: ProcessorMixin):
+    def __init__(self, processor: ProcessorMixin, embedding_rows: int | None = None):
         lacks = [name for name in ("patch_size", "num_image_tokens") if getattr(processor, name, 0) is None]
         lacks += [name for name in ("tokenizer", "image_token_id") if not hasattr(processor, name)]
         if lacks:
@@ -106,7 +107,7 @@ class Encoder:
                 "checkpoint as load_checkpoint returns it, completed from the model's configuration, or that "
                 "of a stage's folder."
             )
-        self.processor = processor
+        self.processor, self.embedding_rows = processor, embedding_rows
         self.format = read_template(processor)
         self.pads_with = processor.tokenizer.pad_token_id
         special = {str(token) for token in processor.tokenizer.added_tokens_decoder.values() if token.special}
@@ -135,29 +136,41 @@ class Encoder:
         """The words of one conversation as tokens.
 
         Raises:
-            DataError: the words contain a special token, or half of a character.
+            DataError: the words contain a special token, half of a character, or a token that the model does
+                not know; or the template refuses the conversation.
         """
-        for position, turn in enumerate(conversation.turns, start=1):
-            if halves := _SURROGATE.search(turn.text):
+        texts = {f"Turn {place}": turn.text for place, turn in enumerate(conversation.turns, start=1)}
+        for place, text in {"The system message": conversation.system, **texts}.items():
+            if halves := _SURROGATE.search(text):
                 raise DataError(
-                    f"Turn {position} holds {halves[0]!r}, half of a character; wanted text that UTF-8 can "
-                    "write."
+                    f"{place} holds {halves[0]!r}, half of a character; wanted text that UTF-8 can write."
                 )
-            if found := self._special.search(turn.text.replace(IMAGE_MARKER, "")):
+            if found := self._special.search(text.replace(IMAGE_MARKER, "")):
                 raise DataError(
-                    f"Turn {position} holds {found[0]!r}, which the tokenizer reads as a special token; "
-                    "wanted words."
+                    f"{place} holds {found[0]!r}, which the tokenizer reads as a special token; wanted words."
                 )
-        return self._tokenize(self.format.pieces(self.processor, conversation.turns))
+        tokens = self._tokenize(self.format.pieces(self.processor, conversation.turns, conversation.system))
+        if self.embedding_rows is not None and (beyond := tokens.ids[tokens.ids >= self.embedding_rows]).size:
+            word = self.processor.tokenizer.convert_ids_to_tokens(int(beyond[0]))
+            raise DataError(
+                f"The words hold {word!r}, which is token {beyond[0]}, and the language model's embedding "
+                f"has {self.embedding_rows} rows; wanted tokens that it has."
+            )
+        return tokens
 
-    def encode_prompt(self, turns: Sequence[Turn], tokens_per_image: Sequence[int]) -> list[int]:
+    def encode_prompt(
+        self, turns: Sequence[Turn], tokens_per_image: Sequence[int], system: str = ""
+    ) -> list[int]:
         """Token ids of the turns up to the user's last and the generation prompt; `encode` begins with these.
+
+        Args:
+            system: the conversation's system message.
 
         Raises:
             DataError: as `encode`.
         """
         placeholder = Turn("assistant", "-")
-        tokens = self._tokenize(self.format.pieces(self.processor, [*turns, placeholder])[:-1])
+        tokens = self._tokenize(self.format.pieces(self.processor, [*turns, placeholder], system)[:-1])
         return np.repeat(tokens.ids, self._repeats(tokens.ids, tokens_per_image)).tolist()
 
     def fingerprint(self) -> str:
@@ -166,6 +179,7 @@ class Encoder:
         settings = {
             "versions": [transformers.__version__, tokenizers.__version__],
             "format": asdict(self.format),
+            "embedding_rows": self.embedding_rows,
             "special_tokens": self.processor.tokenizer.special_tokens_map,
             # Truncation and padding are settings of the tokenizer's last call.
             "tokenizer": {

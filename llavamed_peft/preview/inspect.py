@@ -22,6 +22,7 @@ from ..batches.steps import StepSampler, steps_in_all, why_nothing_is_learnt
 from ..datasets.sources import open_sources
 from ..errors import ConfigError
 from ..llava_med import LLAVA_MED
+from ..modeling.fit import embedding_rows
 from ..modeling.load import read_config
 from ..modeling.processor import load_processor, make_stage_processor
 from ..packing.collator import PackedCollator
@@ -99,7 +100,9 @@ def inspect(
     indexes: dict[str, Index] = {}
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         for number, (key, stages) in enumerate(sharing.items()):
-            collator = PackedCollator(processor, max_length=key[2], layout="padded")
+            collator = PackedCollator(
+                processor, max_length=key[2], layout="padded", embedding_rows=embedding_rows(config)
+            )
             check = check_data(opened[key], collator, Path(folder, str(number)))
             indexes |= {stage.name: check.index for stage in stages}
             yield f"\ndata of {', '.join(stage.name for stage in stages)} (max_length {key[2]:,})"

@@ -10,14 +10,19 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedConfig, ProcessorMixin
+
 from ..adapters.record import Base
-from ..adapters.stage_adapter import StageAdapter
+from ..adapters.stage_adapter import StageAdapter, check_fits, warn_of_unquantized
 from ..datasets.sources import Data
-from ..errors import AdapterError, ConfigError
-from ..modeling.load import Quantization, check_quantization
+from ..errors import AdapterError, CheckpointError, ConfigError
+from ..modeling.load import empty_model
+from ..modeling.processor import load_processor
+from ..modeling.quantization import Quantization
 from ..stages import Curriculum
 from .lineage import carried_lora
 
@@ -75,15 +80,28 @@ def check_share(argument: str, share: float) -> None:
         raise ConfigError(f"{argument} is {share!r}; wanted a share between 0 and 1.")
 
 
-def check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantization: Quantization) -> None:
-    """The stages can be trained so, and continue what `start_from` left."""
-    check_quantization(quantization)
+def check_scopes(curriculum: Curriculum, quantization: Quantization, stored: Quantization) -> None:
+    """No stage trains weights that are in 4 bits.
+
+    Args:
+        quantization: asked for.
+        stored: of the base itself.
+    """
     for stage in curriculum.stages:
-        if stage.trains == "full" and quantization is not None:
-            raise ConfigError(
-                f"Stage {stage.name!r} trains 'full' and quantization is {quantization!r}; wanted None, "
-                "since 4-bit weights cannot be trained. Use trains='lora'."
+        if stage.trains == "full" and (quantization or stored) is not None:
+            came, wanted = (
+                (f"quantization is {quantization!r}", "None")
+                if stored is None
+                else (f"the base is stored in {stored.upper()}", "the unquantised checkpoint")
             )
+            raise ConfigError(
+                f"Stage {stage.name!r} trains 'full' and {came}; wanted {wanted}, since 4-bit weights cannot "
+                "be trained. Use trains='lora'."
+            )
+
+
+def check_lineage(curriculum: Curriculum, parent: StageAdapter | None) -> None:
+    """The stages can continue what `start_from` left."""
     if parent is not None and parent.record.image_aspect_ratio != curriculum.image_aspect_ratio:
         raise ConfigError(
             f"Curriculum.image_aspect_ratio is {curriculum.image_aspect_ratio!r}, start_from was trained "
@@ -102,8 +120,22 @@ def check_lineage(curriculum: Curriculum, parent: StageAdapter | None, quantizat
             )
 
 
-def check_architecture(base: Base, parent: StageAdapter) -> None:
-    """`start_from` was trained on a base of this architecture."""
+def check_base(
+    base: Base, config: PreTrainedConfig, parent: StageAdapter, quantization: Quantization
+) -> None:
+    """`start_from` belongs to this base.
+
+    Args:
+        base: of the call's `model`.
+        config: of the checkpoint that the first stage begins with.
+        quantization: of the run.
+
+    Raises:
+        AdapterError: it has another architecture, other shapes, or is a full checkpoint of another base.
+
+    Warns:
+        UserWarning: it was trained over NF4, and the run is not.
+    """
     for part in ("model_type", "language_model", "vision_tower"):
         if getattr(base, part) != getattr(parent.record.base, part):
             raise AdapterError(
@@ -111,3 +143,31 @@ def check_architecture(base: Base, parent: StageAdapter) -> None:
                 f"{getattr(parent.record.base, part)!r}, the base's is {getattr(base, part)!r}; wanted the "
                 "same architecture."
             )
+    if not parent.is_checkpoint:
+        check_fits(empty_model(config), parent)
+        warn_of_unquantized(parent, quantization)
+        return
+    itself = replace(base, sha256=parent.record.sha256)
+    origins = [origin for origin in (parent.record.root, parent.record.base) if origin is not None]
+    differences = [base.difference(origin) for origin in (itself, *origins)]
+    if all(differences):
+        raise AdapterError(
+            f"start_from ({parent.path.name}) is a full checkpoint, and model another one: {differences[1]}. "
+            f"Wanted model={origins[0].public_name}, which it was trained from, or its own folder: training "
+            "begins with its weights."
+        )
+
+
+def parent_processor(parent: StageAdapter, config: PreTrainedConfig) -> ProcessorMixin:
+    """The processor of `start_from`, which the run continues to use.
+
+    Raises:
+        AdapterError: it is not one of this base; image size, image token or tokenizer differ.
+    """
+    try:
+        return load_processor(parent.path, config)
+    except CheckpointError as error:
+        raise AdapterError(
+            f"start_from ({parent.path.name}) does not fit the base, which is not the one it was trained on: "
+            f"{error}"
+        ) from error

@@ -33,8 +33,8 @@ from ..batches.ledger import Ledger, failed_in
 from ..datasets.rejects import RejectLog
 from ..datasets.sources import Source
 from ..errors import AdapterError, ConfigError, TrainingError
-from ..modeling.load import Quantization
 from ..modeling.parts import bare
+from ..modeling.quantization import Quantization
 from ..packing.collator import PackedCollator
 from ..reporting.run_log import METRICS, RunLog
 from ..stages import Curriculum, Stage
@@ -64,6 +64,7 @@ class Run:
         processor: every stage's: the base's, with what training adds.
         processes: those that train together; the first of them writes.
         max_rejected: share of unusable rows above which a data set is refused.
+        embedding_rows: tokens that the language model knows.
     """
 
     folder: Path
@@ -73,6 +74,7 @@ class Run:
     processor: ProcessorMixin
     processes: PartialState
     max_rejected: float
+    embedding_rows: int
 
     @property
     def seed(self) -> int:
@@ -199,7 +201,9 @@ class Run:
         path = self.folder / INDEX / f"{stage.name}-{use}.arrow"
         with _others_wait(self.processes):
             if self.writes:
-                collator = PackedCollator(self.processor, stage.schedule.max_length)
+                collator = PackedCollator(
+                    self.processor, stage.schedule.max_length, embedding_rows=self.embedding_rows
+                )
                 build_index(sources, collator, path, rejects, self.max_rejected, RunLog(self.folder).show)
         kind = {"train": "training", "eval": "held-out"}[use]
         return Ledger(Index.open(path), kind, self.max_rejected)

@@ -7,7 +7,8 @@ from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
 
 from ..adapters.stage_adapter import check_arrived, check_fits, warn_of_another_base
-from ..modeling.load import Quantization, load_checkpoint
+from ..modeling.load import load_checkpoint
+from ..modeling.quantization import Quantization, set_nf4_dtype
 from ..modeling.scopes import adapter_config, attach, unfreeze_full
 from ..modeling.tensors import load_tensors, set_dtypes
 from ..stages import Stage
@@ -27,6 +28,7 @@ def stage_model(
     """
     # In the stored dtype: what trains begins unrounded
     model, _ = load_checkpoint(lineage.base, quantization)
+    set_nf4_dtype(model, dtype)
     set_seed(seed)
     if stage.trains == "full":
         model = _full_model(model, lineage)

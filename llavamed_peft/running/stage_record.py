@@ -12,7 +12,7 @@ import torch
 
 from ..adapters.record import DataFile, StageRecord
 from ..batches.ledger import Ledger
-from ..modeling.load import Quantization
+from ..modeling.quantization import Quantization
 from ..stages import Curriculum, Stage
 from ..training.computing import Computing
 from ..version import __version__

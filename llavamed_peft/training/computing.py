@@ -10,7 +10,8 @@ from transformers.integrations import get_available_reporting_integrations
 
 from ..errors import ConfigError
 from ..features.forecast import Asked
-from ..modeling.load import Quantization, resolve_dtype
+from ..modeling.load import resolve_dtype
+from ..modeling.quantization import Quantization
 from ..modeling.sharding import Sharding, asked_sharding
 from ..packing.collator import LAYOUTS
 from ..packing.masks import MAX_ROW_TOKENS
