@@ -2,7 +2,7 @@
 # Another Python: make demo PYTHON=python3.12. Options for pytest: make test ARGS="-k stages -x".
 
 PYTHON ?= python3
-EXTRAS := distributed,quantization,tracking,dev
+EXTRAS := dicom,distributed,quantization,tracking,dev
 IN_VENV := .venv/bin/python
 # What .venv is made from. After an install .venv/installed has a copy; while the two agree, nothing is installed.
 INGREDIENTS := pwd; echo "$(EXTRAS)"; cat pyproject.toml constraints.txt

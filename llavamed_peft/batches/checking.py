@@ -36,7 +36,7 @@ from ..packing.encoding import Tokenized
 from ..reporting.progress import Progress, Show, named
 from ..storage.equal_images import ContentNames, real_path
 from ..storage.hashing import file_sha256
-from ..storage.images import MAX_PIXELS, image_size
+from ..storage.images import MAX_PIXELS, image_header
 from ..storage.whole import keep, write_file
 from .index import FILES, FINGERPRINT, REJECTED, SCHEMA, FileCount, Index, notes, row_number
 from .ledger import fault
@@ -158,6 +158,7 @@ def _write_index(
     schema = SCHEMA if fingerprint is None else SCHEMA.with_metadata({FINGERPRINT: fingerprint})
     groups: dict[tuple[str, ...], int] = {}
     content_name = functools.lru_cache(_FILES_KNOWN)(ContentNames())
+    several_frames: dict[str, int] = {}  # image → how many its file holds
     files: list[FileCount] = []
     progress, seen, refused_in_all = Progress(path.stem, show), 0, 0
     with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_stream(sink, schema) as writer:
@@ -169,7 +170,9 @@ def _write_index(
                 refused: list[Reject] = []
                 for row in some:
                     checked = (
-                        row if isinstance(row, Reject) else _check(row, source.path, collator, content_name)
+                        row
+                        if isinstance(row, Reject)
+                        else _check(row, source.path, collator, content_name, several_frames)
                     )
                     if isinstance(checked, Reject):
                         refused.append(checked)
@@ -193,6 +196,14 @@ def _write_index(
         )
     if progress.has_spoken:
         progress(_checked(progress, seen, refused_in_all), last=True)
+    if several_frames:
+        image, frames = next(iter(several_frames.items()))
+        warnings.warn(
+            f"{', '.join(source.name for source in sources)}: {len(several_frames):,} image file(s) hold "
+            f"several frames, such as {image} ({frames}). The first of each is shown; name another one of a "
+            "DICOM file as file.dcm#3.",
+            stacklevel=3,
+        )
 
 
 def _checked(progress: Progress, rows: int, rejected: int) -> str:
@@ -210,12 +221,18 @@ def _rows(source: Source) -> Iterator[Conversation | Reject]:
 
 
 def _check(
-    conversation: Conversation, path: str, collator: PackedCollator, content_name: Callable[[str], str]
+    conversation: Conversation,
+    path: str,
+    collator: PackedCollator,
+    content_name: Callable[[str], str],
+    several_frames: dict[str, int],
 ) -> dict[str, object] | Reject:
     """A row of the index (but for `file` and `group`), or why there is none."""
     reason = "unreadable image"
     try:
-        sizes = [_bounded(image, image_size(image)) for image in conversation.images]
+        headers = {image: image_header(image) for image in conversation.images}
+        sizes = [_bounded(image, headers[image].size) for image in conversation.images]
+        several_frames.update({image: h.frames for image, h in headers.items() if h.frames > 1})
         contents = [content_name(image) for image in conversation.images]
         reason = "cannot be encoded"
         tokens = collator.encoder.tokenize(conversation)

@@ -12,6 +12,7 @@ import os
 import re
 
 from ..errors import DataError
+from ..storage.images import split_frame
 from .rejects import BadRow
 
 _WINDOWS_DRIVE = re.compile(r"[A-Za-z]:")
@@ -44,7 +45,7 @@ class ImageFolder:
         """The path of an image, ready to open: the folder, joined with the name in its shortest form.
 
         Args:
-            name: what the row says, such as `"PMC2988167/LI-27-196-g003.jpg"`.
+            name: what the row says, such as `"PMC2988167/LI-27-196-g003.jpg"`, or `"ct/1.dcm#3"` for a frame.
 
         Raises:
             BadRow: backslash or NUL in the name, an absolute name, one that leaves the folder, no such file.
@@ -67,7 +68,7 @@ class ImageFolder:
                 f"image path {name!r} leads out of {self.folder}; wanted one inside.",
             )
         found = os.path.join(self.folder, inside)
-        if not os.path.isfile(found):
+        if not os.path.isfile(split_frame(found)[0]):
             raise BadRow(
                 "missing image", f"image {name!r} is not a file in {self.folder}; wanted an image there."
             )

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from ..errors import DataError
 from .hashing import file_sha256
-from .images import errors_of
+from .images import errors_of, split_frame
 
 _END = 4096  # bytes at either end of a file by which most can be told apart
 _FOLDERS_KNOWN = 10_000  # whose links need not be followed again
@@ -21,11 +21,14 @@ _FOLDERS_KNOWN = 10_000  # whose links need not be followed again
 def content_key(path: str | os.PathLike[str]) -> str:
     """SHA-256 of the file's bytes, as 64 hexadecimal digits: equal for equal files, whatever their names.
 
+    Where the path names a frame, its number follows.
+
     Raises:
         DataError: the file is missing or cannot be read.
     """
-    with errors_of(path):
-        return file_sha256(Path(path))
+    file, frame = split_frame(path)
+    with errors_of(path, file):
+        return file_sha256(Path(file)) + (f"#{frame}" if frame else "")
 
 
 def contents_among(paths: Collection[str], on_file: Callable[[str], None]) -> dict[str, str]:
@@ -42,8 +45,9 @@ def contents_among(paths: Collection[str], on_file: Callable[[str], None]) -> di
     sizes: dict[str, int] = {}
     for path in paths:
         on_file(path)
-        with errors_of(path):
-            sizes[path] = os.stat(path).st_size
+        file, _ = split_frame(path)
+        with errors_of(path, file):
+            sizes[path] = os.stat(file).st_size
     files = Counter(sizes.values())
     return {path: content_key(path) if files[size] > 1 else f"path {path}" for path, size in sizes.items()}
 
@@ -91,11 +95,12 @@ class ContentNames:
 
 
 def _size_and_ends(path: str) -> str:
-    """A hash, equal for equal files."""
-    with errors_of(path), open(path, "rb") as file:
+    """A hash, equal for equal files (and the same frame of them)."""
+    name, frame = split_frame(path)
+    with errors_of(path, name), open(name, "rb") as file:
         size = file.seek(0, os.SEEK_END)
         digest = hashlib.blake2b(str(size).encode(), digest_size=16)
         for begin in (0, max(0, size - _END)):
             file.seek(begin)
             digest.update(file.read(_END))
-        return digest.hexdigest()
+        return digest.hexdigest() + (f"#{frame}" if frame else "")
