@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal
@@ -13,7 +14,7 @@ from .adapters.record import Base
 from .adapters.stage_adapter import StageAdapter
 from .datasets.sources import Data, Source, open_sources
 from .llava_med import LLAVA_MED
-from .modeling.fit import embedding_rows
+from .modeling.fit import check_positions, embedding_rows
 from .modeling.load import read_config
 from .modeling.processor import load_processor, make_stage_processor
 from .modeling.quantization import Quantization, check_quantization, stored_quantization
@@ -25,6 +26,7 @@ from .running.preflight import (
     check_files,
     check_lineage,
     check_names,
+    check_names_fit,
     check_scopes,
     check_share,
     parent_processor,
@@ -54,6 +56,7 @@ def curriculum_finetune(
     report_to: str | list[str] = "none",
     gradient_checkpointing: bool | None = None,
     feature_cache: Literal["auto"] | bool = "auto",
+    full_dtype: Literal["float32", "stored"] = "float32",
 ) -> dict[str, StageAdapter]:
     """Take a LLaVA checkpoint through a curriculum; every stage leaves a self-contained folder in
     `output_dir`.
@@ -68,10 +71,11 @@ def curriculum_finetune(
         model: Hub id or folder of any LLaVA checkpoint (LLaVA, LLaVA-NeXT, ViP-LLaVA, LLaVA-OneVision).
         data: stage name → a LLaVA JSON file, several, or `Conversation` and `Question` values. Every stage
             has an entry.
-        output_dir: gets `<stage>/` for each stage, `metrics.jsonl`, `rejected.jsonl` (if rows were rejected),
-            `loss.png`, `stages.md`, `index/` (the checked rows with their SHA-256, which a later call with
-            the same data uses again; delete it after fixing images), `logs/` (the trackers'), `run.json`
-            (what decides the result) and, until the last stage is finished, `checkpoints/` and `features/`.
+        output_dir: a folder; `~` is one's own. It gets `<stage>/` for each stage, `metrics.jsonl`,
+            `rejected.jsonl` (if rows were rejected), `loss.png`, `stages.md`, `index/` (the checked rows with
+            their SHA-256, which a later call with the same data uses again; delete it after fixing images),
+            `logs/` (the trackers'), `run.json` (what decides the result) and, until the last stage is
+            finished, `checkpoints/` and `features/`.
         image_folder: what image paths are relative to: one folder, or stage name → folder; `None`: the folder
             of each data file.
         curriculum: what to train, and how. Default: the paper's stages, the later two as LoRA.
@@ -105,6 +109,10 @@ def curriculum_finetune(
             image is decoded again. `"auto"`: where at most half as many images then pass the tower, and it
             fits into 50 GB and half of the free disk; a line says so before each stage. True: always, or an
             error where it does not fit. Not for a sharded model.
+        full_dtype: in which a `full` stage is written. `"float32"`: as it was trained, bit for bit, and the
+            next stage begins there (28 GB for 7B). `"stored"`: in the base's stored dtype (14 GB in 16 bits);
+            it is rounded before its last held-out loss, and the loss before that is recorded beside it. At
+            rates of 2e-5, rounding to bfloat16 loses most of what a few steps changed.
 
     Launched by `torchrun` or `accelerate launch`, the processes share the work. Where the launch
     configuration asks for FSDP (version 2) or DeepSpeed (ZeRO-2, ZeRO-3), each process holds a part of every
@@ -138,6 +146,12 @@ def curriculum_finetune(
     check_names(curriculum, data, eval_data, image_folder)
     check_files(output_dir, [*data.values(), *eval_data.values()], OWN_NAMES)
     check_share("max_rejected", max_rejected)
+    output_dir = Path(output_dir).expanduser()
+    check_names_fit(output_dir, [stage.name for stage in curriculum.stages])
+    model, start_from = (
+        os.path.expanduser(given) if isinstance(given, (str, Path)) else given
+        for given in (model, start_from)
+    )
     in_memory = start_from is None or isinstance(start_from, StageAdapter)
     parent = start_from if in_memory else StageAdapter.load(start_from)
     check_lineage(curriculum, parent)
@@ -158,6 +172,7 @@ def curriculum_finetune(
         report_to=report_to,
         quantization=quantization,
         feature_cache=feature_cache,
+        full_dtype=full_dtype,
     )
     base = Base.of(model, read_config(model))
     if parent is not None:
@@ -172,7 +187,7 @@ def curriculum_finetune(
         "eval_data": _sources(curriculum, "eval_data", eval_data, image_folder),
     }
     run = Run(
-        Path(output_dir),
+        output_dir,
         curriculum,
         quantization,
         computing,
@@ -187,9 +202,11 @@ def curriculum_finetune(
     adapters: dict[str, StageAdapter] = {}
     with run.claimed(identity) as rejects:
         ledgers = run.ledgers(sources, rejects)
-        if layout == "packed":
-            for ledger in (ledger for both in ledgers.values() for ledger in both if ledger is not None):
-                check_window(config, int(ledger.index.column("length").max()))
+        for ledger in (ledger for both in ledgers.values() for ledger in both if ledger is not None):
+            longest = int(ledger.index.column("length").max())
+            check_positions(config, longest)
+            if layout == "packed":
+                check_window(config, longest)
         run.begin(identity)
         for stage in curriculum.stages:
             if run.has(stage):

@@ -25,6 +25,7 @@ SHUFFLES = ("images", "conversations")
 ASPECT_RATIOS = ("pad", "checkpoint")
 # Not hidden, no space at either end, nothing that a file system or a control character makes special.
 _FOLDER_NAME = re.compile(r"""(?![.\s])[^/\\:*?"<>|\x00-\x1f\x7f]+(?<!\s)""")
+MAX_NAME_BYTES = 200  # a file system holds 255, and files of a stage have its name and some more
 Scope = Literal["projector", "lora", "full"]
 Shuffle = Literal["images", "conversations"]
 AspectRatio = Literal["pad", "checkpoint"]
@@ -169,6 +170,12 @@ class Stage:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _FOLDER_NAME.fullmatch(self.name) or len(self.name) > 100:
             raise ConfigError(f"Stage.name is {self.name!r}; wanted a plain folder name such as 'align'.")
+        size = len(self.name.encode(errors="replace"))
+        if size > MAX_NAME_BYTES or "\ufffd" in self.name or not self.name.isprintable():
+            raise ConfigError(
+                f"Stage.name is {self.name!r}, {size} bytes in UTF-8; wanted a name that any disk can hold, "
+                f"of at most {MAX_NAME_BYTES} bytes and of characters that can be written."
+            )
         _one_of(self, "trains", SCOPES)
         if not isinstance(self.schedule, Schedule):
             raise ConfigError(f"Stage.schedule is {self.schedule!r}; wanted a Schedule.")

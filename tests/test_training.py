@@ -226,13 +226,35 @@ def test_a_batch_without_images_or_rows_gives_the_projector_a_zero_gradient(
     stage = trainer(bases["llava"], conversations, tmp_path, trains)
     batch = DeviceBatches(stage.train_steps.index, stage.train_steps.collator)[rows]
     assert batch.conversations == len(rows) and "pixel_values" not in batch.inputs
-    stage.training_step(stage.model, [batch])
+    stage._summed_loss(stage.model, batch).backward()
     found = gradients(stage.model)
     assert set(found) == {name for name, p in stage.model.named_parameters() if p.requires_grad}
     projector = [grad for name, grad in found.items() if "multi_modal_projector" in name]
     assert projector and all((grad == 0).all() for grad in projector)
     if not rows:
         assert all((grad == 0).all() for grad in found.values())
+
+
+@pytest.mark.parametrize("trains", ["projector", "full"])
+def test_a_step_whose_images_all_fail_moves_no_weight(
+    trains: str, bases: dict[str, Path], conversations: list[Conversation], tmp_path: Path
+) -> None:
+    """AdamW's momentum of the steps before it and its decay would."""
+    stage = trainer(bases["llava"], conversations, tmp_path, trains)
+    batches = DeviceBatches(stage.train_steps.index, stage.train_steps.collator)
+    stage.args.weight_decay = 0.1
+    optimizer = stage.create_optimizer()
+    stage.model.zero_grad()
+    stage.training_step(stage.model, [batches[(0, 1)]])
+    optimizer.step()
+    optimizer.zero_grad()
+    before = [p.detach().clone() for p in stage.model.parameters()]
+    stage.training_step(stage.model, [batches[()]])
+    optimizer.step()
+    assert all(torch.equal(old, new) for old, new in zip(before, stage.model.parameters(), strict=True))
+    stage.training_step(stage.model, [batches[(0, 1)]])
+    optimizer.step()
+    assert not all(torch.equal(old, new) for old, new in zip(before, stage.model.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -105,6 +105,20 @@ class Parent:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Merged:
+    """How a checkpoint was made of another stage folder.
+
+    Args:
+        onto: the weights that an adapter was merged onto, `"dequantised"` or `"original"`; `None`: the folder
+            was a checkpoint already, and is written in another dtype.
+        dtype: of its weights.
+    """
+
+    onto: str | None
+    dtype: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class DataFile:
     """What became of a data file's rows: `rows` = `used` + all of `rejected` (reason → rows) + `failed`."""
 
@@ -133,7 +147,9 @@ class StageRecord:
         processes: how many trained together.
         versions: of the libraries.
         finished: when, as ISO 8601.
-        kind: `"adapter"`, or `"checkpoint"` of a full stage.
+        stop_tokens: what ends an answer in training, token → id; empty in older records.
+        merged: how a merged checkpoint was made of its parent, an adapter of the same stage; else `None`.
+        kind: `"adapter"`, or `"checkpoint"` of a full stage or a merged one.
         sha256: content hash of its weights.
         config_sha256: hash of its `adapter_config.json`; `None` where it has none.
     """
@@ -152,6 +168,8 @@ class StageRecord:
     processes: int | None = None
     versions: dict[str, Any]
     finished: str | None = None
+    stop_tokens: dict[str, int] = field(default_factory=dict)
+    merged: Merged | None = None
     kind: str
     sha256: str
     config_sha256: str | None = None
@@ -192,8 +210,9 @@ class StageRecord:
     def to_json(self) -> str:
         """The text of `stage.json`."""
         plain = asdict(self) | {"stage": self.stage.to_dict()}
-        if self.config_sha256 is None:
-            del plain["config_sha256"]
+        for name in ("stop_tokens", "merged", "config_sha256"):  # older records have none
+            if not plain[name]:
+                del plain[name]
         return json.dumps({"schema_version": SCHEMA_VERSION, **plain}, indent=2) + "\n"
 
 

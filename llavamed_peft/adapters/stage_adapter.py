@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from huggingface_hub import snapshot_download
@@ -24,10 +24,11 @@ from safetensors.torch import load_file
 from transformers import PreTrainedModel, ProcessorMixin
 
 from ..errors import AdapterError
+from ..modeling.generation import set_stops
 from ..modeling.load import load_checkpoint
 from ..modeling.parts import IN_PEFT, LANGUAGE, PROJECTOR
-from ..modeling.processor import load_processor, save_processor
-from ..modeling.quantization import Quantization
+from ..modeling.processor import load_processor
+from ..modeling.quantization import Quantization, linear4bits
 from ..modeling.tensors import Tensors, check_places
 from ..stages import Stage
 from ..storage.hashing import file_sha256, weights_sha256
@@ -105,34 +106,42 @@ class StageAdapter:
         """The adapter's stock configuration."""
         return LoraConfig.from_pretrained(str(self.path))
 
-    def merge(self, base: str | Path, out: str | Path, dtype: str | torch.dtype | None = None) -> Path:
-        """Write base and adapter as one checkpoint, in 16 or 32 bit.
+    def merge(
+        self,
+        base: str | Path,
+        out: str | Path,
+        dtype: str | torch.dtype | None = None,
+        onto: Literal["dequantised", "original"] | None = None,
+        measure: Callable[[torch.nn.Module, ProcessorMixin], float] | None = None,
+    ) -> Path:
+        """Write base and adapter as one checkpoint, in 16 or 32 bit, with a card and `stage.json`; or a full
+        stage's checkpoint in another dtype.
 
         Args:
-            base: the checkpoint the adapter belongs to.
+            base: the checkpoint the adapter belongs to; not read for a full stage.
             out: the folder to write; it must not be there yet.
             dtype: of the merged weights; `None` takes the base's stored one.
+            onto: the weights to merge onto: `"dequantised"`, what the base's weights become in NF4, or
+                `"original"`. `None`: dequantised for a stage that was trained over NF4, which gives the
+                trained model; original otherwise.
+            measure: takes a model and the processor and returns a held-out loss; it is called for the merged
+                model in float32 and as it is written, and both losses are recorded. `None`: none is.
 
         Returns:
             `out`.
 
         Raises:
-            AdapterError: the adapter does not fit the base, it is a full checkpoint already, or `out` is
-                there.
+            AdapterError: the adapter does not fit the base, it is a full checkpoint already and no `dtype` is
+                given, or `out` is there.
             CheckpointError: the base cannot be loaded.
-            ConfigError: an unknown `dtype`.
+            ConfigError: an unknown `dtype` or `onto`; or onto the original weights of a base stored in NF4.
+
+        Warns:
+            UserWarning: the base is another one, or the stage was trained over NF4 and these weights are not.
         """
-        if self.is_checkpoint:
-            raise AdapterError(f"{self.path}: is a checkpoint already; nothing to merge. Load it as it is.")
-        refuse_existing(Path(out))  # before a model is loaded
-        model, processor = load_stage(base, self, dtype=dtype)
-        merged = model.merge_and_unload()
+        from .merging import merge
 
-        def fill(folder: Path) -> None:
-            merged.save_pretrained(folder)
-            save_processor(processor, folder)
-
-        return adapter_folder(Path(out), fill)
+        return merge(self, base, out, dtype, onto, measure)
 
 
 def load_stage(
@@ -147,9 +156,12 @@ def load_stage(
     Args:
         base: Hub id or folder of the raw base; for a `full` stage's checkpoint it is not read.
         adapter: a `StageAdapter`, its folder, or a Hub repository of one.
-        quantization: `"nf4"` for a 4-bit language model.
+        quantization: `"nf4"` for a 4-bit language model. A base stored in NF4 is loaded so either way.
         dtype: of the base's weights; `None` takes the stored one. The projector is rounded to it, as stock
-            PEFT does.
+            PEFT does. 4-bit weights are made of the stored ones in any case.
+
+    Returns:
+        The model's generation configuration stops at what ended an answer in training.
 
     Raises:
         AdapterError: the folder is damaged, or was trained on another architecture.
@@ -157,17 +169,46 @@ def load_stage(
         ConfigError: an unknown `quantization` or `dtype`.
 
     Warns:
-        UserWarning: the base has the right shape but is not the one the stage was trained on.
+        UserWarning: the base has the right shape but is not the one the stage was trained on; or the stage
+            was trained over NF4 weights and these are not.
     """
     adapter = adapter if isinstance(adapter, StageAdapter) else StageAdapter.load(adapter)
     if adapter.is_checkpoint:
-        return load_checkpoint(adapter.path, quantization, dtype)
-    model, _ = load_checkpoint(base, quantization, dtype)
+        model, processor = load_checkpoint(adapter.path, quantization, dtype)
+    else:
+        bare_model, _ = load_checkpoint(base, quantization, dtype)
+        model = on_base(bare_model, base, adapter, "nf4" if linear4bits(bare_model) else None).eval()
+        processor = stage_processor(adapter, bare_model)
+    set_stops(model, processor)
+    return model, processor
+
+
+def on_base(
+    model: PreTrainedModel, base: str | Path, adapter: StageAdapter, quantization: Quantization
+) -> PeftModel:
+    """A stage's adapter on a bare model, every tensor where it belongs.
+
+    Args:
+        base: Hub id or folder that the model came from.
+        quantization: of the model.
+
+    Raises:
+        AdapterError: it does not fit.
+
+    Warns:
+        UserWarning: as `load_stage`.
+    """
     check_fits(model, adapter)
     warn_of_another_base(Base.of(base, model.config), adapter)
+    warn_of_unquantized(adapter, quantization)
     peft_model = PeftModel.from_pretrained(model, str(adapter.path))
     check_arrived(peft_model, adapter)
-    return peft_model.eval(), load_processor(adapter.path, model.config)
+    return peft_model
+
+
+def stage_processor(adapter: StageAdapter, model: PreTrainedModel) -> ProcessorMixin:
+    """The processor of a stage, for a model."""
+    return load_processor(adapter.path, model.config)
 
 
 def warn_of_another_base(base: Base, adapter: StageAdapter) -> None:

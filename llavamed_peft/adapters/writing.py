@@ -6,14 +6,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from peft import LoraConfig
 from safetensors.torch import save
 from transformers import ProcessorMixin
 
+from ..modeling.generation import set_stops
 from ..modeling.load import load_checkpoint
 from ..modeling.processor import save_processor
 from ..modeling.tensors import Tensors, load_tensors
 from ..storage.hashing import file_sha256, weights_sha256
+from .card import card_text
 from .record import CARD, CONFIG, RECORD, WEIGHTS, Base, StageRecord
 from .stage_adapter import StageAdapter, adapter_folder
 
@@ -29,7 +32,6 @@ def write_adapter(
     base_class: type,
     processor: ProcessorMixin,
     unfinished: Unfinished,
-    card: Callable[[StageRecord], str],
 ) -> StageAdapter:
     """Write an adapter's folder.
 
@@ -40,7 +42,6 @@ def write_adapter(
         base_class: of the bare model, for `AutoPeftModel`.
         processor: the stage's.
         unfinished: makes the record.
-        card: makes the card's text of the record.
 
     Raises:
         AdapterError: the folder is there already, or cannot be written.
@@ -59,11 +60,8 @@ def write_adapter(
         (partial / WEIGHTS).write_bytes(save(tensors, metadata={"format": "pt"}))
         save_processor(processor, partial)
         config_sha256 = file_sha256(partial / CONFIG)
-        _finish(
-            partial,
-            unfinished(kind="adapter", sha256=weights_sha256(partial), config_sha256=config_sha256),
-            card,
-        )
+        sha256 = weights_sha256(partial)
+        write_record(partial, unfinished(kind="adapter", sha256=sha256, config_sha256=config_sha256))
 
     return StageAdapter.load(adapter_folder(folder, fill))
 
@@ -71,32 +69,35 @@ def write_adapter(
 def write_checkpoint(
     folder: Path,
     base: str | Path,
+    dtype: torch.dtype | None,
     tensors: Tensors,
     processor: ProcessorMixin,
     unfinished: Unfinished,
-    card: Callable[[StageRecord], str],
 ) -> StageAdapter:
-    """Write a full stage's folder: the base with the trained tensors in it, in the base's stored dtype.
+    """Write a full stage's folder: the base with the trained tensors in it.
 
     Args:
         folder: must not be there yet.
         base: Hub id or folder of the base.
-        tensors, processor, unfinished, card: as in `write_adapter`.
+        dtype: to write in; float32 holds the trained tensors unrounded. `None`: the base's stored one.
+        tensors, processor, unfinished: as in `write_adapter`.
 
     Raises:
         AdapterError: the folder is there already, or cannot be written.
     """
-    model, _ = load_checkpoint(base)
+    model, _ = load_checkpoint(base, dtype=dtype)
     load_tensors(model, tensors)
+    set_stops(model, processor)
 
     def fill(partial: Path) -> None:
         model.save_pretrained(partial)
         save_processor(processor, partial)
-        _finish(partial, unfinished(kind="checkpoint", sha256=weights_sha256(partial)), card)
+        write_record(partial, unfinished(kind="checkpoint", sha256=weights_sha256(partial)))
 
     return StageAdapter.load(adapter_folder(folder, fill))
 
 
-def _finish(partial: Path, record: StageRecord, card: Callable[[StageRecord], str]) -> None:
-    (partial / CARD).write_text(card(record), encoding="utf-8")
-    (partial / RECORD).write_text(record.to_json(), encoding="utf-8")
+def write_record(folder: Path, record: StageRecord) -> None:
+    """Write a stage's card and `stage.json`."""
+    (folder / CARD).write_text(card_text(record, record.base.public_name), encoding="utf-8")
+    (folder / RECORD).write_text(record.to_json(), encoding="utf-8")

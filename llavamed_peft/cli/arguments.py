@@ -138,6 +138,13 @@ class RunArguments:
             "pays and fits"
         },
     )
+    full_dtype: Literal["float32", "stored"] = field(
+        default="float32",
+        metadata={
+            "help": "in which a full stage is written: as it was trained, or rounded to the base's stored "
+            "dtype before its last held-out loss"
+        },
+    )
     report_to: list[str] = field(
         default_factory=lambda: ["none"],
         metadata={"help": "further trackers, such as tensorboard or trackio"},

@@ -8,6 +8,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 from torch.distributed.elastic.multiprocessing.errors import record
 from transformers.utils.logging import disable_progress_bar
@@ -16,25 +17,44 @@ from ..errors import Interrupted, LlavaMedError
 from .parsing import parse
 
 
+@dataclass(kw_only=True)
+class ScriptArguments:
+    """How a script ends."""
+
+    debug: bool = field(default=False, metadata={"help": "show the traceback of an error"})
+
+
 def start(main: Callable[..., object], *arguments: type) -> None:
     """Parse the options and call `main` with them.
 
-    Where the package refuses, the process ends with a line on stderr and exit code 1; where it was asked to
-    stop, with 143 (SIGTERM) or 130 (Ctrl-C) and a line that says how to resume.
+    Where anything fails, the process ends with a sentence on stderr and exit code 1; `--debug` shows the
+    traceback. Where it was asked to stop, it ends with 143 (SIGTERM) or 130 (Ctrl-C) and a line that says how
+    to resume.
 
     Of several processes under torchrun the one that fails is named, with its error, in torchrun's last lines.
     """
-    parsed = parse(*arguments)
+    *parsed, script = parse(*arguments, ScriptArguments)
     warnings.simplefilter("ignore", FutureWarning)  # of the libraries, to programmers
     disable_progress_bar()
     try:
         with _head_start():
             record(main)(*parsed)
-    except LlavaMedError as error:
-        sys.exit(f"{type(error).__name__}: {error}")
+    except Exception as error:
+        if script.debug:
+            raise
+        sys.exit(in_a_sentence(error))
     except Interrupted as stop:
         print(stop, file=sys.stderr)
         sys.exit(128 + stop.signal_number)
+
+
+def in_a_sentence(error: Exception) -> str:
+    """What a user is told of an error; of one that is not the package's own, where its traceback is."""
+    name = f"{type(error).__name__}: "
+    if isinstance(error, LlavaMedError):
+        return f"{name}{error}"
+    words = next((line.strip() for line in str(error).splitlines() if line.strip()), "no words")
+    return f"{name}{words} (This error is not llavamed-peft's own; --debug shows where it came from.)"
 
 
 def is_main_process() -> bool:

@@ -10,8 +10,8 @@ needs when it is called.
     llavamed-peft catalogue adapters
 
 What this package refuses is one line on stderr and exit code 2, as argparse does with a wrong command line;
-anything else that goes wrong is a defect and shows its traceback. Training has no verb: it is
-`curriculum_finetune`, and the scripts in `recipes/`.
+anything else that goes wrong is a line and exit code 1, with its traceback under `--debug`. Training has no
+verb: it is `curriculum_finetune`, and the scripts in `recipes/`.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments: the words of the command line after the program's name; `None`: this process's own.
 
     Returns:
-        The exit code: 0, or 2 for what the package refuses.
+        The exit code: 0, 2 for what the package refuses, 1 for any other error.
     """
     parser = _parser()
     options, rest = parser.parse_known_args(arguments)
@@ -64,6 +65,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except LlavaMedError as error:
         print(f"llavamed-peft: {' '.join(str(error).splitlines())}", file=sys.stderr)
         return 2
+    except Exception as error:
+        if options.debug:
+            raise
+        from .launching import in_a_sentence
+
+        print(f"llavamed-peft: {in_a_sentence(error)}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -77,6 +85,8 @@ def _parser() -> argparse.ArgumentParser:
     verbs = parser.add_subparsers(title="verbs", metavar="VERB", required=True)
     for add in (_add_ask, _add_inspect, _add_show, _add_merge, _add_catalogue):
         add(verbs)
+    for verb in verbs.choices.values():
+        verb.add_argument("--debug", action="store_true", help="show the traceback of an error")
     return parser
 
 
@@ -170,7 +180,21 @@ def _add_merge(verbs: Verbs) -> None:
     merge.add_argument(
         "--dtype",
         choices=("bfloat16", "float16", "float32"),
-        help="of the merged weights (default: the base's stored one)",
+        help="of the merged weights (default: the base's stored one); also writes a full stage in fewer bits",
+    )
+    merge.add_argument(
+        "--onto",
+        choices=("dequantised", "original"),
+        help="the weights to merge onto: what the base's become in NF4, or its own (default: dequantised for "
+        "a stage that was trained over NF4)",
+    )
+    merge.add_argument(
+        "--eval_data",
+        metavar="FILE",
+        help="LLaVA JSON to measure the held-out loss on, before and after rounding; both are recorded",
+    )
+    merge.add_argument(
+        "--image_folder", metavar="DIR", help="where its image paths start (default: its folder)"
     )
     merge.set_defaults(verb=_merge)
 
@@ -306,7 +330,21 @@ def _merge(options: argparse.Namespace) -> None:
     from ..adapters.stage_adapter import StageAdapter
 
     disable_progress_bar()
-    print(StageAdapter.load(options.adapter).merge(options.base, options.out, options.dtype))
+    adapter, measure = StageAdapter.load(options.adapter), None
+    if options.eval_data is not None:
+        import torch
+
+        from ..datasets import llava_json
+        from ..evaluation.held_out import held_out_loss
+
+        conversations = list(llava_json.read(options.eval_data, options.image_folder))
+        measure = partial(
+            held_out_loss,
+            data=conversations,
+            max_length=adapter.stage.schedule.max_length,
+            dtype=getattr(torch, adapter.record.computing["dtype"]),
+        )
+    print(adapter.merge(options.base, options.out, options.dtype, options.onto, measure))
 
 
 def _catalogue(options: argparse.Namespace) -> None:

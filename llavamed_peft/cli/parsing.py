@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -56,7 +57,9 @@ def parse(*arguments: type, command_line: Sequence[str] | None = None) -> tuple[
     for group in parsed:
         hints = get_type_hints(type(group))
         for name, value in vars(group).items():
-            if isinstance(value, str) and not _fits(value, hints[name]) and _fits([value], hints[name]):
+            if isinstance(value, str) and value.startswith("~"):
+                setattr(group, name, os.path.expanduser(value))
+            elif isinstance(value, str) and not _fits(value, hints[name]) and _fits([value], hints[name]):
                 setattr(group, name, [value])
             elif not (
                 _fits(value, hints[name])

@@ -59,7 +59,8 @@ def question_source(
     Raises:
         DataError: the file is not there.
     """
-    path = Path(path)
+    path = Path(path).expanduser()
+    image_folder = None if image_folder is None else os.path.expanduser(image_folder)
     if not path.is_file():
         raise DataError(f"{path}: {_instead(path)}; wanted a file of questions.")
 
@@ -112,6 +113,8 @@ def open_sources(data: Data, image_folder: str | Path | None, where: str) -> lis
 
 
 def _file(path: Path, image_folder: str | Path | None) -> Source:
+    path = path.expanduser()
+    image_folder = None if image_folder is None else os.path.expanduser(image_folder)
     if not path.is_file():
         raise DataError(f"{path}: {_instead(path)}; wanted a LLaVA JSON file.")
     if image_folder is not None:

@@ -30,7 +30,7 @@ from ..batches.index import Index
 from ..batches.loader import STORING, Workers
 from ..errors import DataError, Interrupted
 from ..modeling.parts import bare
-from ..modeling.tower import tower_features, tower_layers, tower_positions
+from ..modeling.tower import feature_dtype, tower_features, tower_layers, tower_positions
 from ..packing.encoding import Encoder, Size
 from ..reporting.progress import Progress, named
 from ..reporting.run_log import RunLog
@@ -96,7 +96,7 @@ class FeatureCache:
     Args:
         model: on its device, the tower frozen.
         encoder: of the stage's collator.
-        dtype: to store features in: the one that training computes in.
+        dtype: that training computes in.
         folder: of the run's features.
         stage: its name.
         workers: decode images ahead.
@@ -116,13 +116,14 @@ class FeatureCache:
         run_log: RunLog,
         how_to_resume: Callable[[], str],
     ):
-        self.model, self.encoder, self.dtype, self.stage = model, encoder, dtype, stage
+        self.model, self.encoder, self.stage = model, encoder, stage
+        self.computes_in, self.dtype = dtype, feature_dtype(model, dtype)
         self.workers, self.run_log, self.how_to_resume = workers, run_log, how_to_resume
         self.processes = PartialState()
-        self.root, self.folder = folder, folder / fingerprint(model, encoder, dtype)[:32]
+        self.root, self.folder = folder, folder / fingerprint(model, encoder, self.dtype)[:32]
         width = bare(model).config.vision_config.hidden_size
         positions = tower_positions(bare(model).model.vision_tower)
-        self.tile_bytes = positions * len(tower_layers(model)) * width * dtype.itemsize
+        self.tile_bytes = positions * len(tower_layers(model)) * width * self.dtype.itemsize
         # Of several processes the first speaks, of its own share.
         show = run_log.show if self.processes.is_main_process else None
         self.progress = Progress(named(stage, "feature cache:"), show)
@@ -297,7 +298,7 @@ class FeatureCache:
         self._stop_if_asked(self._files_done)
         device = self.processes.device
         # As the trainer computes: autocast with bfloat16, plain in float32.
-        with torch.autocast(device.type, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=self.computes_in == torch.bfloat16):
             return tower_features(self.model, tiles.to(device)).to(self.dtype).cpu()
 
     def _stop_if_asked(self, done: str) -> None:

@@ -36,7 +36,7 @@ from ..storage.equal_images import content_key
 from ..storage.images import load_image
 from ..storage.whole import not_written, write_file
 
-FORMAT = 3  # goes up with every change of what a file holds or of how its images are computed
+FORMAT = 4  # goes up with every change of what a file holds or of how its images are computed
 IMAGES_PER_FILE = 32  # 38 MB of a tower of 336 pixels in 16 bits; what a kill or a damaged byte costs at most
 _BYTES_PER_FILE = 256_000_000  # of images with many tiles, fewer are in a file
 _TILES_PER_BATCH = 32  # that pass the tower at once; an image's stay together

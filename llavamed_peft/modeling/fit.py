@@ -6,12 +6,13 @@ post-processor ends every text in EOS. Each of them fails in the middle of train
 
 from __future__ import annotations
 
+import warnings
 from typing import Any
 
 from PIL import Image
 from transformers import LlavaNextProcessor, LlavaOnevisionProcessor, LlavaProcessor, PreTrainedConfig
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, ConfigError
 
 _PROCESSORS: dict[str, type] = {
     "llava": LlavaProcessor,
@@ -24,6 +25,32 @@ _PROCESSORS: dict[str, type] = {
 def embedding_rows(config: PreTrainedConfig) -> int:
     """Tokens that the language model's embedding has a row for."""
     return int(config.get_text_config().vocab_size)
+
+
+def check_positions(config: PreTrainedConfig, longest: int) -> None:
+    """Compare the longest conversation with the positions that the language model was made for.
+
+    Args:
+        longest: tokens.
+
+    Raises:
+        ConfigError: its positions are a table, which ends there.
+
+    Warns:
+        UserWarning: its positions are computed, and these were never trained.
+    """
+    text = config.get_text_config()
+    most = getattr(text, "max_position_embeddings", None)
+    if not most or longest <= most:
+        return
+    words = f"The longest conversation has {longest} tokens, the language model {most} positions"
+    if not (getattr(text, "rope_parameters", None) or getattr(text, "rope_theta", None)):
+        raise ConfigError(f"{words}; wanted max_length={most} or less.")
+    warnings.warn(
+        f"{words} (max_position_embeddings). Beyond them it was never trained. Set max_length={most}, or "
+        "give the checkpoint's config.json a rope scaling.",
+        stacklevel=3,
+    )
 
 
 def check_fit(processor: Any, config: PreTrainedConfig, folder: str) -> None:

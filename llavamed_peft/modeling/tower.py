@@ -74,6 +74,25 @@ def tower_features(model: torch.nn.Module, pixel_values: torch.Tensor) -> torch.
     return torch.stack([states[layer] for layer in layers], dim=2)
 
 
+def feature_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
+    """In which dtype features are stored, so that the projector gets what it would get from pixels.
+
+    A projector that begins with a linear layer rounds its input to autocast's bfloat16 itself. ViP-LLaVA's
+    begins with a layer norm, which autocast computes in float32: it gets what the tower returns there.
+
+    Args:
+        model: its tower frozen by `freeze_tower`, on its device.
+        dtype: that training computes in.
+    """
+    projector = bare(model).model.multi_modal_projector
+    if dtype != torch.bfloat16 or not isinstance(next(projector.children()), torch.nn.LayerNorm):
+        return dtype
+    tower = bare(model).model.vision_tower
+    blank = torch.zeros(1, 3, *[bare(model).config.vision_config.image_size] * 2, device=tower.device)
+    with torch.autocast(tower.device.type, torch.bfloat16):
+        return tower_features(model, blank).dtype
+
+
 def no_pixels(tower_features: torch.Tensor) -> torch.Tensor:
     """The `pixel_values` of a batch with stored features: [tiles, 3, 0, 0], a placeholder that holds nothing.
 

@@ -26,6 +26,9 @@ from ..modeling.quantization import Quantization
 from ..stages import Curriculum
 from .lineage import carried_lora
 
+# What is put around a stage's name at most: ".<stage>-train.partial"
+LONGEST_SUFFIX = len(".-train.partial")
+
 
 def check_names(
     curriculum: Curriculum, data: Mapping[str, Data], eval_data: Mapping[str, Data], image_folder: Any
@@ -71,6 +74,21 @@ def check_files(output_dir: str | Path, data: Sequence[Data], own_names: Collect
         if file.name in own_names and file.parent.resolve() == Path(output_dir).resolve():
             raise ConfigError(
                 f"data names {file}, which the run writes itself; wanted the data outside output_dir."
+            )
+
+
+def check_names_fit(output_dir: Path, stages: Sequence[str]) -> None:
+    """The disk can hold every file that is named after a stage."""
+    there = next(folder for folder in (output_dir, *output_dir.absolute().parents) if folder.exists())
+    try:
+        most = os.pathconf(there, "PC_NAME_MAX") - LONGEST_SUFFIX
+    except (OSError, ValueError):  # the file system does not say
+        return
+    for name in stages:
+        if len(os.fsencode(name)) > most:
+            raise ConfigError(
+                f"Stage.name is {name!r}, {len(os.fsencode(name))} bytes, and {output_dir} holds names of at "
+                f"most {most} (and what is appended to them); wanted a shorter one."
             )
 
 

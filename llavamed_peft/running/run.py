@@ -23,7 +23,6 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import ProcessorMixin
 
-from ..adapters.card import card_text
 from ..adapters.record import Base, StageRecord
 from ..adapters.stage_adapter import StageAdapter
 from ..adapters.writing import write_adapter, write_checkpoint
@@ -35,6 +34,7 @@ from ..datasets.sources import Source
 from ..errors import AdapterError, ConfigError, TrainingError
 from ..modeling.parts import bare
 from ..modeling.quantization import Quantization
+from ..modeling.templates import read_template
 from ..packing.collator import PackedCollator
 from ..reporting.run_log import METRICS, RunLog
 from ..stages import Curriculum, Stage
@@ -86,6 +86,10 @@ class Run:
         """One process writes; the others read what it wrote. If it fails, the launcher ends them."""
         return self.processes.is_main_process
 
+    @property
+    def _has_full_stage(self) -> bool:
+        return any(stage.trains == "full" for stage in self.curriculum.stages)
+
     def identity(
         self,
         base: Base,
@@ -102,6 +106,7 @@ class Run:
             else {"stage": parent.stage.name, "sha256": parent.record.sha256},
             "quantization": self.quantization,
             "dtype": str(self.computing.dtype).removeprefix("torch."),
+            **({"full_dtype": self.computing.full_dtype} if self._has_full_stage else {}),
             **curriculum,
             "stages": {stage.pop("name"): stage for stage in curriculum["stages"]},
             **{
@@ -232,13 +237,28 @@ class Run:
             checkpoints=self.folder / CHECKPOINTS / stage.name,
             features=self.folder / FEATURES,
         )
+        run_log, keeps = RunLog(self.folder), self.computing.full_dtype
+        parent = parent_of(lineage)
+        begins_with = {
+            "base": lineage.identity.sha256,
+            "parent": None if parent is None else parent.sha256,
+        }
         checkpoint = self._newest_checkpoint(folders.checkpoints)
-        run_log = RunLog(self.folder)
+        if checkpoint is not None and not checkpoint.began_with(begins_with):
+            if self.writes:
+                run_log.say(
+                    stage.name,
+                    f"begins anew: its checkpoint of step {checkpoint.step} was trained after another "
+                    f"{'base' if parent is None else f'stage {parent.stage!r}, or another base'}",
+                )
+                remove_folder(folders.checkpoints)
+            self.processes.wait_for_everyone()
+            checkpoint = None
         if self.writes:
             run_log.rewind(stage.name, [] if checkpoint is None else checkpoint.state["history"])
         try:
             with enough_for_model(stage):
-                model, config = stage_model(
+                model, config, stored_dtype = stage_model(
                     stage, lineage, self.quantization, self.computing.dtype, self.seed
                 )
                 trained = train_stage(
@@ -252,6 +272,8 @@ class Run:
                     folders=folders,
                     checkpoint=checkpoint,
                     run_log=run_log,
+                    begins_with=begins_with,
+                    rounds_to=stored_dtype if config is None and keeps == "stored" else None,
                 )
         finally:
             for ledger in (train, held_out):
@@ -273,16 +295,15 @@ class Run:
                 computing=self.computing,
                 quantization=self.quantization,
                 processes=self.processes.num_processes,
+                stop_tokens=read_template(self.processor).stop_tokens(self.processor),
             )
             base, processor = lineage.identity, self.processor
-            card = functools.partial(card_text, base_name=base.public_name)
             try:
                 if config is None:
-                    write_checkpoint(folder, lineage.base, trained.tensors, processor, unfinished, card)
+                    full_dtype = torch.float32 if keeps == "float32" else None
+                    write_checkpoint(folder, lineage.base, full_dtype, trained.tensors, processor, unfinished)
                 else:
-                    write_adapter(
-                        folder, trained.tensors, config, base, base_class, processor, unfinished, card
-                    )
+                    write_adapter(folder, trained.tensors, config, base, base_class, processor, unfinished)
             except AdapterError as error:
                 raise TrainingError(f"{error} {how_to_resume(folders.checkpoints)}") from error
         self.processes.wait_for_everyone()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from peft import LoraConfig, PeftModel
 from transformers import PreTrainedModel, set_seed
@@ -15,10 +17,22 @@ from ..stages import Stage
 from .lineage import Lineage, carried_lora
 
 
+class StageModel(NamedTuple):
+    """A stage's model as its training begins.
+
+    config: of its adapter; a full stage has none.
+    stored_dtype: in which its base is stored.
+    """
+
+    model: torch.nn.Module
+    config: LoraConfig | None
+    stored_dtype: torch.dtype
+
+
 def stage_model(
     stage: Stage, lineage: Lineage, quantization: Quantization, dtype: torch.dtype, seed: int
-) -> tuple[torch.nn.Module, LoraConfig | None]:
-    """A stage's model, and its adapter's configuration; a full stage has none.
+) -> StageModel:
+    """The model of a stage.
 
     Args:
         lineage: where the stage begins.
@@ -28,19 +42,20 @@ def stage_model(
     """
     # In the stored dtype: what trains begins unrounded
     model, _ = load_checkpoint(lineage.base, quantization)
+    stored_dtype = model.dtype
     set_nf4_dtype(model, dtype)
     set_seed(seed)
     if stage.trains == "full":
         model = _full_model(model, lineage)
         set_dtypes(model, dtype)
-        return model, None
+        return StageModel(model, None, stored_dtype)
     config = adapter_config(model, stage.lora or carried_lora(lineage.adapter))
     model = attach(model, config, stage.trains)
     set_dtypes(model, dtype)
     if lineage.adapter is not None:
         load_tensors(model, lineage.adapter.tensors())
         warn_of_another_base(lineage.identity, lineage.adapter)
-    return model, config
+    return StageModel(model, config, stored_dtype)
 
 
 def _full_model(model: PreTrainedModel, lineage: Lineage) -> torch.nn.Module:

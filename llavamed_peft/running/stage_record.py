@@ -32,6 +32,7 @@ def stage_record(
     computing: Computing,
     quantization: Quantization,
     processes: int,
+    stop_tokens: dict[str, int],
     **files: Any,
 ) -> StageRecord:
     """The record of a stage that has just been trained.
@@ -42,6 +43,7 @@ def stage_record(
         train, held_out: the ledgers of its data.
         metrics: from its training.
         curriculum, computing, quantization, processes: how the run was called and computed.
+        stop_tokens: what ends an answer.
         files: what is known once the stage's files are written: `kind`, `sha256` and `config_sha256`.
     """
     sharding = computing.sharding
@@ -65,6 +67,7 @@ def stage_record(
         device=torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
         processes=processes,
         versions=_versions(),
+        stop_tokens=stop_tokens,
         finished=datetime.now(UTC).isoformat(timespec="milliseconds"),
         **files,
     )

@@ -10,8 +10,10 @@ from __future__ import annotations
 import hashlib
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -50,6 +52,7 @@ class Checkpointing:
         train, held_out: the ledgers of its data; get back the rows that failed before.
         measured: gets back what was measured before.
         run_log: shows what a checkpoint costs.
+        begins_with: content hashes of what the stage began with, see `Checkpoint.began_with`.
 
     Raises:
         TrainingError: the stage cannot be resumed under DeepSpeed, or the usable rows are not those that it
@@ -67,6 +70,7 @@ class Checkpointing:
         held_out: Ledger | None,
         measured: Measured,
         run_log: RunLog,
+        begins_with: Mapping[str, str | None] = MappingProxyType({}),
     ):
         self.folder, self.resumed, self.enabled = folder, resumed, enabled
         self.stage, self.measured, self.run_log = stage, measured, run_log
@@ -74,6 +78,7 @@ class Checkpointing:
         self.order = order_of(train.index)
         self.processes = PartialState()
         self.saved_at = 0 if resumed is None else resumed.step
+        self.begins_with = dict(begins_with)
         self._cost_shown = False
         if resumed is not None:
             self._restore_counts(resumed)
@@ -126,6 +131,7 @@ class Checkpointing:
             self._refuse_broken(step, tensors)  # a checkpoint of these would be resumed from for ever
             state = {
                 "order": self.order,
+                "begins_with": self.begins_with,
                 "counted": asdict(self.measured.counted),
                 "training_seconds": training_seconds,
                 "history": self.measured.history,

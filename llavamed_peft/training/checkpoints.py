@@ -57,6 +57,17 @@ class Checkpoint:
     step: int
     state: dict[str, Any] = field(repr=False)
 
+    def began_with(self, begins_with: Mapping[str, str | None]) -> bool:
+        """Whether the stage had these content hashes of base and parent when it began, as far as is known.
+
+        A Hub id's is not before it was downloaded, and older checkpoints hold none.
+        """
+        then = self.state.get("begins_with")
+        if not then:
+            return True
+        bases = (then["base"], begins_with["base"])
+        return then["parent"] == begins_with["parent"] and (None in bases or bases[0] == bases[1])
+
     def tensors(self) -> Tensors:
         """What trains, as `trainable_tensors` gave it."""
         return load_file(self.path / _TENSORS)

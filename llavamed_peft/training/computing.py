@@ -34,6 +34,8 @@ class Computing:
         save_steps: optimizer steps between two checkpoints; `None`: a tenth of the stage's.
         report_to: `"none"`, or trackers that the trainer knows, such as `"tensorboard"` or `"trackio"`.
         sharding: how the model is spread over processes; `None`: each has all of it.
+        full_dtype: `"float32"`: a full stage is written as it was trained; `"stored"`: rounded to the dtype
+            in which the base is stored, before the last held-out loss.
         feature_cache: store what the frozen vision tower makes of each image: always, never, or where it
             pays; never of a sharded model.
     """
@@ -48,6 +50,7 @@ class Computing:
     report_to: str | list[str] = "none"
     sharding: Sharding | None = None
     feature_cache: Asked = "auto"
+    full_dtype: str = "float32"
 
 
 def choose_computing(
@@ -62,6 +65,7 @@ def choose_computing(
     report_to: str | list[str],
     quantization: Quantization,
     feature_cache: Asked,
+    full_dtype: str,
 ) -> Computing:
     """How a stage is computed, from the call's keywords, the launcher's variables and the device.
 
@@ -96,6 +100,14 @@ def choose_computing(
             "then holds all of the small model."
         )
     _check_feature_cache(feature_cache, sharding)
+    if full_dtype not in ("float32", "stored"):
+        raise ConfigError(f"full_dtype is {full_dtype!r}; wanted 'float32' or 'stored'.")
+    if full_dtype == "stored" and sharding is not None and sharding.deepspeed is not None:
+        raise ConfigError(
+            "full_dtype is 'stored' and the launch configuration is DeepSpeed's, which keeps the trained "
+            "weights to itself; wanted 'float32' with it. Write 16 bits afterwards with llavamed-peft merge "
+            "--dtype."
+        )
     checkpoints = on_gpu or (sharding is not None and sharding.gradient_checkpointing)
     return Computing(
         dtype=compute_dtype,
@@ -108,6 +120,7 @@ def choose_computing(
         report_to=report_to or "none",
         sharding=sharding,
         feature_cache=feature_cache,
+        full_dtype=full_dtype,
     )
 
 

@@ -34,12 +34,14 @@ class Measured:
         history: the stage's records so far, as in `metrics.jsonl`; kept by checkpoints.
         rates: part of the model → learning rate of the step just taken.
         step_supervised_tokens: of the step just taken, over all processes.
+        unrounded_loss: the held-out loss before what was trained was rounded; `None`: it was not.
     """
 
     counted: Counted = field(default_factory=Counted)
     history: list[dict[str, Any]] = field(default_factory=list)
     rates: dict[str, float] = field(default_factory=dict)
     step_supervised_tokens: int = 0
+    unrounded_loss: float | None = None
     _began: float = field(default_factory=time.monotonic)
 
     def begin(self, seconds_before: float) -> None:
@@ -79,7 +81,12 @@ class Measured:
             "loss_last": losses[-1] if losses else None,
             "eval_loss_before": held_out[0] if held_out else None,
             "eval_loss_after": held_out[-1] if held_out else None,
+            **({} if self.unrounded_loss is None else {"eval_loss_unrounded": self.unrounded_loss}),
         }
+
+    def last_held_out_loss(self) -> float | None:
+        """The one measured last."""
+        return next((record["eval_loss"] for record in reversed(self.history) if "eval_loss" in record), None)
 
 
 class Watch(TrainerCallback):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import gc
 import time
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -87,6 +89,8 @@ def train_stage(
     folders: Folders,
     checkpoint: Checkpoint | None,
     run_log: RunLog,
+    begins_with: Mapping[str, str | None] | None = None,
+    rounds_to: torch.dtype | None = None,
 ) -> Trained:
     """Train what requires grad in the model over the stage's schedule.
 
@@ -101,6 +105,9 @@ def train_stage(
         folders: where to write.
         checkpoint: of the same stage, to resume from; `None`: begin.
         run_log: takes each record of the training as it comes.
+        begins_with: the content hashes of base and parent, for the checkpoints.
+        rounds_to: what is trained is rounded to it at the end, before the last held-out loss; `None`: it is
+            left as it is.
 
     Raises:
         TrainingError: the loss or a trained tensor is not finite, too many images cannot be decoded, a worker
@@ -122,6 +129,7 @@ def train_stage(
         folders=folders,
         checkpoint=checkpoint,
         run_log=run_log,
+        begins_with=begins_with or {},
     )
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     carried = spread_model(trainer, computing)
@@ -137,6 +145,8 @@ def train_stage(
             trainer.train()
             if held_out is not None and trainer.measured.counted.evaluated_at != trainer.state.global_step:
                 trainer.evaluate()
+            if rounds_to is not None and not trainer.asked_to_stop():
+                trainer.round_trained(rounds_to)
         if trainer.asked_to_stop():
             trainer.save_and_stop(rng_state())
     if trainer.is_world_process_zero():
@@ -177,6 +187,7 @@ def make_trainer(
     folders: Folders,
     checkpoint: Checkpoint | None,
     run_log: RunLog,
+    begins_with: Mapping[str, str | None] = MappingProxyType({}),
 ) -> StageTrainer:
     """A stage's trainer, its model on the device and holding what training begins from."""
     processes, stop, measured = PartialState(), StopSignals(), Measured()
@@ -200,6 +211,7 @@ def make_trainer(
         held_out=held_out,
         measured=measured,
         run_log=run_log,
+        begins_with=begins_with,
     )
     config = trainer_config(stage, computing, seed, folders.logs, evaluates=held_out is not None)
     quantized = getattr(bare(model), "is_loaded_in_4bit", False)

@@ -169,6 +169,10 @@ class StageTrainer(SFTTrainer):
                 f"The loss of step {self.state.global_step + 1} is {total.item()}. "
                 f"{self.checkpointing.would_recur()}"
             )
+        if totals.supervised_tokens == 0:  # no image of the step could be decoded
+            # Else AdamW's momentum and decay would move the weights all the same. DeepSpeed keeps its own.
+            for parameter in model.parameters():
+                parameter.grad = None
         self.measured.counted.seen_conversations += totals.conversations
         self.measured.counted.seen_supervised_tokens += totals.supervised_tokens
         return total
@@ -239,6 +243,15 @@ class StageTrainer(SFTTrainer):
             kind, settings = self.get_optimizer_cls_and_kwargs(self.args, model)
             self.optimizer = kind(groups, **settings)
         return self.optimizer
+
+    def round_trained(self, dtype: torch.dtype) -> None:
+        """Round what trains to another dtype, in place, and measure the held-out loss once more."""
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.data.copy_(parameter.data.to(dtype))
+        if self.held_out_steps is not None:
+            self.measured.unrounded_loss = self.measured.last_held_out_loss()
+            self.evaluate()
 
     # What the processes tell one another.
 
