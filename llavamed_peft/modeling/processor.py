@@ -164,7 +164,7 @@ def make_stage_processor(processor: ProcessorMixin, image_aspect_ratio: AspectRa
     processor = copy.deepcopy(processor)
     processor.chat_template = read_template(processor).template
     # Stock generation in batches answers wrongly behind padding on the right.
-    processor.tokenizer.padding_side = "left"
+    processor.tokenizer.padding_side = processor.tokenizer.init_kwargs["padding_side"] = "left"
     if image_aspect_ratio == "pad" and isinstance(processor, LlavaProcessor):
         old = processor.image_processor
         if not isinstance(old, LlavaImageProcessor):

@@ -182,10 +182,16 @@ def set_nf4_dtype(model: torch.nn.Module, dtype: torch.dtype) -> None:
 
 def dequantized(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
     """The model with its 4-bit weights as the plain ones that they stand for, in place."""
-    if not linear4bits(model):
+    quantized = linear4bits(model)
+    if not quantized:
         return model
+    for module in quantized.values():
+        module.weight.quant_state.dtype = torch.float32  # rounded once, to what is asked for
     model = model.dequantize(dtype=dtype)
     model.is_loaded_in_4bit = False  # PEFT asks; the library leaves it
+    # What the library did to read stored 4-bit weights it would undo in writing, and cannot.
+    conversions = getattr(model, "_weight_conversions", None) or []
+    model._weight_conversions = [one for one in conversions if not getattr(one, "operations", None)]
     return model
 
 
