@@ -153,7 +153,9 @@ def test_merged_onto_dequantised_weights_it_is_the_trained_model(
     assert record.base.name == base.name and record.data == over_nf4.record.data
     assert record.metrics["eval_loss_after"] is None, "nothing was measured on these weights"
     card = (merged.path / "README.md").read_text(encoding="utf-8")
-    assert "This is that stage, merged onto what the base's 4-bit weights stand for, written in float32." in card
+    assert (
+        "This is that stage, merged onto what the base's 4-bit weights stand for, written in float32." in card
+    )
     assert "4-bit weights (NF4)" in card and "eval_loss" not in card
     with pytest.raises(ConfigError, match="onto is 'both'; wanted None, 'dequantised' or 'original'"):
         over_nf4.merge(base, tmp_path / "no", onto="both")

@@ -84,8 +84,9 @@ def feature_dtype(model: torch.nn.Module, dtype: torch.dtype) -> torch.dtype:
         model: its tower frozen by `freeze_tower`, on its device.
         dtype: that training computes in.
     """
-    projector = bare(model).model.multi_modal_projector
-    if dtype != torch.bfloat16 or not isinstance(next(projector.children()), torch.nn.LayerNorm):
+    parts = bare(model).model.multi_modal_projector.modules()  # PEFT's wrapper is one of them
+    first = next(part for part in parts if not any(part.children()))
+    if dtype != torch.bfloat16 or not isinstance(first, torch.nn.LayerNorm):
         return dtype
     tower = bare(model).model.vision_tower
     blank = torch.zeros(1, 3, *[bare(model).config.vision_config.image_size] * 2, device=tower.device)
