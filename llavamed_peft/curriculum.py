@@ -9,9 +9,11 @@ from typing import Literal
 
 import torch
 from accelerate import PartialState
+from transformers import PreTrainedConfig
 
 from .adapters.record import Base
 from .adapters.stage_adapter import StageAdapter
+from .batches.ledger import Ledger
 from .datasets.sources import Data, Source, open_sources
 from .llava_med import LLAVA_MED
 from .modeling.fit import check_positions, embedding_rows
@@ -148,19 +150,8 @@ def curriculum_finetune(
     check_share("max_rejected", max_rejected)
     output_dir = Path(output_dir).expanduser()
     check_names_fit(output_dir, [stage.name for stage in curriculum.stages])
-    model, start_from = (
-        os.path.expanduser(given) if isinstance(given, (str, Path)) else given
-        for given in (model, start_from)
-    )
-    in_memory = start_from is None or isinstance(start_from, StageAdapter)
-    parent = start_from if in_memory else StageAdapter.load(start_from)
-    check_lineage(curriculum, parent)
-    check_quantization(quantization)
-    begins_with = parent.path if parent is not None and parent.is_checkpoint else model
-    config = read_config(begins_with)
-    stored = stored_quantization(begins_with, config)
-    check_scopes(curriculum, quantization, stored)
-    quantization = quantization or stored
+    model = os.path.expanduser(model)
+    parent, config, quantization = _beginning(model, start_from, curriculum, quantization)
     computing = choose_computing(
         dtype=dtype,
         layout=layout,
@@ -182,31 +173,17 @@ def curriculum_finetune(
     processor = make_stage_processor(processor, curriculum.image_aspect_ratio)
     # The others wait while one checks data or writes a checkpoint.
     processes = PartialState(cpu=not torch.cuda.is_available(), timeout=LONGEST_WAIT)
-    sources = {
-        "data": _sources(curriculum, "data", data, image_folder),
-        "eval_data": _sources(curriculum, "eval_data", eval_data, image_folder),
-    }
-    run = Run(
-        output_dir,
-        curriculum,
-        quantization,
-        computing,
-        processor,
-        processes,
-        max_rejected,
-        embedding_rows(config),
-    )
+    given = {"data": data, "eval_data": eval_data}
+    sources = {name: _sources(curriculum, name, files, image_folder) for name, files in given.items()}
+    rows = embedding_rows(config)
+    run = Run(output_dir, curriculum, quantization, computing, processor, processes, max_rejected, rows)
     identity = run.identity(base, parent, sources)
     if run.is_finished(identity):
         return {stage.name: StageAdapter.load(run.folder / stage.name) for stage in curriculum.stages}
     adapters: dict[str, StageAdapter] = {}
     with run.claimed(identity) as rejects:
         ledgers = run.ledgers(sources, rejects)
-        for ledger in (ledger for both in ledgers.values() for ledger in both if ledger is not None):
-            longest = int(ledger.index.column("length").max())
-            check_positions(config, longest)
-            if layout == "packed":
-                check_window(config, longest)
+        _check_lengths(config, ledgers, layout)
         run.begin(identity)
         for stage in curriculum.stages:
             if run.has(stage):
@@ -217,6 +194,36 @@ def curriculum_finetune(
             run.settle(stage)
             lineage = lineage.after(adapters[stage.name])
     return adapters
+
+
+def _beginning(
+    model: str,
+    start_from: StageAdapter | str | Path | None,
+    curriculum: Curriculum,
+    quantization: Quantization,
+) -> tuple[StageAdapter | None, PreTrainedConfig, Quantization]:
+    """`start_from`, the configuration of the checkpoint that the first stage begins with, and whether its
+    language model is in 4 bits, asked for or stored so."""
+    in_memory = start_from is None or isinstance(start_from, StageAdapter)
+    parent = start_from if in_memory else StageAdapter.load(os.path.expanduser(start_from))
+    check_lineage(curriculum, parent)
+    check_quantization(quantization)
+    begins_with = parent.path if parent is not None and parent.is_checkpoint else model
+    config = read_config(begins_with)
+    stored = stored_quantization(begins_with, config)
+    check_scopes(curriculum, quantization, stored)
+    return parent, config, quantization or stored
+
+
+def _check_lengths(
+    config: PreTrainedConfig, ledgers: Mapping[str, tuple[Ledger, Ledger | None]], layout: str
+) -> None:
+    """The longest conversation of all data fits the language model."""
+    every = (ledger for both in ledgers.values() for ledger in both if ledger is not None)
+    longest = max((int(ledger.index.column("length").max()) for ledger in every), default=0)
+    check_positions(config, longest)
+    if layout == "packed":
+        check_window(config, longest)
 
 
 def _sources(

@@ -93,8 +93,7 @@ def test_a_checkpoint_trained_after_another_parent_is_not_resumed(
     said = "".join(capsys.readouterr())
     assert (
         "vqa        begins anew: its checkpoint of step 2 was trained after another stage 'align', or "
-        "another base"
-        in said
+        "another base" in said
     )
     assert all(torch.equal(tensors(alone["vqa"])[name], one) for name, one in tensors(again["vqa"]).items())
 
