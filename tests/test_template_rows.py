@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import tiny
 from PIL import Image
+from staged import stage_trainer
 from transformers import ProcessorMixin
 
-from llavamed_peft import Conversation, Turn
+from llavamed_peft import Conversation, Schedule, Stage, Turn
 from llavamed_peft.errors import CheckpointError, DataError
 from llavamed_peft.modeling.load import load_checkpoint
 from llavamed_peft.modeling.processor import make_stage_processor
@@ -173,3 +174,28 @@ def test_a_word_beyond_the_embedding_rejects_its_row(processors: dict[str, Proce
         f"The words hold 'cardiomegaly', which is token {rows}, and the language model's embedding has "
         f"{rows} rows; wanted tokens that it has."
     )
+
+
+@pytest.mark.parametrize("kind", ["llava", "llava_onevision"])
+def test_packed_rows_with_system_messages_and_unlearnt_answers_give_the_padded_loss(
+    kind: str, image: str, tmp_path: Path
+) -> None:
+    """What comes before the first learnt answer is part of the beginning that conversations share."""
+    stage = Stage("vqa", "projector", Schedule(epochs=1, learning_rate=1e-3, global_batch=4))
+    first = (Turn("user", "<image> what?"), Turn("assistant", "a heart", supervised=False))
+    rows = [
+        Conversation(str(n), (*first, *turns("sure?", answer)), (image,), system=system)
+        for n, (answer, system) in enumerate(
+            [("yes", "Be brief."), ("no", "Be brief."), ("no", ""), ("yes", "")]
+        )
+    ]
+    base = tiny.build(tmp_path / kind, kind, *(("qwen2", "siglip", -1) if kind != "llava" else ()))
+    losses = {}
+    for layout in ("packed", "padded"):
+        made = stage_trainer(base, rows, tmp_path / layout, stage, layout=layout)
+        (step,) = made.train_steps.loader()
+        losses[layout] = sum(made._summed_loss(made.model, batch).item() for batch in step)
+        tokens = sum(batch.inputs["input_ids"].numel() for batch in step)
+        losses[f"{layout} tokens"] = tokens
+    assert losses["packed"] == pytest.approx(losses["padded"], rel=1e-5)
+    assert losses["packed tokens"] < losses["padded tokens"] * 0.7
