@@ -109,6 +109,15 @@ def test_the_next_stage_begins_where_a_full_one_ended(
         assert second["eval_loss_before"] == pytest.approx(first["eval_loss_after"], abs=1e-5)
         if full_dtype == "stored":
             assert first["eval_loss_unrounded"] != first["eval_loss_after"]
+    run_json = tmp_path / "stored" / "run.json"
+    plain = json.loads(run_json.read_text(encoding="utf-8"))
+    del plain["full_dtype"]  # as an earlier version left it
+    run_json.write_text(json.dumps(plain), encoding="utf-8")
+    again = {**how, "schedule": rate}
+    run(bases["bfloat16"], rows, tmp_path / "stored", {"a": "full", "b": "lora"}, **again)
+    again["full_dtype"] = "float32"
+    with pytest.raises(ConfigError, match='full_dtype: "stored" there, "float32" now'):
+        run(bases["bfloat16"], rows, tmp_path / "stored", {"a": "full", "b": "lora"}, **again)
     with pytest.raises(ConfigError, match="full_dtype is 'int8'; wanted 'float32' or 'stored'"):
         trained(bases["float32"], rows, tmp_path / "no", full_dtype="int8")
 

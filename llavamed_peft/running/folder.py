@@ -65,6 +65,8 @@ def check_same_run(folder: Path, identity: Mapping[str, Any]) -> bool:
     there = read_run(folder)
     if there is None:
         return False
+    if "full_dtype" in identity:
+        there = {"full_dtype": "stored", **there}  # what versions did that did not say
     differing = differences(there, identity)
     if differing:
         raise ConfigError(
