@@ -113,8 +113,8 @@ def curriculum_finetune(
             error where it does not fit. Not for a sharded model.
         full_dtype: in which a `full` stage is written. `"float32"`: as it was trained, bit for bit, and the
             next stage begins there (28 GB for 7B). `"stored"`: in the base's stored dtype (14 GB in 16 bits);
-            it is rounded before its last held-out loss, and the loss before that is recorded beside it. At
-            rates of 2e-5, rounding to bfloat16 loses most of what a few steps changed.
+            it is rounded before its last held-out loss, and the loss before that is recorded beside it.
+            What training changed by less than the last place of that dtype is lost.
 
     Launched by `torchrun` or `accelerate launch`, the processes share the work. Where the launch
     configuration asks for FSDP (version 2) or DeepSpeed (ZeRO-2, ZeRO-3), each process holds a part of every
@@ -208,9 +208,9 @@ def _beginning(
     parent = start_from if in_memory else StageAdapter.load(os.path.expanduser(start_from))
     check_lineage(curriculum, parent)
     check_quantization(quantization)
-    begins_with = parent.path if parent is not None and parent.is_checkpoint else model
-    config = read_config(begins_with)
-    stored = stored_quantization(begins_with, config)
+    first = parent.path if parent is not None and parent.is_checkpoint else model
+    config = read_config(first)
+    stored = stored_quantization(first, config)
     check_scopes(curriculum, quantization, stored)
     return parent, config, quantization or stored
 

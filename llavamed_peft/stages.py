@@ -170,11 +170,11 @@ class Stage:
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not _FOLDER_NAME.fullmatch(self.name) or len(self.name) > 100:
             raise ConfigError(f"Stage.name is {self.name!r}; wanted a plain folder name such as 'align'.")
-        size = len(self.name.encode(errors="replace"))
-        if size > MAX_NAME_BYTES or "\ufffd" in self.name or not self.name.isprintable():
+        written = self.name.encode(errors="replace")
+        if len(written) > MAX_NAME_BYTES or written.decode() != self.name:
             raise ConfigError(
-                f"Stage.name is {self.name!r}, {size} bytes in UTF-8; wanted a name that any disk can hold, "
-                f"of at most {MAX_NAME_BYTES} bytes and of characters that can be written."
+                f"Stage.name is {self.name!r}, {len(written)} bytes in UTF-8; wanted a name that any disk "
+                f"can hold, of at most {MAX_NAME_BYTES} bytes and of characters that can be written."
             )
         _one_of(self, "trains", SCOPES)
         if not isinstance(self.schedule, Schedule):

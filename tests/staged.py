@@ -71,4 +71,5 @@ def stage_trainer(
         folders=Folders(folder, folder / "checkpoints", folder / "features"),
         checkpoint=None,
         run_log=RunLog(folder),
+        begins_with={"base": None, "parent": None},
     )

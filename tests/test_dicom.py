@@ -130,6 +130,18 @@ def test_colours(tmp_path: Path) -> None:
     )
 
 
+def test_a_palette_is_looked_up(tmp_path: Path) -> None:
+    palette = {}
+    for colour, entries in {"Red": [0, 65535, 0], "Green": [0, 0, 65535], "Blue": [0, 65535, 65535]}.items():
+        palette[f"{colour}PaletteColorLookupTableDescriptor"] = [3, 0, 16]
+        palette[f"{colour}PaletteColorLookupTableData"] = np.array(entries, "<u2").tobytes()
+    values = np.arange(300, dtype=np.uint8).reshape(20, 15) % 3
+    wanted = np.array([[0, 0, 0], [255, 0, 255], [0, 255, 255]])[values]
+    np.testing.assert_array_equal(
+        shown(dicom(tmp_path / "a.dcm", values, "PALETTE COLOR", **palette)), wanted
+    )
+
+
 @pytest.mark.parametrize(
     "syntax", [RLELossless, JPEG2000Lossless, JPEGLSLossless, JPEGLosslessSV1], ids=lambda u: u.keyword
 )

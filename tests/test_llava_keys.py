@@ -150,6 +150,8 @@ def test_a_number_that_python_does_not_write_rejects_its_row(layout: str, folder
     rejects = []
     assert [one.id for one in read(path, rejects)] == ["r", "last"]
     assert [reject.row for reject in rejects] == [2]
+    with pytest.raises(DataError, match=rf"{path}:2 \(id '(long|row 2)'\): "):
+        read(path)
     if layout == "array":
         assert rejects[0].id == "long" and rejects[0].detail == "a whole number has 16,610 bits; wanted text."
 

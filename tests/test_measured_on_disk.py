@@ -21,6 +21,7 @@ from llavamed_peft.cli.main import main
 from llavamed_peft.errors import AdapterError, ConfigError
 from llavamed_peft.evaluation.held_out import held_out_loss
 from llavamed_peft.modeling.load import load_checkpoint
+from llavamed_peft.running import run as running
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +90,25 @@ def test_the_loss_of_the_record_is_that_of_the_folder(
         }
         assert ("eval_loss_unrounded" in stage.metrics) == kept
         assert ("eval_loss_unrounded: " in (stage.path / "README.md").read_text(encoding="utf-8")) == kept
+
+
+def test_a_full_stages_folder_is_the_trained_model_bit_for_bit(
+    bases: dict[str, Path], rows: list[Conversation], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    left: dict[str, torch.Tensor] = {}
+    train = running.train_stage
+
+    def watched(*given: Any, **how: Any) -> Any:
+        trained = train(*given, **how)
+        left.update(trained.tensors)
+        return trained
+
+    monkeypatch.setattr(running, "train_stage", watched)
+    stage = trained(bases["bfloat16"], rows, tmp_path / "run", "full", dtype="float32")
+    model, _ = load_checkpoint(stage.path)
+    parameters = dict(model.named_parameters())
+    assert left and all(torch.equal(parameters[name], tensor) for name, tensor in left.items())
+    assert not all(torch.equal(tensor.bfloat16().float(), tensor) for tensor in left.values())
 
 
 def test_the_next_stage_begins_where_a_full_one_ended(

@@ -85,7 +85,8 @@ def test_a_checkpoint_trained_after_another_parent_is_not_resumed(
     assert (
         checkpoint is not None and checkpoint.step == 2 and checkpoint.state["begins_with"]["parent"] == old
     )
-    assert checkpoint.began_with({"base": None, "parent": old})
+    assert checkpoint.began_with({"base": None, "parent": old}), "a Hub id's hash is unknown at first"
+    assert not checkpoint.began_with({"base": "another", "parent": old})
     shutil.rmtree(tmp_path / "run" / "align")
     monkeypatch.setattr(StageTrainer, "training_step", slower)
     again, alone = call(tmp_path / "run", TWO), call(tmp_path / "alone", TWO)

@@ -84,7 +84,7 @@ DATED = "{% set today = strftime_now('%d %b %Y') if strftime_now is defined else
 
 @pytest.mark.parametrize("own", [tiny.VICUNA, tiny.MISTRAL], ids=["wrapped", "as it is"])
 def test_a_template_that_writes_the_date_gets_a_fixed_one(own: str, tmp_path: Path) -> None:
-    """A run that is resumed tomorrow goes on with the same prompt, and so does stock inference."""
+    """A run resumed tomorrow sees the same prompt, and so does stock inference."""
     _, processor = load_checkpoint(tiny.build(tmp_path / "dated", template=DATED + own))
     stage = make_stage_processor(processor, "pad")
     again = make_stage_processor(stage, "pad")  # the next stage's

@@ -71,7 +71,7 @@ def _how_to_load(record: StageRecord, base_name: str) -> list[str]:
     if computing["dtype"] == "bfloat16":
         lines += [
             "It was trained under autocast. Inside `torch.autocast(model.device.type, torch.bfloat16)` the "
-            "model computes what it computed then; without, a few of its most likely tokens differ.",
+            "model computes what it computed then; without it, a few of its most likely tokens may differ.",
             "",
         ]
     lines += ["The processor carries the chat template and the image padding it was trained with.", ""]
@@ -104,7 +104,8 @@ def _merged_words(record: StageRecord) -> list[str]:
     }[record.merged.onto]
     return [
         f"This is that stage, {merged}, written in {record.merged.dtype}. Steps, times and the "
-        "last training loss are the stage's; a held-out loss was measured on what is in this folder.",
+        "last training loss are the stage's; a held-out loss, if there is one, is of the weights in this "
+        "folder.",
         "",
     ]
 

@@ -18,9 +18,10 @@ from transformers import PreTrainedModel, ProcessorMixin
 
 from ..errors import AdapterError, ConfigError
 from ..modeling.generation import set_stops
-from ..modeling.load import load_checkpoint, read_config, resolve_dtype
+from ..modeling.load import cast_weights, load_checkpoint, read_config, resolve_dtype
 from ..modeling.processor import save_processor
 from ..modeling.quantization import Quantization, dequantized, stored_quantization
+from ..modeling.templates import read_template
 from ..storage.hashing import weights_sha256
 from .record import Base, Merged, Parent
 from .stage_adapter import StageAdapter, adapter_folder, on_base, refuse_existing, stage_processor
@@ -55,15 +56,19 @@ def merge(
         losses["eval_loss_unrounded"] = measure(unrounded, processor)
         del unrounded
     model, processor = load(resolve_dtype(dtype))
-    if measure is not None:
+    written_in = model.dtype
+    if measure is not None:  # what is written, computed as before it was rounded
+        cast_weights(model, torch.float32)
         losses["eval_loss_after"] = measure(model, processor)
+        cast_weights(model, written_in)
     record = replace(
         adapter.record,
         kind="checkpoint",
         base=adapter.record.base if chosen is None else Base.of(base, model.config),
         parent=Parent(stage=adapter.stage.name, sha256=adapter.record.sha256),
-        merged=Merged(onto=chosen, dtype=str(model.dtype).removeprefix("torch.")),
+        merged=Merged(onto=chosen, dtype=str(written_in).removeprefix("torch.")),
         metrics=adapter.record.metrics | {"eval_loss_before": None} | losses,
+        stop_tokens=read_template(processor).stop_tokens(processor),
         config_sha256=None,
     )
 
@@ -98,7 +103,8 @@ def _merged_model(
     quantization: Quantization = "nf4" if onto == "dequantised" else None
     model, _ = load_checkpoint(base, quantization, None if quantization else dtype)
     dtype = dtype or model.dtype
-    model = dequantized(model, dtype).to(dtype)
+    model = dequantized(model, dtype)
+    cast_weights(model, dtype)
     merged = on_base(model, base, adapter, quantization).merge_and_unload().eval()
     processor = stage_processor(adapter, merged)
     set_stops(merged, processor)

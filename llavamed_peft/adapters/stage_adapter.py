@@ -124,8 +124,8 @@ class StageAdapter:
             onto: the weights to merge onto: `"dequantised"`, what the base's weights become in NF4, or
                 `"original"`. `None`: dequantised for a stage that was trained over NF4, which gives the
                 trained model; original otherwise.
-            measure: takes a model and the processor and returns a held-out loss; it is called for the merged
-                model in float32 and as it is written, and both losses are recorded. `None`: none is.
+            measure: takes a model and the processor and returns a held-out loss; it is called before and
+                after rounding, both times with float32 weights; both losses are recorded. `None`: none is.
 
         Returns:
             `out`.

@@ -152,33 +152,33 @@ def _streamed_rows(
     file: BinaryIO, path: str | os.PathLike[str], wanted: str, place: str, rejects: Rejects | None
 ) -> Iterator[tuple[int, Any]]:
     """Rows that the parser finds at a place of the file: `"item"` of an array, `""` one after another."""
-    start, row = file.tell(), 0
-    pieces = _Pieces(file)
-    try:
-        for row, value in enumerate(_items(pieces, place), 1):
-            yield row, value
-        return
-    except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
-        overflows = "overflow" in str(error)
-    # The parser does not tell where it failed; a second pass, byte by byte in the last piece, does.
-    file.seek(start)
-    if not overflows:
-        _raise_broken(_Pieces(file, fine_from=pieces.before), path, wanted, place)
-    # A whole number of more than 64 bits (DICOM's UIDs are): read again from there, more slowly.
-    pieces = _Pieces(file)
-    try:
-        for number, value in enumerate(_items(pieces, place, any_size=True), 1):
-            if number > row:
+    start, last = file.tell(), 0  # last: number of the last row that was read
+    # A whole number of more than 64 bits (DICOM's UIDs are) stops the fast pass; the slow one reads on from it.
+    for any_size in (False, True):
+        file.seek(start)
+        pieces = _Pieces(file)
+        items = enumerate(_items(pieces, place, any_size), 1)
+        while True:
+            try:
+                number, value = next(items, (0, None))
+            except (ijson.JSONError, UnicodeDecodeError, ValueError) as error:
+                if not any_size and "overflow" in str(error):
+                    break
+                # The parser does not tell where; a second pass, byte by byte in the last piece, does.
+                file.seek(start)
+                _raise_broken(_Pieces(file, fine_from=pieces.before), path, wanted, place, any_size)
+            if number == 0:
+                return
+            if number <= last:
+                continue
+            last = number
+            if any_size:
                 try:
                     value = _plain(value)
                 except BadRow as fault:
                     refuse(rejects, path, number, row_id(value, "id", number), fault)
-                else:
-                    yield number, value
-        return
-    except (ijson.JSONError, UnicodeDecodeError, ValueError):
-        file.seek(start)
-    _raise_broken(_Pieces(file, fine_from=pieces.before), path, wanted, place, any_size=True)
+                    continue
+            yield number, value
 
 
 def _items(pieces: _Pieces, place: str, any_size: bool = False) -> Iterator[Any]:

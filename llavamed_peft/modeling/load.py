@@ -91,7 +91,7 @@ def load_checkpoint(
         guard_nf4(model, loaded, is_stored=stored is not None)
         set_nf4_dtype(loaded, wanted or torch.bfloat16)
         if wanted is not None:
-            _cast(loaded, wanted)
+            cast_weights(loaded, wanted)
     return loaded, load_processor(model, config)
 
 
@@ -206,8 +206,9 @@ def _check_finite(name: str, model: PreTrainedModel) -> None:
         )
 
 
-def _cast(model: PreTrainedModel, dtype: torch.dtype) -> None:
-    """Weights that are not quantised, in another dtype; buffers keep theirs, as when a model is loaded."""
+def cast_weights(model: PreTrainedModel, dtype: torch.dtype) -> None:
+    """Weights that are not quantised, in another dtype, in place; buffers keep theirs, as when a model is
+    loaded."""
     for parameter in model.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(dtype)

@@ -7,7 +7,7 @@ differently. And an answer must end in a stop token; LLaVA-1.5's template ends i
 `read_template` finds out both. `ChatFormat.pieces` writes a conversation so that both hold, and
 `ChatFormat.template` is a template that gives the same text with the stock `apply_chat_template`: the
 checkpoint's own if that does it already, else the checkpoint's own inside a few more lines. A template that
-writes today's date gets a fixed one, or a run that is resumed tomorrow would go on with another prompt.
+writes today's date gets a fixed one, or a run resumed tomorrow would see another prompt.
 `packing/` makes the tokens.
 """
 
@@ -255,7 +255,7 @@ def _with_fixed_date(template: str) -> str:
         raise CheckpointError(
             "The chat template asks for today's date in a format that it computes, so it cannot be fixed; "
             "wanted strftime_now('…') with the format written out, or no date. A run that is resumed "
-            "tomorrow would go on with another prompt."
+            "tomorrow would see another prompt."
         )
     dates = "".join(
         f"{{% {'elif' if number else 'if'} format == {written!r} %}}{_DAY.strftime(written)}"

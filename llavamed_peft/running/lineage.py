@@ -46,6 +46,14 @@ class Lineage:
         return replace(self, parent=stage)
 
     @property
+    def begins_with(self) -> dict[str, str | None]:
+        """The content hashes of base and parent, as far as they are known; checkpoints hold them."""
+        return {
+            "base": self.identity.sha256,
+            "parent": None if self.parent is None else self.parent.record.sha256,
+        }
+
+    @property
     def adapter(self) -> StageAdapter | None:
         """The parent, where its tensors are not in the base already."""
         return None if self.parent is None or self.parent.is_checkpoint else self.parent

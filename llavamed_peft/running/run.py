@@ -238,22 +238,7 @@ class Run:
             features=self.folder / FEATURES,
         )
         run_log, keeps = RunLog(self.folder), self.computing.full_dtype
-        parent = parent_of(lineage)
-        begins_with = {
-            "base": lineage.identity.sha256,
-            "parent": None if parent is None else parent.sha256,
-        }
-        checkpoint = self._newest_checkpoint(folders.checkpoints)
-        if checkpoint is not None and not checkpoint.began_with(begins_with):
-            if self.writes:
-                run_log.say(
-                    stage.name,
-                    f"begins anew: its checkpoint of step {checkpoint.step} was trained after another "
-                    f"{'base' if parent is None else f'stage {parent.stage!r}, or another base'}",
-                )
-                remove_folder(folders.checkpoints)
-            self.processes.wait_for_everyone()
-            checkpoint = None
+        checkpoint = self._checkpoint_to_resume(stage, lineage, folders.checkpoints, run_log)
         if self.writes:
             run_log.rewind(stage.name, [] if checkpoint is None else checkpoint.state["history"])
         try:
@@ -272,7 +257,7 @@ class Run:
                     folders=folders,
                     checkpoint=checkpoint,
                     run_log=run_log,
-                    begins_with=begins_with,
+                    begins_with=lineage.begins_with,
                     rounds_to=stored_dtype if config is None and keeps == "stored" else None,
                 )
         finally:
@@ -309,9 +294,21 @@ class Run:
         self.processes.wait_for_everyone()
         return StageAdapter.load(folder)
 
-    def _newest_checkpoint(self, folder: Path) -> Checkpoint | None:
-        """The one that all processes resume from."""
+    def _checkpoint_to_resume(
+        self, stage: Stage, lineage: Lineage, folder: Path, run_log: RunLog
+    ) -> Checkpoint | None:
+        """The newest one, for all processes; those of a stage that began with another base or parent are
+        removed."""
         found = [newest_checkpoint(folder) if self.writes else None]
+        if found[0] is not None and not found[0].began_with(lineage.begins_with):
+            parent = parent_of(lineage)
+            other = "base" if parent is None else f"stage {parent.stage!r}, or another base"
+            run_log.say(
+                stage.name,
+                f"begins anew: its checkpoint of step {found[0].step} was trained after another {other}",
+            )
+            remove_folder(folder)
+            found = [None]
         broadcast_object_list(found)
         return found[0]
 

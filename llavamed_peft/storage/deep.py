@@ -90,17 +90,19 @@ def grey(path: str | os.PathLike[str], image: Image.Image) -> Image.Image:
     return Image.fromarray(scaled)
 
 
-def colour(path: str | os.PathLike[str], reopen: Callable[[], Image.Image]) -> Image.Image | None:
-    """An image of 16 bits a colour in 8 bits, upright, on white where it is transparent; `None` for any other
-    image.
+def has_deep_colours(image: Image.Image) -> bool:
+    """Whether an undecoded image has 16 bits a colour, of which Pillow would keep 8."""
+    return _raw_mode(image) in (*_OTHER_BYTE, _GREY_WITH_ALPHA)
+
+
+def colour(path: str | os.PathLike[str], reopen: Callable[[], Any]) -> Image.Image:
+    """An image of 16 bits a colour in 8 bits, upright, on white where it is transparent.
 
     Args:
-        reopen: opens the image anew, undecoded.
+        reopen: opens the image, one that `has_deep_colours`, undecoded.
     """
     with reopen() as image:
-        raw = _raw_mode(image)
-        if raw not in (*_OTHER_BYTE, _GREY_WITH_ALPHA):
-            return None
+        raw = str(_raw_mode(image))
         transparent = image.info.get("transparency")
         if raw == _GREY_WITH_ALPHA:
             parts = _decoded(image, "RGBA").astype(np.uint16)  # [height, width, 4 bytes]
@@ -133,9 +135,8 @@ def _raw_mode(image: Image.Image) -> str | None:
     return raw
 
 
-def _decoded(image: Image.Image, raw: str) -> np.ndarray:
+def _decoded(image: Any, raw: str) -> np.ndarray:
     """[height, width, channels] uint8, upright: the pixels unpacked in another way than Pillow would."""
-    assert hasattr(image, "tile")
     image.tile = [
         tile._replace(args=raw if isinstance(tile.args, str) else (raw, *tile.args[1:]))
         for tile in image.tile

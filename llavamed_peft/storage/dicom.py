@@ -20,6 +20,17 @@ from PIL import Image
 from ..errors import DataError
 from .deep import to_8_bits, window
 
+# What pydicom and its decoders raise for damaged files and for what they cannot read
+_UNDECODABLE = (
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    LookupError,
+    OSError,
+    RuntimeError,
+    TypeError,
+    ValueError,
+)
 _TAGS = [
     "BitsStored",
     "Columns",
@@ -166,14 +177,9 @@ def _quietly(path: str | os.PathLike[str]) -> Iterator[None]:
             yield
     except DataError:
         raise
-    except (ArithmeticError, AttributeError, EOFError, KeyError, IndexError, OSError, RuntimeError) as error:
-        raise DataError(_undecodable(path, error)) from None
-    except (NotImplementedError, TypeError, ValueError) as error:
-        raise DataError(_undecodable(path, error)) from None
-
-
-def _undecodable(path: str | os.PathLike[str], error: Exception) -> str:
-    return (
-        f"{path}: a DICOM file that cannot be decoded ({type(error).__name__}); wanted a complete, undamaged "
-        "image in a transfer syntax that pydicom and its decoders read (the extra dicom has them)."
-    )
+    except _UNDECODABLE as error:  # only its kind is told
+        raise DataError(
+            f"{path}: a DICOM file that cannot be decoded ({type(error).__name__}); wanted a complete, "
+            "undamaged image in a transfer syntax that pydicom and its decoders read (the extra dicom has "
+            "them)."
+        ) from None

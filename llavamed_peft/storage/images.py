@@ -124,8 +124,8 @@ def load_image(path: str | os.PathLike[str]) -> Image.Image:
             width, height = image.size
             _refuse_bomb(path, height, width)
             turned = _orientation(image) != 1
-            if (picture := deep.colour(path, lambda: Image.open(file, formats=FORMATS))) is not None:
-                return picture.convert("RGB")
+            if deep.has_deep_colours(image):
+                return deep.colour(path, lambda: Image.open(file, formats=FORMATS)).convert("RGB")
             image.load()
             if image.mode in deep.GREY_MODES:
                 return deep.grey(path, image).convert("RGB")

@@ -13,7 +13,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -70,7 +69,7 @@ class Checkpointing:
         held_out: Ledger | None,
         measured: Measured,
         run_log: RunLog,
-        begins_with: Mapping[str, str | None] = MappingProxyType({}),
+        begins_with: Mapping[str, str | None],
     ):
         self.folder, self.resumed, self.enabled = folder, resumed, enabled
         self.stage, self.measured, self.run_log = stage, measured, run_log

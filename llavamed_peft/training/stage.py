@@ -12,7 +12,6 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -89,7 +88,7 @@ def train_stage(
     folders: Folders,
     checkpoint: Checkpoint | None,
     run_log: RunLog,
-    begins_with: Mapping[str, str | None] | None = None,
+    begins_with: Mapping[str, str | None],
     rounds_to: torch.dtype | None = None,
 ) -> Trained:
     """Train what requires grad in the model over the stage's schedule.
@@ -129,7 +128,7 @@ def train_stage(
         folders=folders,
         checkpoint=checkpoint,
         run_log=run_log,
-        begins_with=begins_with or {},
+        begins_with=begins_with,
     )
     trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     carried = spread_model(trainer, computing)
@@ -187,7 +186,7 @@ def make_trainer(
     folders: Folders,
     checkpoint: Checkpoint | None,
     run_log: RunLog,
-    begins_with: Mapping[str, str | None] = MappingProxyType({}),
+    begins_with: Mapping[str, str | None],
 ) -> StageTrainer:
     """A stage's trainer, its model on the device and holding what training begins from."""
     processes, stop, measured = PartialState(), StopSignals(), Measured()
