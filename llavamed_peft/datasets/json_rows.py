@@ -153,7 +153,7 @@ def _streamed_rows(
 ) -> Iterator[tuple[int, Any]]:
     """Rows that the parser finds at a place of the file: `"item"` of an array, `""` one after another."""
     start, last = file.tell(), 0  # last: number of the last row that was read
-    # A whole number of more than 64 bits (DICOM's UIDs are) stops the fast pass; the slow one reads on from it.
+    # A whole number of more than 64 bits (DICOM's UIDs are) stops the fast pass; the slow one reads on there.
     for any_size in (False, True):
         file.seek(start)
         pieces = _Pieces(file)
